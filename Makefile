@@ -1,0 +1,77 @@
+# Every target works in a fresh clone with nothing but Python: the first one makes .venv and installs into it, later ones find it there.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+METADATA := settings.ini setup.py pyproject.toml constraints.txt
+TUTORIALS := nbs/tutorials
+FIRST := $(TUTORIALS)/01_first_adapter.ipynb
+ROOT_USER := $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lab docs notebooks export tiny-model wheel clean
+# Compiled modules are kept: without them every run starts seconds later.
+unexport PYTHONDONTWRITEBYTECODE
+
+help: ## say what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.runtime ## train the embedded model on the packaged example, compare, merge, ask
+	@echo "== demo: sage-finetune demo"
+	@$(BIN)/sage-finetune demo
+
+test: $(VENV)/.dev ## run every notebook and every test
+	@echo "== test: pytest (notebooks, guards, end to end, the package in an empty environment)"
+	@$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an empty environment)
+	@echo "== test-fast: pytest -m 'not slow'"
+	@$(BIN)/python -m pytest -m "not slow"
+
+lab: $(VENV)/.dev ## open JupyterLab on the first tutorial
+	@echo "== lab: JupyterLab on $(FIRST)"
+	@$(BIN)/jupyter lab $(ROOT_USER) $(FIRST)
+
+docs: $(VENV)/.dev ## README.md from nbs/index.ipynb, and the site in _docs/
+	@echo "== docs: README.md and _docs/index.html"
+	@$(BIN)/python .ci/docs.py
+
+notebooks: $(VENV)/.dev ## run the index and the tutorials again, keep their outputs, clean them
+	@echo "== notebooks: run $(TUTORIALS)/*.ipynb and nbs/index.ipynb, then nbdev-clean and README.md"
+	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --inplace --execute $(wildcard $(TUTORIALS)/*.ipynb) nbs/index.ipynb
+	@$(BIN)/nbdev-clean
+	@$(BIN)/python .ci/docs.py --readme
+
+export: $(VENV)/.dev ## after editing notebooks: modules from notebooks, clean notebooks, README.md
+	@echo "== export: nbdev-export, nbdev-clean, README.md"
+	@$(BIN)/nbdev-export
+	@$(BIN)/nbdev-clean
+	@$(BIN)/python .ci/docs.py --readme
+
+tiny-model: $(VENV)/.dev ## pre-train the embedded model again (up to an hour on two cores; goes on where it stopped)
+	@echo "== tiny-model: python -m sage_finetune.tiny"
+	@$(BIN)/python -m sage_finetune.tiny
+
+wheel: $(VENV)/.dev ## build the sdist and the wheel into dist/
+	@echo "== wheel: python -m build"
+	@$(BIN)/python -m build
+
+clean: ## remove what was built (the environment stays)
+	@echo "== clean: build dist _docs _proc and caches"
+	@rm -rf build dist _docs _proc *.egg-info .pytest_cache .hypothesis
+	@find sage_finetune tests nbs .ci -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@echo "== $(VENV): a new environment from $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: $(METADATA) | $(BIN)/python
+	@echo "== $(VENV): torch at the tested version, then sage_finetune and what it needs (once; minutes)"
+	@$(PIP) torch
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(METADATA) $(VENV)/.runtime
+	@echo "== $(VENV): what tests, notebooks and docs need (once)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,41 @@
+"LoRA fine-tuning that one can read, see and trust, in a notebook"
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Nothing is imported before it is asked for: `import sage_finetune` stays light.
+_home = {
+    "LoRAConfig": "config",
+    "TrainingConfig": "config",
+    "PresetConfigs": "config",
+    "suggest_preset": "config",
+    "FinetuneError": "config",
+    "render": "prompt",
+    "render_prompt": "prompt",
+    "load_training_data": "data",
+    "prepare_dataset": "data",
+    "to_messages": "data",
+    "load_base": "model",
+    "attach_lora": "model",
+    "LoRATrainer": "trainer",
+    "Step": "trainer",
+    "TrainingResult": "trainer",
+    "train_from_meta": "trainer",
+    "merge": "export",
+    "Chat": "chat",
+    "compare": "chat",
+    "plot_run": "plot",
+    "quickstart": "tasks",
+}
+__all__ = ["__version__", *_home]
+
+
+def __getattr__(name):
+    "Fetch a public name from its module, the first time it is asked for"
+    if name not in _home: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_home[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__(): return sorted({*globals(), *__all__})

@@ -1,0 +1,26 @@
+"Tests run offline and leave the home folder alone"
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Before anything imports a Hugging Face library: no network, and a cache that goes away with the tests.
+_cache = tempfile.TemporaryDirectory(prefix="sage_finetune_tests_")
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=_cache.name, TOKENIZERS_PARALLELISM="false")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+@pytest.fixture(scope="session")
+def root():
+    "The project's folder"
+    return Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    "Tests marked `gpu` are left out where there is no CUDA card"
+    if not any(item.get_closest_marker("gpu") for item in items): return
+    import torch
+    if torch.cuda.is_available(): return
+    for item in items:
+        if item.get_closest_marker("gpu"): item.add_marker(pytest.mark.skip(reason="no CUDA card"))

@@ -1,0 +1,401 @@
+"""Guards of the house: each looks at a project folder and returns a list of sentences, one for each thing that is wrong.
+
+They take the folder as an argument so that a test can plant a fault in a copy and see that the guard speaks up (test_house.py).
+"""
+import ast
+import io
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import tokenize
+from configparser import ConfigParser
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+PACKAGE = "sage_finetune"
+
+# Who may import a library, and why. A library that is named here may be imported by nobody else.
+# (Below `if TYPE_CHECKING:` anybody may: a type beside a parameter is for readers and never runs.)
+MAY_IMPORT = {
+    "ipywidgets": {"widgets": "the forms; everything else also works in a terminal"},
+    "matplotlib": {"plot": "the pictures; a run on a server needs none"},
+    "typer": {"cli": "the command line; the library is used without it"},
+    "transformers": {
+        "model": "loads models and tokenizers",
+        "tiny": "makes the embedded model: a Qwen2 from nothing and its tokenizer, which `model` then loads like any other"},
+    "tokenizers": {"tiny": "trains the embedded model's vocabulary"},
+    "peft": {"model": "attaches, saves and merges adapters"},
+    "bitsandbytes": {"model": "8-bit and 4-bit weights, 8-bit optimizer"},
+}
+# Libraries that come with one of the requirements and may be imported as they are.
+COMES_WITH = {"tokenizers": "transformers", "huggingface_hub": "transformers", "numpy": "transformers", "jinja2": "torch", "tqdm": "transformers",
+    "psutil": "accelerate", "click": "typer", "rich": "typer", "IPython": "ipywidgets", "pandas": "datasets", "pyarrow": "datasets", "yaml": "transformers"}
+# Not there on every computer: imported inside a function, where its absence can be said in a sentence.
+EXTRAS = {"tensorboard", "wandb"}
+# These import no torch: a form, a prompt or a corpus is looked at without waiting seconds.
+LIGHT = ("config", "prompt", "tasks", "world")
+COPIED = ("nbs", PACKAGE, "tests", ".ci", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "README.md",
+    "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
+
+
+# ---- the project's files --------------------------------------------------------------------------------------------
+
+def copy_project(root, target):
+    "A copy of what belongs to the project, without environments, caches and builds"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        source = root/name
+        if source.is_dir(): shutil.copytree(source, target/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".last_checked"))
+        elif source.exists(): shutil.copy2(source, target/name)
+    return target
+
+
+def settings(root):
+    parser = ConfigParser(delimiters=["="])
+    parser.read(root/"settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def notebooks(root): return sorted(path for path in (root/"nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in path.relative_to(root).parts))
+
+
+def load(path): return json.loads(path.read_text(encoding="utf-8"))
+
+
+def text_of(value): return "".join(value) if isinstance(value, list) else value
+
+
+def code_of(notebook): return "\n\n".join(text_of(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
+
+
+def modules(root): return {path.stem: path for path in sorted((root/PACKAGE).glob("*.py")) if not path.stem.startswith("_")}
+
+
+def rooms(root):
+    "The library notebooks: module name -> number and path"
+    found = {}
+    for path in sorted((root/"nbs").glob("*.ipynb")):
+        match = re.fullmatch(r"(\d\d)_(\w+)", path.stem)
+        if match: found[match[2]] = (int(match[1]), path)
+    return found
+
+
+def run_python(code, folder, **environment):
+    "Run Python code in a folder (which comes first on its path), in a process of its own; its output, or AssertionError with what it said"
+    variables = dict(os.environ, PYTHONDONTWRITEBYTECODE="1", **environment)
+    variables.pop("IN_TEST", None)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# ---- notebooks and modules ------------------------------------------------------------------------------------------
+
+def exports_out_of_sync(root):
+    "Modules that differ from what their notebooks export"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_project(root, Path(folder)/"project")
+        for path in (copy/PACKAGE).glob("*.py"):
+            if path.stem != "__init__": path.unlink()
+        run_python("from nbdev.doclinks import nbdev_export; nbdev_export()", copy)
+        names = {path.name for base in (root, copy) for path in (base/PACKAGE).glob("*.py")}
+        differ = [name for name in sorted(names) if _bytes(root/PACKAGE/name) != _bytes(copy/PACKAGE/name)]
+    return [f"{PACKAGE}/{name} is not what the notebooks export; change the notebook, then run nbdev-export" for name in differ]
+
+
+def _bytes(path): return path.read_bytes() if path.exists() else None
+
+
+def not_clean(root):
+    "Notebooks that nbdev-clean would change"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_project(root, Path(folder)/"project")
+        run_python("from nbdev.clean import nbdev_clean; nbdev_clean()", copy)
+        names = [path.relative_to(root) for path in notebooks(root)]
+        return [f"{name} is not clean; run nbdev-clean" for name in names if (root/name).read_bytes() != (copy/name).read_bytes()]
+
+
+def widget_state(root):
+    "Notebooks with saved widgets: megabytes that no reader sees, and a broken picture on GitHub"
+    found = []
+    for path in notebooks(root):
+        notebook, name = load(path), path.relative_to(root)
+        if "widgets" in notebook["metadata"]: found.append(f"{name} holds the state of widgets in its metadata")
+        kinds = {kind for cell in notebook["cells"] for output in cell.get("outputs", []) for kind in output.get("data", {}) if "widget" in kind}
+        if kinds: found.append(f"{name} holds an output of kind {', '.join(sorted(kinds))}")
+    return found
+
+
+# "ada" is nobody's account: the user in examples that need a full path.
+ABSOLUTE = re.compile(
+    r"(?<![\w./:~<}\-])/(?:home/(?!ada\b)|root/|tmp/|work/|workspace/|content/|kaggle/|Users/(?!ada\b)|private/var/|var/folders/|var/tmp/)[\w.]"
+    r"|(?<!\w)file:///|(?<!\w)[A-Za-z]:\\{1,2}(?:Users|Temp|Windows)\b")
+
+
+def absolute_paths(root):
+    "Paths of one computer in the sources or outputs of notebooks"
+    found = []
+    for path in notebooks(root):
+        for number, cell in enumerate(load(path)["cells"]):
+            shown = [text_of(output.get("text", "")) for output in cell.get("outputs", [])]
+            shown += [text_of(value) for output in cell.get("outputs", []) for kind, value in output.get("data", {}).items()
+                if kind.startswith("text/") or kind == "image/svg+xml"]
+            shown += [text_of(output.get("traceback", "")) for output in cell.get("outputs", [])]
+            for text in (text_of(cell["source"]), *shown):
+                found += [f"{path.relative_to(root)}, cell {number}: {text[max(0, m.start() - 15):m.end() + 25]!r} is a path of one computer"
+                    for m in ABSOLUTE.finditer(text)]
+    return found
+
+
+def unmatched(root):
+    "Modules without their notebook, notebooks without their module, numbers used twice, tutorials that export"
+    found, rooms_, modules_ = [], rooms(root), modules(root)
+    for name, (_, path) in rooms_.items():
+        said = re.findall(r"^#\|\s*default_exp:?\s+(\S+)", code_of(load(path)), flags=re.M)
+        if said != [name]: found.append(f"{path.relative_to(root)} should export {name}, and says {said or 'nothing'}")
+        if name not in modules_: found.append(f"{path.relative_to(root)} has no module {PACKAGE}/{name}.py")
+    found += [f"{PACKAGE}/{name}.py has no notebook nbs/NN_{name}.ipynb" for name in modules_ if name not in rooms_]
+    numbers = [number for number, _ in rooms_.values()]
+    found += [f"two notebooks have the number {number:02d}" for number in sorted({number for number in numbers if numbers.count(number) > 1})]
+    for path in notebooks(root):
+        if path.stem.partition("_")[2] in rooms_ and path.parent == root/"nbs": continue
+        code = code_of(load(path))
+        if re.search(r"^#\|\s*(default_exp|exports?)\b", code, flags=re.M): found.append(f"{path.relative_to(root)} is not a library page and exports")
+        if re.search(r"\bnbdev\b", code): found.append(f"{path.relative_to(root)} needs nbdev, which Colab does not have")
+    return found
+
+
+def unintroduced(root):
+    "Notebooks that do not open with a title and a one-line promise"
+    found = []
+    for path in notebooks(root):
+        first = next((text_of(cell["source"]) for cell in load(path)["cells"] if cell["cell_type"] == "markdown"), "")
+        if not re.match(r"# .+\n+> .+", first): found.append(f"{path.relative_to(root)} does not open with '# Title' and '> promise'")
+    return found
+
+
+# ---- imports --------------------------------------------------------------------------------------------------------
+
+def homes(root):
+    "The table of public names in __init__.py: name -> module"
+    for node in ast.parse((root/PACKAGE/"__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_home": return ast.literal_eval(node.value)
+    return {}
+
+
+def imported(path):
+    "Every import of a module: (name with dots, names taken from it, line, where: 'top', 'function' or 'types')"
+    tree, where = ast.parse(path.read_text(encoding="utf-8")), {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): where |= {id(one): "function" for one in ast.walk(node)}
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            where |= {id(one): "types" for statement in node.body for one in ast.walk(statement)}
+    for node in ast.walk(tree):
+        place = where.get(id(node), "top")
+        if isinstance(node, ast.Import): yield from ((alias.name, [], node.lineno, place) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(part for part in (PACKAGE if node.level else "", node.module or "") if part)
+            yield base, [alias.name for alias in node.names], node.lineno, place
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            if node.args and isinstance(node.args[0], ast.Constant): yield str(node.args[0].value), [], node.lineno, place
+
+
+def targets(name, taken, root):
+    "The rooms that an import of the package leads to"
+    parts = name.split(".")
+    if parts[0] != PACKAGE: return []
+    if len(parts) > 1: return [parts[1]]
+    return [homes(root).get(one, one) for one in taken if not one.startswith("__")]
+
+
+def upward_imports(root):
+    "Imports of a room with an equal or higher number. (If all point downward there can be no cycle.)"
+    found, rooms_ = [], rooms(root)
+    for module, path in modules(root).items():
+        for name, taken, line, _ in imported(path):
+            for target in targets(name, taken, root):
+                if target.startswith("_"): continue
+                if target not in rooms_: found.append(f"{module}.py:{line} imports {target}, which is no room")
+                elif module in rooms_ and rooms_[target][0] >= rooms_[module][0]:
+                    found.append(f"{module}.py:{line} imports {target}: {rooms_[module][0]:02d} may not look up to {rooms_[target][0]:02d}")
+    return found
+
+
+def forbidden_imports(root):
+    "Libraries in rooms where they do not belong, and libraries that the project does not ask for"
+    found, info = [], settings(root)
+    asked = {Requirement(one).name.replace("-", "_") for one in info["requirements"].split()}
+    for module, path in modules(root).items():
+        for name, _, line, place in imported(path):
+            library = name.split(".")[0]
+            if library == PACKAGE or library in sys.stdlib_module_names or place == "types": continue
+            if library in MAY_IMPORT and module not in MAY_IMPORT[library]:
+                found.append(f"{module}.py:{line} imports {library}, which belongs to {', '.join(MAY_IMPORT[library])}")
+            if library in EXTRAS or name == "torch.utils.tensorboard":
+                if place == "top": found.append(f"{module}.py:{line} imports {name} outside a function; it is an extra and may be missing")
+            elif library not in asked and COMES_WITH.get(library) not in asked:
+                found.append(f"{module}.py:{line} imports {library}, which settings.ini does not ask for")
+    return found
+
+
+def heavy_rooms(root):
+    "Rooms that should be light and import torch or transformers all the same"
+    names = [name for name in LIGHT if name in modules(root)]
+    code = f"import sys, {', '.join(f'{PACKAGE}.{name}' for name in names)}; print(*({{'torch', 'transformers', 'datasets', 'matplotlib'}} & set(sys.modules)))"
+    loaded = run_python(code, root).split()
+    return [f"one of {', '.join(names)} imports {library}" for library in sorted(loaded)]
+
+
+def heavy_package(root, limit=0.3, times=5):
+    "What `import sage_finetune` should not load, and how long it takes (seconds, the median of several fresh processes)"
+    code = f"import sys, time; start = time.perf_counter(); import {PACKAGE}; took = time.perf_counter() - start\n" \
+        "print(took, *({'torch', 'transformers', 'peft', 'datasets', 'numpy', 'ipywidgets', 'matplotlib', 'typer', 'fastcore'} & set(sys.modules)))"
+    runs = [run_python(code, root).split() for _ in range(times)]
+    took = statistics.median(float(run[0]) for run in runs)
+    found = [f"import {PACKAGE} loads {library}" for library in sorted(runs[0][1:])]
+    return found + ([f"import {PACKAGE} takes {took:.2f} s, more than {limit} s"] if took > limit else [])
+
+
+# A process that reports each attempt to write, create, delete, connect or look up, whoever makes it.
+_WATCH = """
+import os, sys
+seen = []
+def watch(event, args):
+    if event == "open":
+        path, mode, flags = args
+        writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if writes and str(path) not in (os.devnull, "/dev/null"): seen.append(f"writes {path}")
+    elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "tempfile.mkstemp", "tempfile.mkdtemp"): seen.append(f"{event} {args[0]}")
+    elif event in ("socket.connect", "socket.getaddrinfo", "socket.bind"): seen.append(f"{event} {args[1:]}")
+sys.addaudithook(watch)
+"""
+
+
+# What libraries do by themselves when they are imported; none of it holds anything.
+NOT_OURS = {
+    "torchinductor_": "torch makes this empty folder in the temporary one when transformers or peft is imported",
+    "tempfile": "Python finds out whether the temporary folder can be written to, and removes the try"}
+
+
+def side_effects(root, names=("config",), tolerate=()):
+    "What importing rooms and making every config writes, where it connects, and whether it wakes the graphics card"
+    code = _WATCH + f"""
+import importlib, {PACKAGE}
+for name in {list(names)!r}: importlib.import_module("{PACKAGE}." + name)
+if "config" in {list(names)!r}:
+    from {PACKAGE}.config import LoRAConfig, PresetConfigs, TrainingConfig
+    made = [LoRAConfig(), TrainingConfig(), *(getattr(PresetConfigs, name)() for name in dir(PresetConfigs) if not name.startswith("_"))]
+    said = [repr(config) for config in made]
+if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized(): seen.append("starts CUDA")
+sys.stdout.write("\\n".join(["", "SEEN", *seen]))
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        place = {name: Path(folder)/name for name in ("home", "here", "temp")}
+        for path in place.values(): path.mkdir()
+        said = run_python(code, place["here"], HOME=str(place["home"]), TMPDIR=str(place["temp"]), XDG_CACHE_HOME=str(place["home"]/".cache"),
+            XDG_CONFIG_HOME=str(place["home"]/".config"), PYTHONPATH=str(root), HF_HOME=str(place["home"]/"hf"))
+        left = [f"leaves {path.relative_to(folder)}" for path in sorted(Path(folder).rglob("*")) if path not in place.values()]
+        seen = [line.replace(folder, "...") for line in said.partition("\nSEEN\n")[2].splitlines()]
+    if "tempfile" in tolerate: seen = [line for line in seen if not re.fullmatch(r"(writes|os.remove) \.\.\./temp/\w{8}", line)]
+    found = [f"importing {', '.join(names)}: {line}" for line in dict.fromkeys(seen + left)]
+    return [line for line in found if not any(one in line for one in tolerate)]
+
+
+# ---- documentation --------------------------------------------------------------------------------------------------
+
+def comments(source): return {token.start[0]: token.string for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+
+
+def undocumented(root):
+    "Public functions, methods and dataclass fields without docstring, annotation or a phrase beside them"
+    found = []
+    for module, path in modules(root).items():
+        source = path.read_text(encoding="utf-8")
+        said, whole = comments(source), {number for number, line in enumerate(source.splitlines(), 1) if line.lstrip().startswith("#")}
+        for node in ast.parse(source).body: found += [f"{module}.py: {what}" for what in _gaps(node, said, whole)]
+    return found
+
+
+def _gaps(node, said, whole, owner=""):
+    "What is missing at a definition and, for a class, in it"
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    if not isinstance(node, (*functions, ast.ClassDef)) or (node.name.startswith("_") and not (owner and node.name == "__init__")): return []
+    name = f"{owner}.{node.name}" if owner else node.name
+    missing = [] if ast.get_docstring(node) or node.name == "__init__" else [f"{name} has no docstring"]
+    if isinstance(node, functions): return missing + _parameter_gaps(node, name, said, whole, method=bool(owner))
+    if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list) or any(ast.unparse(base).endswith("NamedTuple") for base in node.bases):
+        fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and not ast.unparse(one.target).startswith("_")]
+        missing += [f"{name}.{ast.unparse(one.target)} has no phrase beside it" for one in fields if not _phrase(one, said, whole)]
+    return missing + [gap for one in node.body for gap in _gaps(one, said, whole, name)]
+
+
+def _phrase(node, said, whole): return node.end_lineno in said or node.lineno in said or node.lineno - 1 in whole
+
+
+def _parameter_gaps(node, name, said, whole, method):
+    arguments = [*node.args.posonlyargs, *node.args.args, *filter(None, [node.args.vararg]), *node.args.kwonlyargs, *filter(None, [node.args.kwarg])]
+    static = any(ast.unparse(decorator) == "staticmethod" for decorator in node.decorator_list)
+    if method and not static: arguments = arguments[1:]
+    missing = [f"{name}({one.arg}) has no type" for one in arguments if not one.annotation]
+    missing += [f"{name}({one.arg}) has no phrase beside it" for one in arguments if not _phrase(one, said, whole)]
+    lines = [one.lineno for one in arguments]
+    return missing + [f"{name} has two parameters in line {line}" for line in sorted({line for line in lines if lines.count(line) > 1})]
+
+
+def stale_readme(root):
+    "README.md or its pictures differ from nbs/index.ipynb"
+    done = subprocess.run([sys.executable, ".ci/docs.py", "--check"], cwd=root, capture_output=True, text=True, timeout=120)
+    return [] if done.returncode == 0 else [(done.stdout + done.stderr).strip()]
+
+
+# ---- metadata -------------------------------------------------------------------------------------------------------
+
+def version_of(root): return re.search(r'^__version__ = "(.+)"', (root/PACKAGE/"__init__.py").read_text(encoding="utf-8"), re.M)[1]
+
+
+def metadata_faults(root):
+    "Version, requirements, tested versions and addresses that contradict each other"
+    info, found = settings(root), []
+    project = (root/"pyproject.toml").read_text(encoding="utf-8")
+    for key, line in {"name": f'name = "{info["lib_name"]}"', "min_python": f'requires-python = ">={info["min_python"]}"'}.items():
+        if line not in project: found.append(f"pyproject.toml lacks {line}, which settings.ini says ({key})")
+    newest = re.search(r"^## (\S+)", (root/"CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    if not newest or newest[1] != version_of(root): found.append(f"CHANGELOG.md begins with {newest and newest[1]}, the package is {version_of(root)}")
+    wanted = [Requirement(one) for key in info if key.endswith("requirements") for one in info[key].split()]
+    lines = [line for line in (root/"constraints.txt").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    pinned = dict(line.split("==") for line in lines)
+    for one in wanted:
+        if one.name not in pinned: found.append(f"constraints.txt has no tested version of {one.name}")
+        elif not one.specifier.contains(pinned[one.name]): found.append(f"constraints.txt has {one.name} {pinned[one.name]}, settings.ini wants {one}")
+    return found + foreign_addresses(root)
+
+
+def foreign_addresses(root):
+    "Addresses of this project on GitHub that are not the one in settings.ini"
+    own, found = settings(root)["git_url"].removeprefix("https://github.com/"), []
+    texts = {path: path.read_text(encoding="utf-8") for path in [*notebooks(root), root/"README.md", root/"CONTRIBUTING.md", root/"Makefile"] if path.exists()}
+    for path, text in texts.items():
+        for said in re.findall(r"(?:github\.com|colab\.research\.google\.com/github)/([\w.-]+/[\w.-]+)", text):
+            said = said.removesuffix(".git")
+            if "sage" in said.lower() and said != own: found.append(f"{path.relative_to(root)} points to {said}, the project is {own}")
+    return found
+
+
+def all_guards():
+    "Every guard by name; the last two run over all rooms, where libraries do things of their own"
+    plain = (exports_out_of_sync, not_clean, widget_state, absolute_paths, unmatched, unintroduced, upward_imports, forbidden_imports, heavy_rooms,
+        heavy_package, side_effects, undocumented, stale_readme, metadata_faults)
+    return {guard.__name__: guard for guard in plain} | {"side_effects_of_all_rooms": lambda root: side_effects(root, sorted(modules(root)), NOT_OURS)}
+
+
+if __name__ == "__main__":
+    # python tests/house.py [guard ...]: what is wrong in this project, a line each
+    project, guards = Path(__file__).resolve().parents[1], all_guards()
+    for name in sys.argv[1:] or guards:
+        for fault in guards[name](project): print(f"{name}: {fault}")
