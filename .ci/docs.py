@@ -121,9 +121,7 @@ def plain_notebook(path, steps):
 
 def to_markdown(notebook, name, html_block, priority):
     "Markdown of a notebook and its pictures {path: bytes}, which lie in a folder `name`_files beside it"
-    config = Config({
-        "MarkdownExporter": {"preprocessors": ["nbconvert.preprocessors.ExtractOutputPreprocessor"]},
-        "NbConvertBase": {"display_data_priority": priority}})
+    config = Config({"NbConvertBase": {"display_data_priority": priority}})
     exporter = MarkdownExporter(config=config, extra_loaders=[DictLoader({"page.md.j2": TEMPLATE.replace("HTML_BLOCK", html_block)})], template_file="page.md.j2")
     text, resources = exporter.from_notebook_node(notebook, resources={"unique_key": name, "output_files_dir": f"{name}_files"})
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", resources.get("outputs", {})

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'Precision', 'plan_precision', 'tiny_path', 'find_model', 'load_tokenizer', 'load_base', 'attach_lora',
-           'ParameterCount', 'count_parameters', 'load_adapter', 'make_optimizer', 'make_schedule', 'free']
+           'ParameterCount', 'count_parameters', 'load_adapter', 'restore_adapter', 'make_optimizer', 'make_schedule',
+           'free']
 
 # %% ../nbs/04_model.ipynb #f618922a
-import gc, warnings
+import gc, logging, warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, prepare_model_for_kbit_training, set_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
+from transformers.utils import logging as transformers_logging
 
 from .config import ConfigError, LoRAConfig, ModelError, TrainingConfig
 
@@ -104,6 +107,23 @@ def _cannot_load(what: str, model_name: str, error: Any) -> str:
     return f'the {what} of model_name={model_name!r} cannot be loaded: {where} ({first}).'
 
 # %% ../nbs/04_model.ipynb #2cc47dfa
+@contextmanager
+def _quiet(bars: bool = True):
+    "Hold back what libraries say about each other and nobody can act on; progress bars too, unless `bars`"
+    kernels, had_bars = logging.getLogger('bitsandbytes.backends.cpu.ops'), transformers_logging.is_progress_bar_enabled()
+    level = kernels.level
+    kernels.setLevel(logging.ERROR)  # an optional faster kernel for 4-bit weights on processors
+    if not bars: transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='.*is_gradient_checkpointing.*')  # one library asks another by an old name
+            warnings.filterwarnings('ignore', message='.*tie_word_embeddings.*')  # the head is tied to the embeddings, and neither is adapted
+            yield
+    finally:
+        kernels.setLevel(level)
+        if had_bars: transformers_logging.enable_progress_bar()
+
+# %% ../nbs/04_model.ipynb #f9224255
 def _quantisation(config: TrainingConfig, precision: Precision) -> BitsAndBytesConfig | None:
     "The bitsandbytes settings of a config; 4 bits are QLoRA's: NF4 with double quantisation, arXiv 2305.14314"
     if config.load_in_8bit: return BitsAndBytesConfig(load_in_8bit=True)
@@ -120,8 +140,9 @@ def load_base(
     quantisation = _quantisation(config, precision)
     extra = dict(quantization_config=quantisation, device_map={'': device}) if quantisation else {}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(find_model(config.model_name), dtype=precision.dtype, use_safetensors=True,
-            trust_remote_code=config.trust_remote_code, output_loading_info=True, **extra)
+        with _quiet(bars=config.model_name != 'tiny'):
+            model, loading = AutoModelForCausalLM.from_pretrained(find_model(config.model_name), dtype=precision.dtype, use_safetensors=True,
+                trust_remote_code=config.trust_remote_code, output_loading_info=True, **extra)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error: raise ModelError(_cannot_load('model', config.model_name, error)) from error
     if loading['missing_keys']:
         raise ModelError(f'model_name={config.model_name!r} lacks weights for {", ".join(sorted(loading["missing_keys"])[:3])}. Its files are incomplete or of another model.')
@@ -136,8 +157,7 @@ def attach_lora(
     "Freeze the base and put a seeded adapter beside its layers. Raises `ModelError` when no layer matches `target_modules`."
     if getattr(model, 'is_quantized', False): model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     settings = LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules, lora_dropout=lora.lora_dropout, bias=lora.bias, task_type=lora.task_type)
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*tie_word_embeddings.*')  # the head is tied to the embeddings, and neither is adapted
+    with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
         try: return get_peft_model(model, settings)
         except ValueError as error:
@@ -170,13 +190,23 @@ def load_adapter(
     if not (folder/'adapter_model.safetensors').exists(): raise ModelError(f'there is no adapter in {folder}: adapter_model.safetensors is missing. Train first, or name the lora_weights folder of a run.')
     misfit = f'the adapter in {folder} does not fit this base model ({{}}). Use the model it was trained on.'
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # what they warn of is checked below
+        with _quiet(), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='.*missing adapter keys.*')  # checked below
             model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
     except (ValueError, RuntimeError, OSError, KeyError) as error: raise ModelError(misfit.format(str(error).strip().split('\n')[0])) from error
     with safe_open(folder/'adapter_model.safetensors', 'pt') as file: astray = set(file.keys()) ^ set(get_peft_model_state_dict(model))
     if astray: raise ModelError(misfit.format(f'{len(astray)} weights have no counterpart, among them {min(astray)}'))
     return model
+
+# %% ../nbs/04_model.ipynb #43dd0e83
+def restore_adapter(
+    model: PeftModel, # its adapter is overwritten
+    folder: str | Path # where `save_pretrained` wrote one of the same shape
+):
+    "Put saved numbers back into an adapter. Raises `ModelError` when they are not the same weights."
+    weights = load_peft_weights(str(folder), device='cpu')
+    if set(weights) != set(get_peft_model_state_dict(model)): raise ModelError(f'the adapter in {folder} has other weights than this one. Use the config it was trained with.')
+    set_peft_model_state_dict(model, weights)
 
 # %% ../nbs/04_model.ipynb #cb376a06
 def make_optimizer(

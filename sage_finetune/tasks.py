@@ -7,7 +7,7 @@ __all__ = ['TASK_COLUMNS', 'TASKS', 'PHRASINGS', 'MAX_BYTES', 'Task', 'Tasks', '
            'returned', 'class_parameters', 'defined', 'public_names', 'Definition', 'definitions', 'Fact', 'Skip',
            'facts_of', 'choose', 'folder_reason', 'file_reason', 'find_secret', 'text_reason', 'read_source',
            'module_name', 'source_files', 'CodeCorpus', 'nothing_to_ask', 'own_source', 'code_rows', 'file_rows',
-           'run_parts', 'refuse_taken', 'replacing', 'recipe', 'prepare_run', 'task_rows']
+           'run_parts', 'refuse_taken', 'replacing', 'recipe', 'task_rows', 'prepare_run']
 
 # %% ../nbs/11_tasks.ipynb #fd1905ae
 import ast, dataclasses, os, random, re, shutil, stat, tempfile, tokenize, warnings
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 from .config import ConfigError, DataError, RunError, TrainingConfig, preset, suggest_preset, why_unwritable, write_json
@@ -72,8 +73,8 @@ def first_sentence(
     docstring: str | None # as written, or None
 ) -> str | None:          # one line; None when it says nothing
     "The first sentence of a docstring. Headings, doctests, signatures and placeholders say nothing."
-    paragraph = re.split(r'\n\s*\n|\n\s*[=~-]{3,}\s*(?:\n|$)', (docstring or '').strip())[0]
-    text = re.sub(r':[\w:]+:`[~!]?([^`<]+?)(?:\s*<[^`]*>)?`', r'`\1`', ' '.join(paragraph.split()))
+    paragraph = re.split(r'\n\s*(?:\n|[=~-]{3,}\s*(?:\n|$)|[-*•]\s|\d+[.)]\s|:\w+|>>>)', (docstring or '').strip())[0]
+    text = re.sub(r':[\w:]+:`[~!]?([^`<]+?)(?:\s*<[^`]*>)?`', r'`\1`', ' '.join(paragraph.split())).replace('``', '`')
     for end in re.finditer(r'[.!?]["\'`)\]]*(?=\s)', text):
         start = text[:end.end()]
         if not _NO_END.search(start) and start.count('(') == start.count(')') and start.count('`') % 2 == 0:
@@ -122,8 +123,8 @@ def class_parameters(
     node: ast.ClassDef # class in the tree
 ) -> str | None:       # "leaves, minutes"; None when the tree does not say
     "The parameters a class is called with: those of its own `__init__`, or the fields of a dataclass without a base."
-    for inner in node.body:
-        if isinstance(inner, ast.FunctionDef) and inner.name == '__init__': return parameters(inner, bound=True)
+    makers = [o for o in node.body if isinstance(o, ast.FunctionDef) and o.name == '__init__' and 'overload' not in _decorators(o)]
+    if makers: return parameters(makers[-1], bound=True)
     maker = _decorators(node).get('dataclass')
     if maker is None or node.bases or 'init=False' in ast.unparse(maker): return None
     return ', '.join(o.target.id for o in node.body if _is_init_field(o)) or 'no parameters'
@@ -143,14 +144,16 @@ def _targets(node: ast.AST) -> list:
     return [o.id for o in targets if isinstance(o, ast.Name)]
 
 def public_names(
-    tree: ast.Module # a file's syntax tree
-) -> list[str]:      # in the order of the file; empty when the tree does not say
+    tree: ast.Module,        # a file's syntax tree
+    is_package: bool = False # an `__init__.py`, which may pass on names of other files
+) -> list[str]:              # in the order of the file; empty when the tree does not say
     "What a module offers: `__all__` if it is written out, else its public functions, classes and constants."
     lists = [node.value for node in tree.body if '__all__' in _targets(node)]
     mentions = sum(isinstance(node, ast.Name) and node.id == '__all__' for node in ast.walk(tree))
     if mentions:
-        try: return [name for node in lists for name in ast.literal_eval(node)] if mentions == len(lists) else []
+        try: return list(dict.fromkeys(name for node in lists for name in ast.literal_eval(node))) if mentions == len(lists) else []
         except (ValueError, TypeError): return []
+    if is_package and any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree)): return []
     names = [node.name for node in defined(tree.body)] + [name for node in tree.body for name in _targets(node) if name.isupper()]
     return list(dict.fromkeys(name for name in names if not name.startswith('_')))
 
@@ -168,11 +171,11 @@ class Definition:
 def _function(node: ast.AST, owner: str, module: str, file: str) -> Iterator[Definition]:
     "A function, or a method of `owner`"
     decorators = _decorators(node)
-    if node.name.startswith('_') or {'overload', 'setter', 'deleter', 'getter'} & set(decorators): return
+    if node.name.startswith('_') or {'overload', 'setter', 'deleter', 'getter', 'patch_to', 'patch_property'} & set(decorators): return
     if 'patch' in decorators and node.args.args and node.args.args[0].annotation: # fastcore's way to write a method outside its class
         owner = ast.unparse(node.args.args[0].annotation)
         if not owner.isidentifier(): return
-    is_property = any('property' in name for name in decorators)
+    is_property = any('property' in name for name in decorators) or 'as_prop=True' in ast.unparse(decorators.get('patch', ast.Constant(0)))
     noun = 'property' if is_property else 'method' if owner else 'function'
     answers = dict(does=first_sentence(ast.get_docstring(node)), returns=returned(node))
     if not is_property: answers['parameters'] = parameters(node, bound=bool(owner) and 'staticmethod' not in decorators)
@@ -186,7 +189,7 @@ def definitions(
     file: str         # path below the root
 ) -> Iterator[Definition]:
     "What a file defines at its top level and in its public classes; private names are left out."
-    names = public_names(tree)
+    names = public_names(tree, file.endswith('__init__.py'))
     yield Definition('module', module, module, file, 1, dict(does=first_sentence(ast.get_docstring(tree)), contents=', '.join(names) or None))
     for node in defined(tree.body):
         if not isinstance(node, ast.ClassDef): yield from _function(node, '', module, file)
@@ -280,6 +283,7 @@ _TOOL_FOLDERS = frozenset('build dist node_modules site-packages venv env virtua
 _TEST_FOLDERS = frozenset(('test', 'tests', 'testing_data'))
 MAX_BYTES = 1_000_000
 
+# %% ../nbs/11_tasks.ipynb #683b5e79
 def _link_reason(path: Path, root: Path) -> str:
     "Why a symbolic link is not followed: what it leads to is read under its own name, or is none of ours"
     try: target = path.resolve(strict=True)
@@ -294,7 +298,7 @@ def folder_reason(
     "Why a folder is left out."
     if path.is_symlink(): return _link_reason(path, root)
     if path.name in _TEST_FOLDERS: return 'tests'
-    made = path.name in _TOOL_FOLDERS or path.name.startswith('.') or path.name.endswith('.egg-info') or (path/'pyvenv.cfg').exists()
+    made = path.name in _TOOL_FOLDERS or path.name.startswith('.') or path.name.endswith('.egg-info') or os.path.exists(path/'pyvenv.cfg')
     return 'folder made by a tool' if made else ''
 
 def file_reason(
@@ -305,7 +309,8 @@ def file_reason(
     if path.is_symlink(): return _link_reason(path, root)
     if re.fullmatch(r'test_.*|.*_test|tests|conftest', path.stem): return 'tests'
     if re.fullmatch(r'_modidx|_version|.*_pb2(_grpc)?', path.stem): return 'generated'
-    facts = path.stat()
+    try: facts = path.stat()
+    except OSError: return 'cannot be opened'
     if not stat.S_ISREG(facts.st_mode): return 'not a regular file'
     return f'larger than {MAX_BYTES:,} bytes' if facts.st_size > MAX_BYTES else ''
 
@@ -321,14 +326,16 @@ _SHAPES = {
     'Google key': r'\bAIza[0-9A-Za-z_-]{35}\b',
     'Stripe key': r'\b[sr]k_live_[0-9A-Za-z]{16,}'}
 _SECRET_SHAPES = re.compile('|'.join(f'(?P<s{number}>{shape})' for number, shape in enumerate(_SHAPES.values())))
-_PASSWORD = re.compile(r'''(?i)(?:passw(?:or)?d|passwd|pwd|passphrase|secret|api_?key|(?:access|auth|private|secret|account)_?(?:key|token))["']?\]?'''
+_PASSWORD = re.compile(r'''(?i)(?:passw(?:or)?d|passwd|pwd|passphrase|secret|api_?key|(?:access|auth|private|secret|account)_?(?:key|token)'''
+                       r'''|token(?=["']?\]?[^"'\n]{0,60}["'][^"'\n]{16,}))["']?\]?'''
                        r'''\s*(?::\s*[\w\[\]|., ]{1,40})?(?:==?|:)\s*[rbf]?(["'])(?P<value>[^"'\n]{6,200})\1|\w://[^/\s:@"']+:(?P<url>[^/\s:@"']{6,})@''')
-_PLACEHOLDER_VALUE = re.compile(r'(?i)[<>{}$%*\s]|\.\.\.|your|example|change|placeholder|dummy|fake|sample|test|xxx|password|passwd|secret|token|api.?key|env|^https?:')
+_PLACEHOLDER_VALUE = re.compile(r'(?i)[<>{}$%*\s]|\.\.\.|your|example|change|placeholder|dummy|fake|sample|test|xxx'
+                                r'|password|passwd|secret|token|api.?key|env|^https?:')
 
 # %% ../nbs/11_tasks.ipynb #cd06b70c
 def find_secret(
     text: str # a source file
-) -> str:     # "AWS key in line 3"; empty: none seen. The secret itself is never repeated.
+) -> str:     # "AWS key in line 3"; empty: none seen
     "Look for what seems to be a secret."
     seen = _SECRET_SHAPES.search(text)
     what = list(_SHAPES)[int(seen.lastgroup[1:])] if seen else ''
@@ -428,7 +435,8 @@ class CodeCorpus:
     def lines(self) -> list[tuple]:
         "The corpus as lines of a table: what, how many, an example."
         first = {fact.kind: f'{fact.row(0)["instruction"]} {fact.answer}' for fact in reversed(self.facts)}
-        kinds = [(f'facts: {kind}', count, first[kind]) for kind, count in Counter(fact.kind for fact in self.facts).items()]
+        times = Counter(fact.kind for fact in self.facts)
+        kinds = [(f'facts: {kind}', times[kind], shorten(first[kind], 100, placeholder=' …')) for kind in PHRASINGS if kind in times]
         places = {skip.reason: skip.place for skip in reversed(self.skipped)}
         left = [(f'left out: {reason}', count, places[reason]) for reason, count in Counter(skip.reason for skip in self.skipped).most_common()]
         chosen = f'{len(self.facts)} of {self.available} facts, each in {len(PHRASINGS["does"]) - 1} phrasings'
@@ -448,6 +456,7 @@ def nothing_to_ask(
     what = f'{corpus.files} Python files were read in {corpus.root}, but there is nothing to ask about' if corpus.files else f'there is no Python file to read in {corpus.root}'
     return f'{what}. {left}Name another code_root: a folder with .py files that define functions or classes.'
 
+# %% ../nbs/11_tasks.ipynb #9a6434d3
 def own_source() -> Path:
     "The folder this package is installed in."
     return Path(find_spec('sage_finetune').submodule_search_locations[0])
@@ -458,7 +467,8 @@ def code_rows(
     seed: int = 42,                 # where the choice starts
     max_answer: int = 200           # longest answer in characters
 ) -> CodeCorpus:                    # rows, held_out, skipped
-    "Questions and answers about a source tree, read from its syntax trees. Raises `DataError` when there is nothing to ask about."
+    "Questions and answers about a source tree, read from its syntax trees. Raises `DataError` when there is nothing to ask."
+    if max_facts is not None and max_facts < 1: raise ConfigError(f'max_facts = {max_facts} leaves nothing to learn: it takes 1 or more, or None for all.')
     root = Path(own_source() if root is None else root).expanduser().resolve()
     if not root.is_dir(): raise DataError(f'code_root {root} is not a folder. Name a folder with Python files.')
     paths, skipped = source_files(root)
@@ -481,7 +491,7 @@ def file_rows(
     path: str | Path # a .json, .jsonl, .csv or .parquet file, or "example"
 ) -> tuple:          # (rows, their format; "mixed" when there are several)
     "Read and check the rows of a task. Raises `DataError` naming the first row that does not fit."
-    from sage_finetune.data import detect_data_format, load_training_data, to_messages # only here: it imports datasets, which takes seconds
+    from sage_finetune.data import detect_data_format, load_training_data, to_messages  # only here: it imports datasets, which takes seconds
     rows, formats = load_training_data(path), set()
     for number, row in enumerate(rows, 1):
         try:
@@ -552,6 +562,25 @@ def recipe(
     for field_name, value in dict(overrides, model_name=model).items(): setattr(config, field_name, value)
     return config.check()
 
+# %% ../nbs/11_tasks.ipynb #6a433aaf
+def task_rows(
+    task: Task,                    # which kind of rows
+    data: str | Path | None,       # file with the rows
+    code_root: str | Path | None,  # folder with Python files
+    max_facts: int | None,         # keep so many facts of the source tree
+    max_answer: int,               # longest answer about it in characters
+    seed: int                      # where the choice of facts starts
+) -> tuple:                        # (rows, held-out rows, format, {"code_root" or "data_file": where they came from})
+    "Rows of a task from its file or source tree. Raises `ConfigError` when the wrong one is given, `DataError` for bad rows."
+    if not task.needs_file:
+        if data is not None: raise ConfigError(f'task code builds its rows from code_root, so data={str(data)!r} would be ignored. Leave it out, or use task custom.')
+        corpus = code_rows(code_root, max_facts, seed, max_answer)
+        return corpus.rows, corpus.held_out, 'alpaca', dict(code_root=corpus.root)
+    if code_root is not None: raise ConfigError(f'only task code reads a source tree; task {task.name} takes data, a file. Leave code_root out.')
+    if data is None: raise DataError(f'task {task.name} needs a data file whose rows have {task.rows}. Name it with data.')
+    rows, row_format = file_rows(task, data)
+    return rows, [], row_format, dict(data_file=data) if Path(data).exists() else {} # "example" is no file of yours
+
 # %% ../nbs/11_tasks.ipynb #92106bbc
 def prepare_run(
     task: str,                            # code, qa, instruction, chat or custom
@@ -561,6 +590,7 @@ def prepare_run(
     code_root: str | Path | None = None,  # task code: folder with Python files; None: this package's own source
     config: TrainingConfig | None = None, # your own recipe; None: one that suits the model and this machine
     max_facts: int | None = None,         # task code: keep so many facts; None: all
+    max_answer: int = 200,                # task code: longest answer in characters
     overwrite: bool = False,              # replace a run that is in the folder
     **overrides                           # fields of the recipe to set differently
 ) -> Path:                                # the run folder
@@ -568,7 +598,7 @@ def prepare_run(
     kind, folder = find_task(task), Path(output_dir).absolute()
     refuse_taken(folder, overwrite)
     dials = recipe(model, config, **overrides)
-    rows, held_out, row_format, source = task_rows(kind, data, code_root, max_facts, dials.seed)
+    rows, held_out, row_format, source = task_rows(kind, data, code_root, max_facts, max_answer, dials.seed)
     dials.output_dir, dials.data_path = folder, folder/f'training_data_{task}_{row_format}.json'
     if held_out: dials.eval_path = folder/f'eval_data_{task}_{row_format}.json'
     with replacing(folder):
@@ -578,21 +608,3 @@ def prepare_run(
         write_status(folder, 'pending', message=f'{len(rows)} rows are ready')
         write_meta(folder, task, model, dials.data_path, folder/CONFIG, format=row_format, **source)
     return folder
-
-# %% ../nbs/11_tasks.ipynb #6a433aaf
-def task_rows(
-    task: Task,                    # which kind of rows
-    data: str | Path | None,       # file with the rows
-    code_root: str | Path | None,  # folder with Python files
-    max_facts: int | None,         # keep so many facts of the source tree
-    seed: int                      # where the choice of facts starts
-) -> tuple:                        # (rows, held-out rows, format, {"code_root" or "data_file": where they came from})
-    "Rows of a task from its file or source tree. Raises `ConfigError` when the wrong one is given, `DataError` for bad rows."
-    if not task.needs_file:
-        if data is not None: raise ConfigError(f'task code builds its rows from code_root, so data={str(data)!r} would be ignored. Leave it out, or use task custom.')
-        corpus = code_rows(code_root, max_facts, seed)
-        return corpus.rows, corpus.held_out, 'alpaca', dict(code_root=corpus.root)
-    if code_root is not None: raise ConfigError(f'only task code reads a source tree; task {task.name} takes data, a file. Leave code_root out.')
-    if data is None: raise DataError(f'task {task.name} needs a data file whose rows have {task.rows}. Name it with data.')
-    rows, row_format = file_rows(task, data)
-    return rows, [], row_format, dict(data_file=data)

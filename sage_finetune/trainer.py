@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from .batches import collate, learnt_tokens, plan_batches
 from .config import ConfigError, FinetuneError, RunError, TrainingConfig, folder_atomic, why_unwritable, write_json
 from .data import encode, load_training_data, split
-from .model import attach_lora, count_parameters, load_base, make_optimizer, make_schedule, plan_precision
+from .model import attach_lora, count_parameters, load_base, make_optimizer, make_schedule, plan_precision, restore_adapter
 from .runs import CONFIG, METRICS, html_table, process_gone, read_meta, read_metrics, read_status, text_table, write_status
 
 # %% ../nbs/06_trainer.ipynb #1192cbc7
@@ -165,10 +165,9 @@ def load_checkpoint(
     schedule: Any # its state is overwritten
 ) -> int: # optimizer steps done
     "Put everything back as it was. Raises `RunError` when the checkpoint is broken."
-    from peft import load_peft_weights, set_peft_model_state_dict
     try:
         state = torch.load(Path(path)/'state.pt', weights_only=True, map_location='cpu')
-        set_peft_model_state_dict(model, load_peft_weights(str(path), device='cpu'))
+        restore_adapter(model, path)
         optimizer.load_state_dict(state['optimizer'])
         schedule.load_state_dict(state['schedule'])
     except Exception as error: raise RunError(f'{path} is not a checkpoint that can be read ({error}). Delete it; an older one is then used.') from error

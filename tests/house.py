@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "typer": {"cli": "the command line; the library is used without it"},
     "transformers": {
         "model": "loads models and tokenizers",
+        "chat": "streams answers: generation's streamer and stopping criteria are the library's",
         "tiny": "makes the embedded model: a Qwen2 from nothing and its tokenizer, which `model` then loads like any other"},
     "tokenizers": {"tiny": "trains the embedded model's vocabulary"},
     "peft": {"model": "attaches, saves and merges adapters"},

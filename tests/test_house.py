@@ -1,0 +1,201 @@
+"""The guards of the house: each finds nothing in this project, and each finds the fault planted for it in a copy."""
+import importlib
+import json
+import re
+import subprocess
+import sys
+
+import house
+import pytest
+
+import sage_finetune
+
+GUARDS = house.all_guards()
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_nothing_wrong(root, name):
+    assert GUARDS[name](root) == []
+
+
+# ---- faults, each planted in a fresh copy ---------------------------------------------------------------------------
+
+@pytest.fixture
+def copy(root, tmp_path): return house.copy_project(root, tmp_path/"project")
+
+
+def append(path, text): path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
+
+
+def replace(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert old in text, f"{old!r} is no longer in {path.name}: plant the fault somewhere else"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def edit(path, change):
+    notebook = house.load(path)
+    change(notebook)
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+
+
+def code_cell(source, *outputs):
+    return {"cell_type": "code", "id": "planted", "metadata": {}, "execution_count": None, "source": source, "outputs": list(outputs)}
+
+
+def add_cell(path, cell): edit(path, lambda notebook: notebook["cells"].append(cell))
+
+
+def config(copy): return copy/"nbs/00_config.ipynb"
+
+
+def module(copy, name="config"): return copy/house.PACKAGE/f"{name}.py"
+
+
+FAULTS = {
+    "a module edited by hand": ("exports_out_of_sync", "config.py is not what", lambda copy: append(module(copy), "\nplanted = 1\n")),
+    "a notebook changed and not exported": ("exports_out_of_sync", "config.py is not what",
+        lambda copy: add_cell(config(copy), code_cell("#| export\ndef planted(): return 1"))),
+    "a module that no notebook exports any more": ("exports_out_of_sync", "planted.py is not what", lambda copy: module(copy, "planted").write_text("")),
+    "an execution count": ("not_clean", "00_config.ipynb is not clean",
+        lambda copy: add_cell(config(copy), code_cell("1") | {"execution_count": 7})),
+    "widget state in the metadata": ("widget_state", "state of widgets",
+        lambda copy: edit(config(copy), lambda notebook: notebook["metadata"].update(widgets={"state": {}}))),
+    "a widget as an output": ("widget_state", "application/vnd.jupyter.widget-view+json", lambda copy: add_cell(config(copy), code_cell("form",
+        {"output_type": "display_data", "metadata": {}, "data": {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}}}))),
+    "a path in a source": ("absolute_paths", "/home/planted/data.json", lambda copy: add_cell(config(copy), code_cell("path = '/home/planted/data.json'"))),
+    "a path in what was printed": ("absolute_paths", "/tmp/tmpabc", lambda copy: add_cell(config(copy), code_cell("print(path)",
+        {"output_type": "stream", "name": "stdout", "text": ["saved in ", "/tmp/tmpabc/run\n"]}))),
+    "a path in an HTML output": ("absolute_paths", "/Users/planted", lambda copy: add_cell(config(copy), code_cell("path",
+        {"output_type": "execute_result", "execution_count": None, "metadata": {}, "data": {"text/html": "<b>/Users/planted/x</b>"}}))),
+    "a path of Windows": ("absolute_paths", "is a path of one computer", lambda copy: add_cell(config(copy), code_cell("path = r'C:\\Users\\planted'"))),
+    "a module without notebook": ("unmatched", "planted.py has no notebook", lambda copy: module(copy, "planted").write_text("")),
+    "a notebook without module": ("unmatched", "has no module sage_finetune/config.py", lambda copy: module(copy).unlink()),
+    "a notebook under another name": ("unmatched", "settings.ipynb should export settings", lambda copy: config(copy).rename(copy/"nbs/00_settings.ipynb")),
+    "a number used twice": ("unmatched", "two notebooks have the number 00", lambda copy: (copy/"nbs/01_prompt.ipynb").rename(copy/"nbs/00_prompt.ipynb")),
+    "an index that exports": ("unmatched", "is not a library page and exports",
+        lambda copy: add_cell(copy/"nbs/index.ipynb", code_cell("#| export\ndef planted(): return 1"))),
+    "an index that needs nbdev": ("unmatched", "needs nbdev", lambda copy: add_cell(copy/"nbs/index.ipynb", code_cell("from nbdev.showdoc import show_doc"))),
+    "a notebook without promise": ("unintroduced", "index.ipynb does not open",
+        lambda copy: edit(copy/"nbs/index.ipynb", lambda notebook: notebook["cells"][0].update(source="# Title\n\nand no promise"))),
+    "an import that points upward": ("upward_imports", "00 may not look up to 02", lambda copy: append(module(copy), "\nfrom .data import load_training_data\n")),
+    "an import upward in a function": ("upward_imports", "00 may not look up to 02",
+        lambda copy: append(module(copy), "\ndef planted():\n    from sage_finetune.data import load_training_data\n")),
+    "an import upward through the package": ("upward_imports", "00 may not look up to 02",
+        lambda copy: append(module(copy), "\nfrom sage_finetune import prepare_dataset\n")),
+    "an import upward by name": ("upward_imports", "00 may not look up to 01",
+        lambda copy: append(module(copy), "\nimport importlib\nprompt = importlib.import_module('sage_finetune.prompt')\n")),
+    "two rooms that import each other": ("upward_imports", "may not look up", lambda copy: (append(module(copy), "\nfrom . import prompt\n"),
+        append(module(copy, "prompt"), "\nfrom . import config\n"))),
+    "matplotlib in the wrong room": ("forbidden_imports", "matplotlib, which belongs to plot", lambda copy: append(module(copy), "\nimport matplotlib.figure\n")),
+    "peft in a function of the wrong room": ("forbidden_imports", "peft, which belongs to model",
+        lambda copy: append(module(copy), "\ndef planted():\n    from peft import PeftModel\n")),
+    "nbdev at run time": ("forbidden_imports", "nbdev, which settings.ini does not ask for", lambda copy: append(module(copy), "\nfrom nbdev.showdoc import *\n")),
+    "an extra on top": ("forbidden_imports", "wandb outside a function", lambda copy: append(module(copy), "\nimport wandb\n")),
+    "torch in a light room": ("heavy_rooms", "imports torch", lambda copy: append(module(copy), "\nimport torch\n")),
+    "torch in the package": ("heavy_package", "loads torch", lambda copy: append(module(copy, "__init__"), "\nimport torch\n")),
+    "half a second in the package": ("heavy_package", "more than 0.3 s", lambda copy: append(module(copy, "__init__"), "\nimport time; time.sleep(.5)\n")),
+    "a folder made by an import": ("side_effects", "os.mkdir .../home/.planted",
+        lambda copy: append(module(copy), "\nPath.home().joinpath('.planted').mkdir()\n")),
+    "a file written by an import": ("side_effects", "writes .../here/planted.txt",
+        lambda copy: append(module(copy), "\nPath('.').resolve().joinpath('planted.txt').write_text('')\n")),
+    "a file written by a config": ("side_effects", "leaves here/planted.txt",
+        lambda copy: append(module(copy), "\nTrainingConfig.__repr__ = lambda config: str(Path('planted.txt').write_text(''))\n")),
+    "a connection made by an import": ("side_effects", "socket.getaddrinfo",
+        lambda copy: append(module(copy), "\nimport socket\ntry: socket.getaddrinfo('localhost', 80)\nexcept OSError: pass\n")),
+    "a function without docstring": ("undocumented", "planted has no docstring", lambda copy: append(module(copy), "\ndef planted(): return 1\n")),
+    "a parameter without phrase": ("undocumented", "planted(first) has no phrase",
+        lambda copy: append(module(copy), "\ndef planted(\n    first: int,\n    second: int, # said\n):\n    'Said.'\n")),
+    "a parameter without type": ("undocumented", "planted(first) has no type", lambda copy: append(module(copy), "\ndef planted(\n    first, # said\n):\n    'Said.'\n")),
+    "two parameters with one phrase": ("undocumented", "planted has two parameters in line",
+        lambda copy: append(module(copy), "\ndef planted(\n    first: int, second: int, # said\n):\n    'Said.'\n")),
+    "a field without phrase": ("undocumented", "Planted.field has no phrase", lambda copy: append(module(copy), "\n@dataclass\nclass Planted:\n    'Said.'\n    field: int = 1\n")),
+    "a method without docstring": ("undocumented", "Planted.method has no docstring",
+        lambda copy: append(module(copy), "\nclass Planted:\n    'Said.'\n    def method(self): return 1\n")),
+    "an index changed after README.md": ("stale_readme", "README.md", lambda copy: edit(copy/"nbs/index.ipynb",
+        lambda notebook: notebook["cells"].append({"cell_type": "markdown", "id": "planted", "metadata": {}, "source": "More."}))),
+    "README.md changed by hand": ("stale_readme", "README.md", lambda copy: append(copy/"README.md", "\nMore.\n")),
+    "a new picture in the index": ("stale_readme", "nbs/index_files/", lambda copy: add_cell(copy/"nbs/index.ipynb", code_cell("figure",
+        {"output_type": "display_data", "metadata": {}, "data": {"image/png": "iVBORw0KGgo="}}))),
+    "a picture left over": ("stale_readme", "nbs/index_files/old.png",
+        lambda copy: ((copy/"nbs/index_files").mkdir(exist_ok=True), (copy/"nbs/index_files/old.png").write_bytes(b"old"))),
+    "a version without its change": ("metadata_faults", "CHANGELOG.md begins with",
+        lambda copy: module(copy, "__init__").write_text('__version__ = "99.0"\n')),
+    "a requirement without tested version": ("metadata_faults", "no tested version of planted",
+        lambda copy: replace(copy/"settings.ini", "    torch>=", "    planted>=1\n    torch>=")),
+    "a tested version too old": ("metadata_faults", "settings.ini wants torch", lambda copy: replace(copy/"settings.ini", "    torch>=", "    torch>=99,>=")),
+    "another Python in pyproject.toml": ("metadata_faults", "requires-python", lambda copy: replace(copy/"settings.ini", "min_python = ", "min_python = 2.")),
+    "another address of the project": ("metadata_faults", "points to somebody/sage-finetune",
+        lambda copy: append(copy/"README.md", "\nhttps://github.com/somebody/sage-finetune\n")),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_found(copy, fault):
+    guard, sentence, plant = FAULTS[fault]
+    plant(copy)
+    found = GUARDS[guard](copy)
+    assert any(sentence in line for line in found), found
+
+
+def test_every_guard_has_a_planted_fault():
+    assert {guard for guard, _, _ in FAULTS.values()} == set(GUARDS) - {"side_effects_of_all_rooms"}
+
+
+@pytest.mark.parametrize("legitimate", [
+    "see https://example.org/home/page and user/tmp/notes", "a/b/root/c", "half and/or work/life", "'/home/ada/data.json'", "</root>", "~/tmp/x", "${HOME}/tmp/x",
+    "2/tmp/3", "`nbs/tutorials`", "/hometown", "x = 1/work/2", "C: users"])
+def test_a_path_is_not_seen_where_there_is_none(copy, legitimate):
+    before = house.absolute_paths(copy)
+    add_cell(config(copy), code_cell(legitimate))
+    assert house.absolute_paths(copy) == before
+
+
+def test_types_may_be_imported_anywhere(copy):
+    append(module(copy), "\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from peft import PeftModel\n")
+    assert not any("peft" in line and line.startswith("config.py") for line in house.forbidden_imports(copy))
+
+
+# ---- the package's front door ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", sage_finetune.__all__)
+def test_every_public_name_is_there(name):
+    "The table of lazy exports names what exists, and the module says itself that it is public"
+    value = getattr(sage_finetune, name)
+    if name == "__version__": return
+    home = importlib.import_module(f"sage_finetune.{sage_finetune._home[name]}")
+    assert value is getattr(home, name) and name in home.__all__ and name in dir(sage_finetune)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'LoraTrainer'"): sage_finetune.LoraTrainer
+    with pytest.raises(ImportError): exec("from sage_finetune import LoraTrainer")
+
+
+def test_the_version_is_the_installed_one(root):
+    from importlib.metadata import version
+    assert version(house.settings(root)["lib_name"]) == sage_finetune.__version__ == house.version_of(root)
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+def test_make_names_every_target(root):
+    said = subprocess.run(["make", "help"], cwd=root, capture_output=True, text=True, check=True).stdout
+    phony = re.search(r"^\.PHONY: (.*)", (root/"Makefile").read_text(), re.M)[1].split()
+    assert set(re.findall(r"make ([a-z-]+)", said)) == set(phony)
+    assert {"demo", "test", "lab", "docs", "notebooks", "tiny-model"} <= set(phony)
+
+
+def test_the_readme_is_made_from_the_index(copy):
+    "Pictures become files, links find their way from the project's folder, hidden cells stay hidden"
+    index = copy/"nbs/index.ipynb"
+    add_cell(index, {"cell_type": "markdown", "id": "links", "metadata": {}, "source": "[dials](00_config.ipynb) [more](../CHANGELOG.md) [web](https://a.b/c)"})
+    add_cell(index, code_cell("plot()", {"output_type": "display_data", "metadata": {}, "data": {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"}}))
+    add_cell(index, code_cell("print(1)", {"output_type": "stream", "name": "stdout", "text": "\x1b[1mone\x1b[0m\n"}))
+    add_cell(index, code_cell("#| hide\nsecret = 1"))
+    subprocess.run([sys.executable, ".ci/docs.py", "--readme"], cwd=copy, check=True, capture_output=True)
+    text = (copy/"README.md").read_text()
+    assert "[dials](nbs/00_config.ipynb) [more](CHANGELOG.md) [web](https://a.b/c)" in text and "secret" not in text
+    picture = re.findall(r"!\[png\]\((nbs/index_files/.+?\.png)\)", text)[-1]
+    assert (copy/picture).read_bytes() == b"\x89PNG\r\n\x1a\n" and "```text\none\n```" in text
+    assert house.stale_readme(copy) == []

@@ -1,0 +1,27 @@
+"""Every notebook runs, each a case of its own, the way nbdev-test runs it and in this one process (torch is imported once)."""
+import os
+from pathlib import Path
+
+import house
+import pytest
+from nbdev.config import get_config
+from nbdev.test import test_nb as run_notebook
+
+run_notebook.__test__ = False  # nbdev's function is named like a test
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = house.notebooks(ROOT)
+
+
+def files(folder): return {path for path in folder.rglob("*") if not any(part[0] in "._" for part in path.relative_to(folder).parts)}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(ROOT/"nbs").with_suffix("").as_posix())
+def test_notebook(path, monkeypatch, tmp_path, capfd):
+    "All cells run but those with a flag (gpu, slow), and nothing is left beside the notebook"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # what a notebook writes goes away with the test
+    before = files(ROOT/"nbs")
+    good, _ = run_notebook(path, skip_flags=get_config(ROOT).tst_flags.split(), basepath=ROOT, showerr=True)
+    assert good, capfd.readouterr().err
+    assert "IN_TEST" not in os.environ
+    assert sorted(files(ROOT/"nbs") - before) == [], "the notebook writes into nbs/"

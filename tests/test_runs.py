@@ -1,0 +1,186 @@
+"Run folders: SAGE's and ours, alive, dead and broken"
+import json
+import os
+import subprocess
+import sys
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+from sage_finetune.config import RunError, TrainingConfig
+from sage_finetune.runs import STATES, list_runs, process_gone, read_meta, read_metrics, read_status, run_info, write_meta, write_status
+
+SAGE = dict(task_type="code", model="Qwen/Qwen2.5-Coder-7B-Instruct", framework="llama-factory", format="alpaca", dataset="/home/ada/out/code/training_data_code_alpaca.json",
+            config="/home/ada/out/code/llama-factory_config.json", output_dir="/home/ada/out/code", code_root="/home/ada/SAGE")
+
+
+def folder_with(path, **files):
+    path.mkdir(parents=True)
+    for name, content in files.items(): (path/name.replace("__", ".")).write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+# ---- meta -------------------------------------------------------------------------------------------------------------
+
+def test_a_folder_of_sage_is_read_where_it_lies_now(tmp_path):
+    run = folder_with(tmp_path/"code", finetune_meta__json=SAGE, training_data_code_alpaca__json=[])
+    (run/"llama-factory_config.json").write_text("{}")
+    meta = read_meta(run)
+    assert (meta.dataset, meta.config, meta.output_dir) == (run/"training_data_code_alpaca.json", run/"llama-factory_config.json", run)
+    assert (meta.model, meta.framework, str(meta.code_root)) == (SAGE["model"], "llama-factory", "/home/ada/SAGE")
+    assert meta.training_config is None and meta.to_config() == TrainingConfig(model_name=SAGE["model"], data_path=meta.dataset, output_dir=run)
+
+
+def test_a_path_that_exists_is_taken_as_it_is(tmp_path):
+    rows = folder_with(tmp_path/"data", rows__json=[])/"rows.json"
+    run = folder_with(tmp_path/"run", finetune_meta__json=dict(SAGE, dataset=str(rows)), rows__json=[])
+    assert read_meta(run).dataset == rows
+
+
+@pytest.mark.parametrize("dataset", ["rows.json", "./rows.json", "out/run/rows.json", "C:\\Users\\ada\\run\\rows.json"])
+def test_other_ways_to_write_a_path(tmp_path, dataset):
+    run = folder_with(tmp_path/"run", finetune_meta__json=dict(SAGE, dataset=dataset), rows__json=[])
+    assert read_meta(run).dataset.resolve() == run/"rows.json"
+
+
+def test_relative_run_folders_give_absolute_paths(tmp_path, monkeypatch):
+    folder_with(tmp_path/"run", finetune_meta__json=dict(SAGE, dataset="rows.json"), rows__json=[])
+    monkeypatch.chdir(tmp_path)
+    meta = read_meta("run")
+    monkeypatch.chdir("/")
+    assert meta.dataset.is_file() and meta.output_dir == tmp_path/"run"
+
+
+@pytest.mark.parametrize("content, sentence", [
+    ('{"task_', "cannot be read"), ("", "cannot be read"), ("[1]", "holds a JSON list, not an object"), ('{"name": "x"}', "does not say task_type, model, dataset"),
+    (json.dumps(dict(SAGE, model=7)), "does not say model"), (json.dumps(dict(SAGE, task_type="poetry")), "task_type 'poetry'; there are: code, qa")])
+def test_broken_and_foreign_meta_files(tmp_path, content, sentence):
+    run = folder_with(tmp_path/"run", finetune_meta__json=content)
+    with pytest.raises(RunError, match=sentence): read_meta(run)
+
+
+def test_folders_that_are_no_runs(tmp_path):
+    with pytest.raises(RunError, match="no run folder .*nowhere"): read_meta(tmp_path/"nowhere")
+    with pytest.raises(RunError, match="holds no finetune_meta.json"): read_meta(tmp_path)
+
+
+def test_meta_round_trip_survives_a_move_and_holds_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "not-for-the-file")
+    run = folder_with(tmp_path/"run", rows__json=[])
+    config = TrainingConfig(model_name="tiny", data_path=run/"rows.json", eval_path=run/"rows.json").save(run/"training_config.json")
+    path = write_meta(run, "qa", "tiny", run/"rows.json", config, data_file=tmp_path/"rows.csv")
+    text = path.read_text()
+    assert "not-for-the-file" not in text and str(run) not in text
+    assert set(json.loads(text)) == {"task_type", "model", "framework", "format", "dataset", "config", "output_dir", "data_file"}
+    moved = run.rename(tmp_path/"moved")
+    assert read_meta(moved).to_config() == TrainingConfig(model_name="tiny", data_path=moved/"rows.json", eval_path=moved/"rows.json", output_dir=moved)
+    with pytest.raises(RunError, match="no task 'poetry'"): write_meta(moved, "poetry", "tiny", "rows.json")
+
+
+def test_two_files_that_name_different_models(tmp_path):
+    run = folder_with(tmp_path/"run", finetune_meta__json=SAGE)
+    TrainingConfig(model_name="tiny").save(run/"training_config.json")
+    with pytest.raises(RunError, match="Make them agree"): read_meta(run).to_config()
+
+
+# ---- status -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("state", STATES)
+def test_status_round_trip(tmp_path, state):
+    write_status(tmp_path, state, 3, 10, "fine")
+    status = read_status(tmp_path)
+    assert (status.state, status.step, status.total, status.message) == (state, 3, 10, "fine")
+    assert status.pid == (os.getpid() if state in ("preparing", "training") else None)
+    assert abs(datetime.now(timezone.utc) - datetime.fromisoformat(status.updated)) < timedelta(seconds=60)
+
+
+def test_wrong_statuses(tmp_path):
+    with pytest.raises(RunError, match="There are: pending"): write_status(tmp_path, "asleep")
+    (tmp_path/"status.json").write_text('{"state": "asleep"}')
+    with pytest.raises(RunError, match="says state 'asleep'"): read_status(tmp_path)
+    (tmp_path/"status.json").write_text('{"sta')
+    with pytest.raises(RunError, match="cannot be read"): read_status(tmp_path)
+
+
+def claim(run, **changes):
+    "A status that says it is training, with some fields changed"
+    write_status(run, "training", 3, 10)
+    content = json.loads((run/"status.json").read_text()) | changes
+    (run/"status.json").write_text(json.dumps(content))
+    return read_status(run)
+
+
+def test_a_process_that_was_killed_is_noticed(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        assert not process_gone(claim(tmp_path, pid=child.pid)) and run_info(tmp_path).state == "training"
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, but nobody has waited for it: a zombie
+        assert process_gone(claim(tmp_path, pid=child.pid))
+    finally: child.wait()
+    assert process_gone(claim(tmp_path, pid=child.pid)) and run_info(tmp_path).state == "failed (process gone)"
+
+
+def test_a_number_that_was_given_out_again_is_noticed(tmp_path):
+    last_year = (datetime.now(timezone.utc) - timedelta(days=365)).isoformat()
+    assert process_gone(claim(tmp_path, updated=last_year)) and not process_gone(claim(tmp_path))
+
+
+def test_what_is_not_certain_is_not_called_dead(tmp_path):
+    for changes in (dict(pid=2**22 + 1, host="another machine"), dict(pid=None), dict(pid=2**22 + 1, state="completed")): assert not process_gone(claim(tmp_path, **changes))
+    assert process_gone(claim(tmp_path, pid=2**22 + 1))
+
+
+# ---- metrics ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, steps", [("", []), ("\n", []), ('{"step": 1}\n', [1]), ('{"step": 1}', [1]), ('{"step": 1}\n{"step": 2}\n{"st', [1, 2]), ('{"step": 1}\n\n{"step": 2}\n', [1, 2]),
+                                         ('{"step": 1}\n{"step": 2, "note": "caf\u00e9', [1]), ('{"step": 1}\n12', [1])])
+def test_metrics_up_to_the_last_whole_line(tmp_path, text, steps):
+    (tmp_path/"metrics.jsonl").write_text(text, encoding="utf-8")
+    assert [row["step"] for row in read_metrics(tmp_path)] == steps
+
+
+def test_a_last_line_cut_inside_a_letter(tmp_path):
+    (tmp_path/"metrics.jsonl").write_bytes('{"step": 1}\n{"note": "é'.encode()[:-1])
+    assert read_metrics(tmp_path) == [dict(step=1)]
+
+
+def test_a_broken_line_in_the_middle_is_said(tmp_path):
+    (tmp_path/"metrics.jsonl").write_text('{"step": 1}\n{"st{"step": 2}\n{"step": 3}\n')
+    with pytest.raises(RunError, match="line 2, is not a JSON object"): read_metrics(tmp_path)
+
+
+# ---- lists ------------------------------------------------------------------------------------------------------------
+
+def test_a_list_of_all_sorts(tmp_path):
+    folder_with(tmp_path/"sage", finetune_meta__json=SAGE)
+    folder_with(tmp_path/"sage"/"lora_weights", adapter_config__json={})
+    folder_with(tmp_path/"mine", metrics__jsonl='{"loss": 3.5}\n{"eval_loss": 1.0}\n{"loss": 0.25}\n{"eval_loss": 0.5}\n')
+    TrainingConfig(model_name="tiny").save(tmp_path/"mine"/"training_config.json")
+    write_status(tmp_path/"mine", "completed", 4, 4)
+    folder_with(tmp_path/"mine"/"merged_model", config__json={}, training_config__json={})
+    folder_with(tmp_path/"mine"/"inner", finetune_meta__json=SAGE)
+    folder_with(tmp_path/"broken", finetune_meta__json="{")
+    folder_with(tmp_path/".hidden", finetune_meta__json=SAGE)
+    folder_with(tmp_path/"other", readme__md="no run")
+    runs = {run.name: run for run in list_runs(tmp_path)}
+    assert list(runs) == ["broken", "mine", "mine/inner", "sage"]
+    assert (runs["sage"].state, runs["sage"].task, runs["sage"].adapter, runs["sage"].merged) == ("completed", "code", True, False)
+    assert (runs["mine"].state, runs["mine"].model, runs["mine"].loss, runs["mine"].step, runs["mine"].merged) == ("completed", "tiny", 0.25, 4, True)
+    assert runs["mine/inner"].state == "pending" and runs["broken"].state == "unreadable" and "cannot be read" in runs["broken"].message
+
+
+def test_the_search_ends(tmp_path):
+    run = folder_with(tmp_path/"run", finetune_meta__json=SAGE)
+    (run/"round").symlink_to(tmp_path)
+    folder_with(tmp_path/"a"/"b"/"c"/"d", finetune_meta__json=SAGE)
+    assert [run.name for run in list_runs(tmp_path)] == ["run"]
+    assert [run.name for run in list_runs(run)] == ["."]
+    assert str(list_runs(tmp_path/"a")) != "no runs" and str(list_runs(folder_with(tmp_path/"empty"))) == "no runs"
+    with pytest.raises(RunError, match="there is no folder"): list_runs(tmp_path/"nowhere")
+
+
+def test_foreign_text_is_escaped(tmp_path):
+    folder_with(tmp_path/"run", finetune_meta__json=dict(SAGE, model="<script>alert(1)</script>"))
+    runs = list_runs(tmp_path)
+    for shown in (runs, runs[0], read_meta(tmp_path/"run")): assert "<script>" not in shown._repr_html_() and "&lt;script&gt;" in shown._repr_html_() and "<script>" in str(shown)

@@ -1,0 +1,481 @@
+"Questions read out of real source trees, and the run folders made of them"
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from sage_finetune.config import ConfigError, DataError, RunError, TrainingConfig
+from sage_finetune.runs import TASK_NAMES, read_meta, read_status, write_status
+from sage_finetune.tasks import PHRASINGS, TASKS, code_rows, find_secret, first_sentence, own_source, prepare_run, run_parts
+
+POT = '"Pots and more."\nclass Pot:\n    "Holds tea."\n    def pour(self, cup: str) -> float:\n        "Fill a cup."\n\ndef brew(leaves, *, minutes=3) -> str:\n    "Make tea."\n'
+
+
+def grow(root, files):
+    "Write files (name -> text or bytes) below a folder"
+    for name, content in files.items():
+        path = root/name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def reasons(corpus): return {skip.place: skip.reason for skip in corpus.skipped}
+
+
+def answers(corpus, kind): return {fact.name: fact.answer for fact in corpus.facts if fact.kind == kind}
+
+
+def everything(corpus): return json.dumps([corpus.rows, corpus.held_out, corpus.skipped]) + repr(corpus) + corpus._repr_html_()
+
+
+# ---- what is asked ----------------------------------------------------------------------------------------------------
+
+def test_the_table_of_tasks_is_complete():
+    assert tuple(TASKS) == TASK_NAMES
+    assert [task.name for task in TASKS.values() if not task.needs_file] == ["code"]
+    assert "<td" in TASKS._repr_html_() and "conversation" in str(TASKS)
+
+
+def test_phrasings_differ_and_always_name_their_subject():
+    every = [phrasing for kind in PHRASINGS.values() for phrasing in kind]
+    assert len(set(every)) == len(every) and all("{name}" in phrasing for phrasing in every)
+    assert all(len(kind) >= 5 for kind in PHRASINGS.values())
+
+
+def test_rows_of_a_small_tree(tmp_path):
+    corpus = code_rows(grow(tmp_path, {"kitchen.py": POT}))
+    assert answers(corpus, "does") == {"kitchen": "Pots and more.", "Pot": "Holds tea.", "Pot.pour": "Fill a cup.", "brew": "Make tea."}
+    assert answers(corpus, "parameters") == {"Pot.pour": "cup", "brew": "leaves, minutes"}
+    assert answers(corpus, "returns") == {"Pot.pour": "float", "brew": "str"}
+    assert answers(corpus, "contents") == {"kitchen": "Pot, brew"}
+    assert answers(corpus, "where") == {"Pot": "kitchen.py", "brew": "kitchen.py"}
+    row = next(row for row in corpus.rows if row["instruction"] == "What does the method Pot.pour return?")
+    assert row == dict(instruction="What does the method Pot.pour return?", output="float", file="kitchen.py", line=4, kind="returns", phrasing=0)
+
+
+@pytest.mark.parametrize("name", ["fastcore", "json", "nbdev", "sage_finetune"])
+def test_real_trees_give_one_answer_to_each_question(name):
+    package = pytest.importorskip(name)
+    corpus = code_rows(os.path.dirname(package.__file__))
+    assert len(corpus.facts) > 50 and set(Counter(fact.kind for fact in corpus.facts)) >= {"does", "parameters", "contents", "where"}
+    said = {}
+    for row in corpus.rows + corpus.held_out: said.setdefault(row["instruction"], []).append(row["output"])
+    assert all(len(given) == 1 for given in said.values())
+    assert all(row["output"].strip() and "\n" not in row["output"] and len(row["output"]) <= 200 for row in corpus.rows)
+    learnt = {row["instruction"] for row in corpus.rows}
+    assert not any(row["instruction"] in learnt for row in corpus.held_out)
+    facts = lambda rows: {(row["kind"], row["file"], row["line"], row["output"]) for row in rows}
+    assert facts(corpus.rows) == facts(corpus.held_out)
+    assert not [skip for skip in corpus.skipped if "secret" in skip.reason]
+
+
+@pytest.mark.parametrize("folder, package", [("json", "json"), ("sage_finetune", "sage_finetune")])
+def test_answers_agree_with_what_python_says_when_it_runs_the_code(folder, package):
+    "The tree is read without running it; here the same things are imported and asked"
+    corpus, checked = code_rows(os.path.dirname(importlib.import_module(folder).__file__)), 0
+    light = {"config", "runs", "tasks", "decoder", "encoder", "scanner", "__init__"}
+    for fact in corpus.facts:
+        stem = fact.file.removesuffix(".py")
+        if fact.noun not in ("function", "class", "method") or stem not in light or "." in stem: continue
+        found = importlib.import_module(package if stem == "__init__" else f"{package}.{stem}")
+        for part in fact.name.removeprefix(found.__name__ + ".").split("."): found = getattr(found, part)
+        if fact.kind == "parameters":
+            named = [{"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(o.kind.name, "") + o.name for o in inspect.signature(found).parameters.values()]
+            if fact.noun == "method" and named[:1] == ["self"]: named = named[1:]
+            assert fact.answer == (", ".join(named) or "no parameters"), fact
+        elif fact.kind == "does":
+            plain = lambda text: " ".join(text.split()).replace("``", "`")
+            assert plain(inspect.getdoc(found)).startswith(fact.answer), fact
+        elif fact.kind == "where": assert inspect.getsourcefile(inspect.unwrap(found)).endswith(fact.file), fact
+        else: continue
+        checked += 1
+    assert checked > 30
+
+
+def test_what_the_tree_does_not_say_is_not_asked(tmp_path):
+    corpus = code_rows(grow(tmp_path, {"a.py": '''
+def silent(x): return x
+def lazy(): "TODO"
+def later():
+    """TODO: write this"""
+def headed(x):
+    """
+    Args:
+        x: a thing
+    """
+class Child(Base): ...
+__all__ = [name for name in dir()]
+'''}))
+    assert answers(corpus, "does") == {} and answers(corpus, "returns") == {} and answers(corpus, "contents") == {}
+    assert answers(corpus, "parameters") == dict(silent="x", lazy="no parameters", later="no parameters", headed="x")
+
+
+@pytest.mark.parametrize("docstring, expected", [
+    ("Pour tea. Then drink.", "Pour tea."), ("Is it? Yes.", "Is it?"), ("Uses e.g. Python. More.", "Uses e.g. Python."), ("Version 3.11 is needed. Really.", "Version 3.11 is needed."),
+    ("Two lines\n    of one sentence\n\n    and a paragraph", "Two lines of one sentence"), ("Returns the pot.", "Returns the pot."),
+    ("A title\n=======\n\nMore", "A title"), ("Calls :meth:`~pots.Pot.pour` twice.", "Calls `pots.Pot.pour` twice."), ("Fill ``cup`` now.", "Fill `cup` now."),
+    ("Wait ... then pour. Done.", "Wait ... then pour."), ("Returns:\n    int: n", None), ("Parameters\n----------\nx : int", None), (":param x: y", None),
+    ("pour(cup, n=1) -> float", None), ("As follows:\n - a", None), ("FIXME explain", None), ("...", None), ("Pour", None)])
+def test_first_sentence(docstring, expected):
+    assert first_sentence(docstring) == expected
+
+
+def test_one_word_is_no_answer_but_two_are():
+    assert first_sentence("Pour.") is None and first_sentence("Pour tea.") == "Pour tea."
+
+
+def test_parameters_of_classes_come_from_their_own_init(tmp_path):
+    corpus = code_rows(grow(tmp_path, {"a.py": '''
+from dataclasses import dataclass, field, KW_ONLY
+from typing import ClassVar, overload
+class Plain:
+    @overload
+    def __init__(self, wrong): ...
+    def __init__(self, size, *, lid=True): ...
+@dataclass(frozen=True)
+class Data:
+    size: int
+    shared: ClassVar[int] = 3
+    _: KW_ONLY
+    lid: bool = field(default=True)
+    inside: str = field(default="", init=False)
+@dataclass
+class Child(Data):
+    more: int = 0
+@dataclass(init=False)
+class Manual:
+    size: int
+'''}))
+    assert answers(corpus, "parameters") == dict(Plain="size, lid", Data="size, lid")
+
+
+def test_methods_of_every_sort(tmp_path):
+    corpus = code_rows(grow(tmp_path, {"a.py": '''
+from fastcore.basics import patch
+from typing import overload
+class Pot:
+    @staticmethod
+    def make(size) -> "Pot": ...
+    @classmethod
+    def empty(cls, size): ...
+    @property
+    def left(self) -> float: "What is left inside."
+    @left.setter
+    def left(self, value): ...
+    async def wait(self, seconds): ...
+    def _hidden(self, secret): ...
+@patch
+def shake(self: Pot, times): "Shake the pot."
+@overload
+def size(x: int) -> int: ...
+@overload
+def size(x: str) -> str: ...
+def size(x): return x
+'''}))
+    assert answers(corpus, "parameters") == {"Pot.make": "size", "Pot.empty": "size", "Pot.wait": "seconds", "Pot.shake": "times", "size": "x"}
+    assert answers(corpus, "returns") == {"Pot.make": "Pot", "Pot.left": "float"}
+    assert {fact.noun for fact in corpus.facts if fact.name == "Pot.left"} == {"property"}
+
+
+# ---- names mean one thing ---------------------------------------------------------------------------------------------
+
+def test_a_name_in_several_modules_is_written_with_its_module(tmp_path):
+    corpus = code_rows(grow(tmp_path, {"tea/__init__.py": "", "tea/a.py": 'def load(x): "Load tea."\n', "tea/deep/__init__.py": "",
+                                       "tea/deep/b.py": 'def load(y): "Load more tea."\ndef once(): ...\n'}))
+    assert answers(corpus, "parameters") == {"tea.a.load": "x", "tea.deep.b.load": "y", "once": "no parameters"}
+    assert answers(corpus, "where") == {"once": "tea/deep/b.py"}  # a name with its module would give the file away
+    assert not any(" load " in row["instruction"] or " load?" in row["instruction"] for row in corpus.rows)
+
+
+def test_a_name_twice_in_one_module_is_left_out_and_counted(tmp_path):
+    corpus = code_rows(grow(tmp_path, {"a.py": 'try:\n    import x\n    def load(a): ...\nexcept ImportError:\n    def load(b): ...\ndef kept(): ...\n'}))
+    assert answers(corpus, "parameters") == dict(kept="no parameters")
+    assert reasons(corpus) == {"a.py:3 load": "defined more than once under one name", "a.py:5 load": "defined more than once under one name"}
+
+
+def test_scripts_of_one_name_and_a_function_named_like_its_module(tmp_path):
+    corpus = code_rows(grow(tmp_path, {"one/run.py": '"The first script."', "two/run.py": '"The second script."', "pour.py": 'def pour(cup): "Pour it."\n'}))
+    assert answers(corpus, "does") == {"one.run": "The first script.", "two.run": "The second script.", "pour.pour": "Pour it."}
+
+
+def test_too_long_answers_are_left_out_and_counted(tmp_path):
+    grow(tmp_path, {"a.py": f'def f(x): "Say {"very " * 60}much."\n'})
+    corpus = code_rows(tmp_path)
+    assert answers(corpus, "does") == {} and reasons(corpus)["a.py:1 f (does)"] == "answer longer than 200 characters"
+    assert "f" in answers(code_rows(tmp_path, max_answer=1000), "does")
+
+
+# ---- what is left out -------------------------------------------------------------------------------------------------
+
+def join(*parts): return "".join(parts)  # so that this file does not hold what it looks for
+
+
+SECRETS = {
+    "private key": join("-----BEGIN RSA PRI", "VATE KEY-----"), "AWS key": join("AKI", "AZ7QXM3PLW2RTV5KB"),
+    "GitHub token": join("gh", "p_", "a1B2" * 9), "OpenAI or Anthropic key": join("sk", "-proj-", "aB3dE5gH" * 4), "Hugging Face token": join("h", "f_", "aBcDeFgHiJ" * 3 + "kLmN"),
+    "Slack token": join("xo", "xb-", "123456789012-abcdefGHIJ"), "Google key": join("AI", "za", "SyA1b2C3d4E5f6G7h8I9j0K1l2M3n4O5p6Q"), "Stripe key": join("sk", "_live_", "a1b2c3d4e5f6g7h8")}
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+def test_a_file_with_a_secret_is_left_out_and_the_secret_never_shown(tmp_path, kind):
+    secret = SECRETS[kind]
+    corpus = code_rows(grow(tmp_path, {"good.py": POT, "bad.py": f'def leak():\n    "Use {secret} to enter."\n'}))
+    assert reasons(corpus) == {"bad.py": f"looks like a secret: {kind}"}
+    assert secret not in everything(corpus) and "leak" not in everything(corpus)
+
+
+@pytest.mark.parametrize("line", ['{} = "hunt{}2"', 'connect(user="ada", {}="S3cr3t!{}pot")', 'config = {{"{}": "tea4{}two"}}', '{}: str = "tea4{}two"', 'os.environ["DB_{}"] = "tea4{}two"'])
+def test_passwords_in_code(line):
+    assert find_secret("x = 1\n" + line.format(join("pass", "word"), "er")) == "password in line 2"
+
+
+@pytest.mark.parametrize("line", ['url = "postgres://ada:tea4{}two@db/tea"', 'api_key = "f81d4fae7dec{}11d0a765"', 'token = "8f14e45fceea167a{}5a36dedd4bea"', 'SECRET_KEY = "q9#{}vT7!x"'])
+def test_other_credentials_in_code(line):
+    assert find_secret(line.format("0")) == "password in line 1"
+
+
+@pytest.mark.parametrize("value", ["...", "your-password-1", "<password1>", "${DB_PASS1}", "changeme1", "example123", "xxxxxxx1", "password1", "letmein", "%(pass1)s", "{secret1}", "", "a1", "my secret 1"])
+def test_placeholders_are_no_secrets(value):
+    word = join("pass", "word")
+    assert find_secret(f'"""Call connect({word}="{value}")"""\n{word} = "{value}"\n') == ""
+
+
+@pytest.mark.parametrize("line", ['eos_token = "<|im_end|>"', 'token = "hello1"', 'key = "model.layers.0.weight"', join('AWS = "AKI', 'AIOSFODNN7EXAMPLE"'), 'api_key = os.environ["KEY1"]',
+                                  'if password == other1: pass', 'hf_hub_download = 1', 'x = "sk-learn-is-a-library-for-machine-learning"', 'password: str = None', 'url = "https://user:password@host"'])
+def test_harmless_lines_are_no_secrets(line):
+    assert find_secret(line) == ""
+
+
+def test_build_and_vendor_folders_are_left_out(tmp_path):
+    tools = ["build", "dist", "node_modules", ".git", ".venv", "venv", "__pycache__", ".ipynb_checkpoints", "tea.egg-info", "lib/site-packages", "vendor", "tests"]
+    grow(tmp_path, {"good.py": POT, "myenv/pyvenv.cfg": "", **{f"{folder}/copy.py": POT for folder in tools + ["myenv"]}})
+    corpus = code_rows(tmp_path)
+    assert corpus.files == 1 and {fact.file for fact in corpus.facts} == {"good.py"}
+    assert {place.rstrip("/") for place in reasons(corpus)} == {*tools, "myenv"}
+
+
+def test_a_tree_may_itself_lie_in_such_a_folder(tmp_path):
+    assert code_rows(grow(tmp_path/"site-packages"/"tests"/"tea", {"pot.py": POT})).files == 1
+
+
+def test_links_are_not_followed(tmp_path):
+    outside = grow(tmp_path/"outside", {"private.py": 'def private(): "Not for you."\n'})
+    tree = grow(tmp_path/"tree", {"good.py": POT, "sub/more.py": "def more(): ...\n"})
+    (tree/"out").symlink_to(outside)
+    (tree/"out.py").symlink_to(outside/"private.py")
+    (tree/"sub"/"up").symlink_to(tree)
+    (tree/"ping").symlink_to(tree/"pong")
+    (tree/"pong").symlink_to(tree/"ping")
+    (tree/"again.py").symlink_to(tree/"good.py")
+    corpus = code_rows(tree)
+    assert corpus.files == 2 and "private" not in answers(corpus, "does")
+    assert reasons(corpus) == {"out/": "link that leaves the tree", "out.py": "link that leaves the tree", "sub/up/": "link that loops", "again.py": "link to a place read under its own name",
+                               "ping": "link that loops or leads nowhere", "pong": "link that loops or leads nowhere"}
+
+
+def test_files_that_cannot_be_read_are_counted(tmp_path):
+    corpus = code_rows(grow(tmp_path, {
+        "good.py": POT, "broken.py": "def (:\n", "null.py": b"x = 1\0\n", "latin.py": b'"caf\xe9"\n', "cookie.py": b'# -*- coding: latin-1 -*-\ndef cafe(): "Un caf\xe9 noir."\n',
+        "unknown.py": b"# -*- coding: klingon -*-\n", "mark.py": b'\xef\xbb\xbfdef bom(): "With a mark."\n', "huge.py": "x = 1\n" * 200_000, "deep.py": "x = " + "(" * 5000 + ")" * 5000 + "\n"}))
+    assert reasons(corpus) == {"broken.py": "syntax error", "null.py": "syntax error", "latin.py": "not readable as text", "unknown.py": "not readable as text",
+                               "huge.py": "larger than 1,000,000 bytes", "deep.py": "syntax error"}
+    assert answers(corpus, "does")["cafe"] == "Un café noir." and answers(corpus, "does")["bom"] == "With a mark."
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_named_like_a_file_does_not_block(tmp_path):
+    os.mkfifo(grow(tmp_path, {"good.py": POT})/"pipe.py")
+    assert reasons(code_rows(tmp_path)) == {"pipe.py": "not a regular file"}
+
+
+def test_generated_files_are_left_out_but_nbdev_modules_are_welcome(tmp_path):
+    corpus = code_rows(grow(tmp_path, {"_modidx.py": "d = {}", "tea_pb2.py": POT, "made.py": "# Code generated by a tool. DO NOT EDIT.\n" + POT,
+                                       "nb.py": "# AUTOGENERATED! DO NOT EDIT! File to edit: ../nbs/00_nb.ipynb.\n" + POT}))
+    assert reasons(corpus) == {"_modidx.py": "generated", "tea_pb2.py": "generated", "made.py": "generated"}
+    assert "nb" in answers(corpus, "does")
+
+
+def test_warnings_in_foreign_code_stay_silent(tmp_path, recwarn):
+    code_rows(grow(tmp_path, {"a.py": 'def f(): "A bad \\d escape."\n'}))
+    assert not recwarn.list
+
+
+# ---- choosing ---------------------------------------------------------------------------------------------------------
+
+def test_chosen_facts_are_spread_over_kinds_and_files():
+    full = code_rows()
+    few = code_rows(max_facts=40, seed=3)
+    kinds, files = Counter(fact.kind for fact in few.facts), Counter(fact.file for fact in few.facts)
+    assert len(few.facts) == 40 and len(few.rows) == 160 and len(few.held_out) == 40 and few.available == len(full.facts)
+    assert set(kinds) == set(PHRASINGS) and max(kinds.values()) - min(count for kind, count in kinds.items() if kind != "contents") <= 2
+    assert len(files) >= 5 and max(files.values()) <= 12
+    assert few.facts == [fact for fact in full.facts if fact in set(few.facts)]
+
+
+def test_the_seed_decides_and_nothing_else(tmp_path):
+    "Another process, another hash seed and files written in another order give the same rows; another seed does not"
+    files = {f"m{number}.py": POT.replace("brew", f"brew{number}").replace("Pot", f"Pot{number}") for number in range(9)}
+    rows = []
+    for turn, order in enumerate((sorted(files), sorted(files, reverse=True))):
+        root = grow(tmp_path/str(turn)/"tea", {name: files[name] for name in order})
+        code = f"import json; from sage_finetune.tasks import code_rows; print(json.dumps(code_rows({str(root)!r}, max_facts=12).rows))"
+        rows.append(subprocess.run([sys.executable, "-c", code], env=dict(os.environ, PYTHONHASHSEED=str(turn)), capture_output=True, text=True, check=True).stdout)
+    assert rows[0] == rows[1]
+    assert json.loads(rows[0]) == code_rows(root, max_facts=12).rows != code_rows(root, max_facts=12, seed=1).rows
+
+
+def test_importing_the_room_stays_light():
+    code = "import sys, sage_finetune.tasks; print({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def test_its_own_source_is_the_default():
+    assert code_rows(max_facts=5).root == own_source().resolve() and (own_source()/"tasks.py").is_file()
+
+
+# ---- sentences --------------------------------------------------------------------------------------------------------
+
+def test_trees_without_anything_to_ask(tmp_path):
+    with pytest.raises(DataError, match="nowhere is not a folder. Name a folder"): code_rows(tmp_path/"nowhere")
+    with pytest.raises(DataError, match="a.py is not a folder"): code_rows(grow(tmp_path/"x", {"a.py": POT})/"a.py")
+    with pytest.raises(DataError, match="no Python file to read in .*none. Name another code_root"): code_rows(grow(tmp_path/"none", {"readme.md": "hello"}))
+    with pytest.raises(DataError, match="1 Python files were read .* nothing to ask about. Name another"): code_rows(grow(tmp_path/"quiet", {"a.py": "x = 1"}))
+    with pytest.raises(DataError, match="Left out: 2 × folder made by a tool, 1 × syntax error"):
+        code_rows(grow(tmp_path/"left", {"build/a.py": POT, "dist/a.py": POT, "b.py": "def (:"}))
+    with pytest.raises(ConfigError, match="max_facts = 0 leaves nothing"): code_rows(max_facts=0)
+
+
+# ---- run folders ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def tree(tmp_path): return grow(tmp_path/"tea", {"pot.py": POT})
+
+
+@pytest.fixture
+def questions(tmp_path): return grow(tmp_path, {"questions.csv": "question,answer\nWho?,Nora\nWhere?,Under the mat\n"})/"questions.csv"
+
+
+def names(folder): return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_code_run(tmp_path, tree):
+    run = prepare_run("code", tmp_path/"run", code_root=tree, seed=5, num_train_epochs=2)
+    assert names(run) == ["eval_data_code_alpaca.json", "finetune_meta.json", "status.json", "training_config.json", "training_data_code_alpaca.json"]
+    corpus, config, meta = code_rows(tree), TrainingConfig.load(run/"training_config.json"), read_meta(run)
+    assert json.loads((run/"training_data_code_alpaca.json").read_text()) == corpus.rows
+    assert json.loads((run/"eval_data_code_alpaca.json").read_text()) == corpus.held_out
+    assert (config.seed, config.num_train_epochs, config.model_name, config.output_dir) == (5, 2, "tiny", run)
+    assert (meta.task_type, meta.model, meta.format, meta.code_root, meta.data_file) == ("code", "tiny", "alpaca", tree, None)
+    assert read_status(run).state == "pending"
+
+
+def test_a_prepared_folder_can_be_moved(tmp_path, tree):
+    moved = prepare_run("code", tmp_path/"run", code_root=tree).rename(tmp_path/"elsewhere")
+    config = read_meta(moved).to_config()
+    assert config.data_path.is_file() and config.eval_path.is_file() and {config.data_path.parent, config.eval_path.parent, config.output_dir} == {moved}
+
+
+@pytest.mark.parametrize("task, name, content, row_format", [
+    ("qa", "a.jsonl", '{"question": "Who?", "answer": "Nora"}\n', "qa"), ("instruction", "a.json", '[{"instruction": "Sing", "output": "La"}]', "alpaca"),
+    ("chat", "a.json", '[{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}]', "messages"),
+    ("custom", "a.jsonl", '{"text": "Once upon a time"}\n{"question": "Who?", "answer": "Nora"}\n', "mixed")])
+def test_runs_from_files(tmp_path, task, name, content, row_format):
+    source = grow(tmp_path, {name: content})/name
+    run = prepare_run(task, tmp_path/"run", data=source)
+    meta = read_meta(run)
+    assert meta.dataset.name == f"training_data_{task}_{row_format}.json" and meta.data_file == source and meta.format == row_format
+    assert [*json.loads(meta.dataset.read_text())[0]] == [*json.loads(content.splitlines()[0].strip("[]"))]
+    assert not TrainingConfig.load(run/"training_config.json").eval_path
+
+
+@pytest.mark.parametrize("task, changes, error, sentence", [
+    ("poetry", {}, ConfigError, "no task 'poetry'"), ("qa", {}, DataError, "needs a data file whose rows have question, answer"),
+    ("qa", dict(data="nowhere.json"), DataError, "no data file nowhere.json"), ("qa", dict(code_root="."), ConfigError, "only task code reads"),
+    ("code", dict(data="x.json"), ConfigError, "would be ignored"), ("code", dict(code_root="nowhere"), DataError, "is not a folder"),
+    ("code", dict(sed=1), ConfigError, "Did you mean 'seed'"), ("code", dict(learning_rate=-1), ConfigError, "learning_rate = -1"),
+    ("chat", dict(data="questions.csv"), DataError, "questions.csv, row 1, is of format 'qa', but task chat takes"),
+    ("custom", dict(data="bad.jsonl"), DataError, "bad.jsonl, row 2: .*answer"), ("custom", dict(data="empty.jsonl"), DataError, "row 1: the answer in turn 2 is empty")])
+def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, monkeypatch, questions, task, changes, error, sentence):
+    monkeypatch.chdir(tmp_path)
+    grow(tmp_path, {"bad.jsonl": '{"question": "Who?", "answer": "Nora"}\n{"question": "Who?"}\n', "empty.jsonl": '{"question": "Who?", "answer": " "}\n'})
+    with pytest.raises(error, match=sentence): prepare_run(task, "run", **changes)
+    assert not (tmp_path/"run").exists()
+
+
+def test_a_folder_with_a_run_is_refused(tmp_path, tree, questions):
+    run = prepare_run("code", tmp_path/"run", code_root=tree)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(RunError, match="already holds a run .* Choose another output_dir, or pass overwrite=True"): prepare_run("qa", run, data=questions)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("part", ["lora_weights/adapter_config.json", "checkpoints/checkpoint-5/state.pt", "metrics.jsonl", "training_data_qa_qa.json"])
+def test_any_part_of_a_run_makes_it_one(tmp_path, questions, part):
+    grow(tmp_path/"run", {part: "{}"})
+    with pytest.raises(RunError, match="already holds a run"): prepare_run("qa", tmp_path/"run", data=questions)
+
+
+def test_overwriting_takes_the_old_run_and_nothing_else(tmp_path, tree, questions):
+    run = prepare_run("code", tmp_path/"run", code_root=tree)
+    grow(run, {"notes.txt": "mine", "plots/loss.png": "mine", "metrics.jsonl": "{}\n", "lora_weights/adapter_config.json": "{}", "checkpoints/checkpoint-1/x": "", "logs/x": ""})
+    prepare_run("qa", run, data=questions, overwrite=True)
+    assert names(run) == ["finetune_meta.json", "notes.txt", "plots", "status.json", "training_config.json", "training_data_qa_qa.json"]
+
+
+def test_a_folder_of_other_things_is_no_run(tmp_path, questions):
+    run = grow(tmp_path/"run", {"logs/mine.txt": "mine", "notes.txt": "mine"})
+    assert run_parts(run) == []
+    prepare_run("qa", run, data=questions)
+    assert (run/"logs"/"mine.txt").read_text() == "mine"
+
+
+def test_a_run_at_work_is_not_overwritten(tmp_path, tree, questions):
+    run = prepare_run("code", tmp_path/"run", code_root=tree)
+    write_status(run, "training", 3, 10)
+    with pytest.raises(RunError, match=f"process {os.getpid()} .* is working on the run"): prepare_run("qa", run, data=questions, overwrite=True)
+    assert read_meta(run).task_type == "code"
+
+
+def test_a_place_that_is_a_file(tmp_path, questions):
+    with pytest.raises(RunError, match="is a file, not a folder. Choose another"): prepare_run("qa", questions, data=questions)
+    with pytest.raises(RunError, match="is a file, not a folder"): prepare_run("qa", questions/"below", data=questions)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from sage_finetune.tasks import prepare_run
+from sage_finetune.config import RunError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))   # no file may grow beyond this
+try: prepare_run('code', {run!r}, code_root={tree!r}, overwrite=True)
+except RunError as error: print('said:', error)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 1500, 5000])
+def test_when_the_disk_refuses_nothing_half_written_stays(tmp_path, tree, questions, limit):
+    "The limit stops the rows, the evaluation rows or a later file; a new folder goes away, an old run comes back as it was"
+    old = prepare_run("qa", tmp_path/"old", data=questions)
+    grow(old, {"lora_weights/adapter_config.json": "{}", "notes.txt": "mine"})
+    before = {str(path.relative_to(old)): path.read_bytes() for path in sorted(old.rglob("*")) if path.is_file()}
+    grow(tree, {"more.py": "\n".join(f'def pour_{number}(cup): "Pour cup {number}."' for number in range(20))})
+    for run in (tmp_path/"new", old):
+        code = FULL_DISK.format(limit=limit, run=str(run), tree=str(tree))
+        done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True)
+        assert "said: cannot write" in done.stdout, done.stdout + done.stderr
+    assert not (tmp_path/"new").exists()
+    assert {str(path.relative_to(old)): path.read_bytes() for path in sorted(old.rglob("*")) if path.is_file()} == before
+    assert not [path for path in old.iterdir() if path.name.startswith(".")]
+
+
+def test_the_given_config_is_not_touched(tmp_path, tree):
+    mine = TrainingConfig(model_name="tiny", seed=9)
+    run = prepare_run("code", tmp_path/"run", code_root=tree, config=mine, learning_rate=1e-3)
+    assert mine == TrainingConfig(model_name="tiny", seed=9)
+    assert (TrainingConfig.load(run/"training_config.json").seed, TrainingConfig.load(run/"training_config.json").learning_rate) == (9, 1e-3)
