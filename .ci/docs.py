@@ -8,6 +8,7 @@ README.md is nbs/index.ipynb with the outputs stored in it: nothing is executed.
 (nbdev's show_doc) and the source of what it exports; for that, nbdev runs the exported cells and the imports. Sphinx makes the pages.
 """
 import argparse
+import ast
 import os
 import posixpath
 import re
@@ -69,11 +70,19 @@ def import_types(cell):
     if cell.cell_type == "code": cell.source = cell.source.replace(TYPES_ONLY, TYPES_NOW)
 
 
+class run_exports(proc.exec_show_docs):
+    "Run what signatures need: exported cells, imports, show_doc; not a lesson that also imports, for the lessons before it did not run"
+    def __call__(self, cell):
+        wanted = {"export", "exporti", "exports"} & set(getattr(cell, "directives_", None) or {}) or "show_doc(" in (cell.source or "")
+        lesson = cell.cell_type == "code" and not wanted and any(not isinstance(one, (ast.Import, ast.ImportFrom)) for one in cell.parsed_() or ())
+        if not lesson: super().__call__(cell)
+
+
 class SiteSteps(proc.FilterDefaults):
     "nbdev's steps for a page of the site: show_doc for what is exported, names in backticks become links"
     def base_procs(self):
         return [proc.populate_language, import_types, proc.add_show_docs, proc.strip_ansi, proc.hide_line, proc.filter_stream_, proc.clean_show_doc,
-            proc.exec_show_docs, proc.clean_magics, proc.hide_, proc.add_links, proc.strip_hidden_metadata]
+            run_exports, proc.clean_magics, proc.hide_, proc.add_links, proc.strip_hidden_metadata]
 
 
 def markdown_cell(text): return nbformat.v4.new_markdown_cell(text)

@@ -21,11 +21,16 @@ _home = {
     "Step": "trainer",
     "TrainingResult": "trainer",
     "train_from_meta": "trainer",
+    "open_run": "export",
     "merge": "export",
-    "Chat": "chat",
+    "generate": "chat",
+    "answers": "chat",
+    "accuracy": "chat",
     "compare": "chat",
+    "Chat": "chat",
+    "LossPlot": "plot",
     "plot_run": "plot",
-    "quickstart": "tasks",
+    "quickstart": "demo",
 }
 __all__ = ["__version__", *_home]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 class PlannedStep(NamedTuple):
     "The rows of one optimizer step"
     epoch: int # from 0
+    epochs_done: float # passes over the data when this step is made
     micro_batches: list[list[int]] # row numbers; each inner list goes through the model at once
 
 def plan_batches(
@@ -30,9 +31,10 @@ def plan_batches(
     for epoch in range(epochs):
         order = list(range(len(lengths)))
         random.Random(f'{seed}/{epoch}').shuffle(order)
-        for start in range(0, len(order), batch_size * accumulation):
+        starts = range(0, len(order), batch_size * accumulation)
+        for number, start in enumerate(starts, 1):
             rows = sorted(order[start:start + batch_size * accumulation], key=lambda row: (-lengths[row], row))
-            plan.append(PlannedStep(epoch, [rows[at:at + batch_size] for at in range(0, len(rows), batch_size)]))
+            plan.append(PlannedStep(epoch, epoch + number / len(starts), [rows[at:at + batch_size] for at in range(0, len(rows), batch_size)]))
     return plan
 
 # %% ../nbs/03_batches.ipynb #0222b0a6

@@ -163,7 +163,7 @@ class Chat:
         model: Any, # a causal language model, with or without adapter
         tokenizer: Any, # carries the chat template
         system: str = '', # how the model should behave; many small models ignore it
-        **settings # what `generate` takes: max_new_tokens, temperature, top_p, seed
+        **settings: Any # what `generate` takes: max_new_tokens, temperature, top_p, seed
     ):
         self.model, self.tokenizer, self.system, self.settings = model, tokenizer, system, settings
         self._stop = threading.Event()

@@ -20,6 +20,13 @@ from .runs import list_runs, printable
 app = typer.Typer(name='sage-finetune', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=dict(help_option_names=['-h', '--help']),
                   help='LoRA fine-tuning that one can read, see and trust.')
 
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option('--version', help='say the version and end')] = False):
+    if not version: return
+    from sage_finetune import __version__
+    print(__version__)
+    raise typer.Exit()
+
 RunDir = Annotated[Path, typer.Argument(metavar='RUN_DIR', help='run folder')]
 
 def main(
@@ -70,8 +77,9 @@ def run_command(
     overwrite: Annotated[bool, typer.Option(help='start anew and replace what an earlier run left')] = False
 ):
     "Train a prepared run folder."
-    from sage_finetune.trainer import LoRATrainer, config_from_meta
-    config = config_from_meta(run_dir)
+    from sage_finetune.runs import read_meta
+    from sage_finetune.trainer import LoRATrainer
+    config = read_meta(run_dir).to_config()
     config.overwrite_output_dir = overwrite or config.overwrite_output_dir
     print(f'\n{LoRATrainer(config).train(resume=resume)}\n\nNext: sage-finetune merge {run_dir}')
 

@@ -89,7 +89,7 @@ def folder_atomic(
         if path.exists(): old = path.rename(temp.with_suffix('.old'))
         temp.rename(path)
         if old: shutil.rmtree(old, ignore_errors=True)
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too: no half folder is left behind
         if old and not path.exists(): old.rename(path)
         if temp: shutil.rmtree(temp, ignore_errors=True)
         if 'os error 28' in str(error) or 'No space left' in str(error): error = OSError(errno.ENOSPC, str(error))
@@ -267,13 +267,21 @@ class TrainingConfig(Checked):
         "Rows behind each optimizer step of one process."
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
     @property
-    def checkpoint_dir(self) -> Path: return self.output_dir/'checkpoints'
+    def checkpoint_dir(self) -> Path:
+        "Where checkpoints go."
+        return self.output_dir/'checkpoints'
     @property
-    def lora_dir(self) -> Path: return self.output_dir/'lora_weights'
+    def lora_dir(self) -> Path:
+        "Where the adapter goes."
+        return self.output_dir/'lora_weights'
     @property
-    def merged_dir(self) -> Path: return self.output_dir/'merged_model'
+    def merged_dir(self) -> Path:
+        "Where the merged model goes."
+        return self.output_dir/'merged_model'
     @property
-    def log_dir(self) -> Path: return self.output_dir/'logs'
+    def log_dir(self) -> Path:
+        "Where TensorBoard files go."
+        return self.output_dir/'logs'
 
     def check(self) -> 'TrainingConfig':
         "Refuse contradictions between fields. Returns the config, so that it can be chained."
@@ -322,7 +330,7 @@ PRESETS = {
 
 def preset(
     name: str,   # one of `PRESETS`
-    **overrides  # fields to set differently
+    **overrides: Any # fields to set differently
 ) -> TrainingConfig:
     "The recipe of that name, with your changes. Raises `ConfigError` for an unknown name."
     if name not in PRESETS: raise ConfigError(f"there is no preset {name!r}. There are: {', '.join(PRESETS)}.")
@@ -332,23 +340,33 @@ def preset(
 class PresetConfigs:
     "Recipes by graphics card; every field can be overridden: `PresetConfigs.rtx_3060(data_path='data.json')`."
     @staticmethod
-    def minimal(**overrides) -> TrainingConfig:
+    def minimal(
+        **overrides: Any # fields to set differently
+    ) -> TrainingConfig:
         "Less than 8 GB: 4-bit weights, examples of 512 tokens, rank 4; for cards with 6 GB free."
         return preset('minimal', **overrides)
     @staticmethod
-    def rtx_3060(**overrides) -> TrainingConfig:
+    def rtx_3060(
+        **overrides: Any # fields to set differently
+    ) -> TrainingConfig:
         "12 GB: 8-bit weights, examples of 1,024 tokens; for cards with 10 GB free."
         return preset('rtx_3060', **overrides)
     @staticmethod
-    def rtx_4090(**overrides) -> TrainingConfig:
+    def rtx_4090(
+        **overrides: Any # fields to set differently
+    ) -> TrainingConfig:
         "24 GB: 16-bit weights, examples of 2,048 tokens, four at once; for cards with 20 GB free."
         return preset('rtx_4090', **overrides)
     @staticmethod
-    def a100(**overrides) -> TrainingConfig:
+    def a100(
+        **overrides: Any # fields to set differently
+    ) -> TrainingConfig:
         "40 or 80 GB: 16-bit weights, examples of 4,096 tokens, eight at once; for cards with 35 GB free."
         return preset('a100', **overrides)
     @staticmethod
-    def tiny(**overrides) -> TrainingConfig:
+    def tiny(
+        **overrides: Any # fields to set differently
+    ) -> TrainingConfig:
         "No card at all: the packaged model and example in 32-bit floats, exact and the same on every machine."
         return preset('tiny', **overrides)
 
@@ -359,7 +377,7 @@ class Suggestion(NamedTuple):
     reason: str  # what was found, in words
 
     def config(self,
-        **overrides # fields to set differently
+        **overrides: Any # fields to set differently
     ) -> TrainingConfig:
         "The recipe itself."
         return preset(self.name, **overrides)

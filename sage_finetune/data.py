@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'detect_data_format', 'format_alpaca_sample', 'format_qa_sample', 'format_text_sample',
-           'format_conversation_sample', 'format_prompt_sample', 'to_messages', 'packaged', 'load_training_data', 'fit',
-           'DataReport', 'encode', 'prepare_dataset', 'split']
+           'format_conversation_sample', 'format_prompt_sample', 'to_messages', 'packaged', 'packaged_held_out',
+           'load_training_data', 'check_rows', 'fit', 'DataReport', 'encode', 'prepare_dataset', 'split']
 
 # %% ../nbs/02_data.ipynb #ff17c0da
 import csv, hashlib, io, json
@@ -143,6 +143,12 @@ def packaged(
     "The file of a packaged data set."
     return Path(__file__).parent/'examples'/f'{name}.jsonl'
 
+def packaged_held_out(
+    data_path: str | Path # where the training rows are
+) -> Path | None:         # where the rows to hold out are; None unless the package brings them
+    "The packaged example has its held-out rows in a file of their own: the same facts in other phrasings."
+    return packaged('example_unseen') if str(data_path) == 'example' else None
+
 def load_training_data(
     data_path: str | Path # a .json, .jsonl, .csv or .parquet file, or the name of a packaged data set
 ) -> list[dict]:          # rows
@@ -164,6 +170,19 @@ def _read_parquet(path: Path) -> list:
     try: rows = Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
     except Exception as error: raise DataError(f'{path} is not a readable parquet file ({error}).') from error
     return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+# %% ../nbs/02_data.ipynb #9cbaa11a
+def check_rows(
+    rows: list[dict], # rows of any shapes
+    source: str = 'the data', # what to call them in an error
+    data_format: str | None = None # a key of `FORMATS`; None: each row is asked
+) -> list[dict]: # the same rows
+    "Look at every row before anything expensive begins. Raises `DataError` naming the first bad one."
+    for number, row in enumerate(rows, 1):
+        try:
+            if (data_format or detect_data_format(row)) != 'text': to_messages(row, data_format)
+        except DataError as error: raise DataError(f'{source}, row {number}: {error}') from error
+    return rows
 
 # %% ../nbs/02_data.ipynb #0a9f6c07
 def fit(

@@ -18,8 +18,7 @@ from .config import DataError, ModelError, PresetConfigs, RunError, TrainingConf
 from .data import load_training_data, to_messages
 from .model import load_adapter, load_base
 from .prompt import render
-from .runs import html_table, text_table
-from .trainer import config_from_meta
+from .runs import html_table, read_meta, text_table
 
 # %% ../nbs/08_export.ipynb #26a6542f
 def run_config(
@@ -32,7 +31,7 @@ def run_config(
         config.output_dir = folder
         return config
     if not (folder/'finetune_meta.json').exists(): raise RunError(f'{folder} is not a run folder: it has no training_config.json. `sage-finetune list` shows the runs there are.')
-    return config_from_meta(folder)
+    return read_meta(folder).to_config()
 
 def open_run(
     run_dir: str | Path, # a run folder that was trained
@@ -123,7 +122,7 @@ def merge(
 # %% ../nbs/08_export.ipynb #5f1cdd11
 def _real_texts(config: TrainingConfig, tokenizer: Any, count: int) -> list[list[int]]:
     "Token ids of some conversations the run was made for"
-    for path in (config.eval_path, config.data_path, 'example'):
+    for path in (config.eval_path, config.data_path, 'example_unseen'):
         try: rows = [to_messages(row) for row in load_training_data(path)[:count]] if path else []
         except DataError: continue
         if rows: return [render(messages, tokenizer).ids[:512] for messages in rows]

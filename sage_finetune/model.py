@@ -160,6 +160,8 @@ def attach_lora(
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
         try: return get_peft_model(model, settings)
+        except ImportError as error:  # seen in Colab, whose torchao is older than what peft accepts
+            raise ModelError(f'peft cannot attach the adapter ({str(error).strip()}). Run this, then restart: pip install --no-deps -U "torchao>=0.16"') from error
         except ValueError as error:
             names = sorted({name.rpartition('.')[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
             raise ModelError(f'lora.target_modules={lora.target_modules!r} fits no layer of this model. It has: {", ".join(names)}; "all-linear" takes them all.') from error

@@ -87,8 +87,13 @@ class Meta:
 def _find(folder: Path, text: str | None) -> Path | None:
     "A path of the meta file, as it stands, relative to the folder, or by its last name beside the meta file"
     if not text: return None
+    if _is_packaged(text) and not (folder/text).exists(): return Path(text)
     path, beside = folder/text, folder/text.replace('\\', '/').rstrip('/').rpartition('/')[2]
     return beside if not path.exists() and beside.exists() else path
+
+def _is_packaged(text: str) -> bool:
+    "Whether this is the bare name of a packaged data set, like example, and no path"
+    return text.isidentifier() and not Path(text).exists()
 
 def _read_object(path: Path) -> dict:
     "The JSON object in a file, or a `RunError` that says what is there instead"
@@ -134,6 +139,7 @@ def write_meta(
     if task_type not in TASK_NAMES: raise RunError(f"there is no task {task_type!r}. There are: {', '.join(TASK_NAMES)}.")
     folder = Path(output_dir).absolute()
     def short(path):
+        if _is_packaged(str(path)): return str(path)
         full = Path(path).absolute()
         return full.relative_to(folder).as_posix() if full.is_relative_to(folder) else str(full)
     content = dict(task_type=task_type, model=model, framework=framework, format=format, dataset=short(dataset))

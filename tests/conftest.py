@@ -9,6 +9,8 @@ import pytest
 _cache = tempfile.TemporaryDirectory(prefix="sage_finetune_tests_")
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=_cache.name, TOKENIZERS_PARALLELISM="false")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Threads of a matrix product that wait for each other sleep: on two busy cores spinning makes everything up to eight times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")

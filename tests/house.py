@@ -39,8 +39,8 @@ COMES_WITH = {"tokenizers": "transformers", "huggingface_hub": "transformers", "
     "psutil": "accelerate", "click": "typer", "rich": "typer", "IPython": "ipywidgets", "pandas": "datasets", "pyarrow": "datasets", "yaml": "transformers"}
 # Not there on every computer: imported inside a function, where its absence can be said in a sentence.
 EXTRAS = {"tensorboard", "wandb"}
-# These import no torch: a form, a prompt or a corpus is looked at without waiting seconds.
-LIGHT = ("config", "prompt", "tasks", "world")
+# These import no torch: a form, a prompt, a run folder or a corpus is looked at, and the command line helps, without waiting seconds.
+LIGHT = ("config", "prompt", "runs", "tasks", "world", "cli")
 COPIED = ("nbs", PACKAGE, "tests", ".ci", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "README.md",
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
 
@@ -318,33 +318,38 @@ def undocumented(root):
     found = []
     for module, path in modules(root).items():
         source = path.read_text(encoding="utf-8")
-        said, whole = comments(source), {number for number, line in enumerate(source.splitlines(), 1) if line.lstrip().startswith("#")}
-        for node in ast.parse(source).body: found += [f"{module}.py: {what}" for what in _gaps(node, said, whole)]
+        tree, said = ast.parse(source), comments(source)
+        said |= {number + 1: line for number, line in enumerate(source.splitlines(), 1) if line.lstrip().startswith("#")}  # the line above counts too
+        helped = {ast.unparse(one.targets[0]) for one in tree.body if isinstance(one, ast.Assign) and "help=" in ast.unparse(one.value)}
+        for node in tree.body: found += [f"{module}.py: {what}" for what in _gaps(node, said, helped)]
     return found
 
 
-def _gaps(node, said, whole, owner=""):
+def _gaps(node, said, helped, owner=""):
     "What is missing at a definition and, for a class, in it"
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     if not isinstance(node, (*functions, ast.ClassDef)) or (node.name.startswith("_") and not (owner and node.name == "__init__")): return []
     name = f"{owner}.{node.name}" if owner else node.name
     missing = [] if ast.get_docstring(node) or node.name == "__init__" else [f"{name} has no docstring"]
-    if isinstance(node, functions): return missing + _parameter_gaps(node, name, said, whole, method=bool(owner))
+    if isinstance(node, functions): return missing + _parameter_gaps(node, name, said, helped, method=bool(owner))
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list) or any(ast.unparse(base).endswith("NamedTuple") for base in node.bases):
         fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and not ast.unparse(one.target).startswith("_")]
-        missing += [f"{name}.{ast.unparse(one.target)} has no phrase beside it" for one in fields if not _phrase(one, said, whole)]
-    return missing + [gap for one in node.body for gap in _gaps(one, said, whole, name)]
+        missing += [f"{name}.{ast.unparse(one.target)} has no phrase beside it" for one in fields if not _phrase(one, said, helped)]
+    return missing + [gap for one in node.body for gap in _gaps(one, said, helped, name)]
 
 
-def _phrase(node, said, whole): return node.end_lineno in said or node.lineno in said or node.lineno - 1 in whole
+def _phrase(node, said, helped):
+    "Whether a comment stands beside or above a parameter or field, or its type brings the help text of a command line"
+    kind = ast.unparse(node.annotation) if node.annotation else ""
+    return node.end_lineno in said or node.lineno in said or kind in helped or "help=" in kind
 
 
-def _parameter_gaps(node, name, said, whole, method):
+def _parameter_gaps(node, name, said, helped, method):
     arguments = [*node.args.posonlyargs, *node.args.args, *filter(None, [node.args.vararg]), *node.args.kwonlyargs, *filter(None, [node.args.kwarg])]
     static = any(ast.unparse(decorator) == "staticmethod" for decorator in node.decorator_list)
     if method and not static: arguments = arguments[1:]
     missing = [f"{name}({one.arg}) has no type" for one in arguments if not one.annotation]
-    missing += [f"{name}({one.arg}) has no phrase beside it" for one in arguments if not _phrase(one, said, whole)]
+    missing += [f"{name}({one.arg}) has no phrase beside it" for one in arguments if not _phrase(one, said, helped)]
     lines = [one.lineno for one in arguments]
     return missing + [f"{name} has two parameters in line {line}" for line in sorted({line for line in lines if lines.count(line) > 1})]
 

@@ -159,12 +159,13 @@ def test_types_may_be_imported_anywhere(copy):
 # ---- the package's front door ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", sage_finetune.__all__)
-def test_every_public_name_is_there(name):
+def test_every_public_name_is_there(root, name):
     "The table of lazy exports names what exists, and the module says itself that it is public"
     value = getattr(sage_finetune, name)
     if name == "__version__": return
     home = importlib.import_module(f"sage_finetune.{sage_finetune._home[name]}")
     assert value is getattr(home, name) and name in home.__all__ and name in dir(sage_finetune)
+    assert not (root/house.PACKAGE/f"{name}.py").exists(), "a module of that name would hide it"
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -77,6 +77,14 @@ def test_meta_round_trip_survives_a_move_and_holds_no_secret(tmp_path, monkeypat
     with pytest.raises(RunError, match="no task 'poetry'"): write_meta(moved, "poetry", "tiny", "rows.json")
 
 
+def test_a_packaged_data_set_keeps_its_name(tmp_path, monkeypatch):
+    "And a file of that name, beside the meta file or where one stands, is a file"
+    write_meta(tmp_path/"run", "custom", "tiny", "example")
+    assert str(read_meta(tmp_path/"run").dataset) == "example"
+    (tmp_path/"run"/"example").write_text("[]")
+    assert read_meta(tmp_path/"run").dataset == tmp_path/"run"/"example"
+
+
 def test_two_files_that_name_different_models(tmp_path):
     run = folder_with(tmp_path/"run", finetune_meta__json=SAGE)
     TrainingConfig(model_name="tiny").save(run/"training_config.json")

@@ -11,7 +11,8 @@ import pytest
 
 from sage_finetune.config import ConfigError, DataError, RunError, TrainingConfig
 from sage_finetune.runs import TASK_NAMES, read_meta, read_status, write_status
-from sage_finetune.tasks import PHRASINGS, TASKS, code_rows, find_secret, first_sentence, own_source, prepare_run, run_parts
+from sage_finetune.corpus import PHRASINGS, code_rows, find_secret, first_sentence, own_source
+from sage_finetune.tasks import TASKS, prepare_run, run_parts
 
 POT = '"Pots and more."\nclass Pot:\n    "Holds tea."\n    def pour(self, cup: str) -> float:\n        "Fill a cup."\n\ndef brew(leaves, *, minutes=3) -> str:\n    "Make tea."\n'
 
@@ -324,10 +325,17 @@ def test_the_seed_decides_and_nothing_else(tmp_path):
     rows = []
     for turn, order in enumerate((sorted(files), sorted(files, reverse=True))):
         root = grow(tmp_path/str(turn)/"tea", {name: files[name] for name in order})
-        code = f"import json; from sage_finetune.tasks import code_rows; print(json.dumps(code_rows({str(root)!r}, max_facts=12).rows))"
+        code = f"import json; from sage_finetune.corpus import code_rows; print(json.dumps(code_rows({str(root)!r}, max_facts=12).rows))"
         rows.append(subprocess.run([sys.executable, "-c", code], env=dict(os.environ, PYTHONHASHSEED=str(turn)), capture_output=True, text=True, check=True).stdout)
     assert rows[0] == rows[1]
     assert json.loads(rows[0]) == code_rows(root, max_facts=12).rows != code_rows(root, max_facts=12, seed=1).rows
+
+
+def test_every_file_has_its_chance(tmp_path):
+    "One fact a file: which files are asked about depends on the seed, not on the alphabet"
+    grow(tmp_path, {f"m{number}.py": f"X{number} = 1\n" for number in range(20)})
+    chosen = {fact.file for seed in range(20) for fact in code_rows(tmp_path, max_facts=4, seed=seed).facts}
+    assert len(chosen) > 12
 
 
 def test_importing_the_room_stays_light():
@@ -438,8 +446,15 @@ def test_a_folder_of_other_things_is_no_run(tmp_path, questions):
 def test_a_run_at_work_is_not_overwritten(tmp_path, tree, questions):
     run = prepare_run("code", tmp_path/"run", code_root=tree)
     write_status(run, "training", 3, 10)
-    with pytest.raises(RunError, match=f"process {os.getpid()} .* is working on the run"): prepare_run("qa", run, data=questions, overwrite=True)
-    assert read_meta(run).task_type == "code"
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (run/"status.json").write_text(json.dumps(dict(vars(read_status(run)), pid=other.pid)))
+        with pytest.raises(RunError, match=f"process {other.pid} .* is working on the run"): prepare_run("qa", run, data=questions, overwrite=True)
+        assert read_meta(run).task_type == "code"
+    finally:
+        other.kill()
+        other.wait()
+    prepare_run("qa", run, data=questions, overwrite=True)  # its process is gone
 
 
 def test_a_place_that_is_a_file(tmp_path, questions):
