@@ -12,6 +12,8 @@ ROOT_USER := $(if $(filter 0,$(shell id -u)),--allow-root)
 .PHONY: help demo test test-fast lab docs notebooks export tiny-model wheel clean
 # Compiled modules are kept: without them every run starts seconds later.
 unexport PYTHONDONTWRITEBYTECODE
+# Threads that wait for each other sleep: on two busy cores spinning makes small models up to eight times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'

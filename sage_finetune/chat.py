@@ -140,7 +140,7 @@ class Comparison:
     "The same prompts, answered without and with the adapter."
     rows: list[tuple] # (prompt, base's answer, tuned answer)
 
-    def __str__(self): return text_table(('prompt', 'base', 'tuned'), [[value.replace('\n', ' ⏎ ') for value in row] for row in self.rows])
+    def __str__(self): return text_table(('prompt', 'base', 'tuned'), self.rows)
     def _repr_html_(self): return html_table(('prompt', 'base', 'tuned'), self.rows)
 
 def compare(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PRESETS', 'FinetuneError', 'ConfigError', 'DataError', 'ModelError', 'RunError', 'write_atomic', 'why_unwritable',
            'write_json', 'folder_atomic', 'dial', 'Checked', 'unknown_field', 'changed', 'help_phrases', 'LoRAConfig',
-           'TrainingConfig', 'preset', 'PresetConfigs', 'Suggestion', 'suggest_preset']
+           'TrainingConfig', 'tiny_path', 'find_model', 'preset', 'PresetConfigs', 'Suggestion', 'suggest_preset']
 
 # %% ../nbs/00_config.ipynb #2fb478ca
-import dataclasses, difflib, errno, html, json, math, os, shutil, tempfile, types, typing
+import dataclasses, difflib, errno, html, json, math, os, re, shutil, tempfile, types, typing
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +58,8 @@ def why_unwritable(
     error: OSError    # what the operating system said
 ) -> str:             # one sentence with the way out
     "Say why a file could not be written and what to do."
-    if error.errno == errno.ENOSPC:
-        return f'cannot write {path}: the disk is full. Free some space or choose another output_dir; what was there before is untouched.'
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f'cannot write {path}: the disk is full, or a quota or file-size limit is reached. Free some space or choose another output_dir; what was there before is untouched.'
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f'cannot write {path}: no permission. Choose an output_dir you may write to.'
     if isinstance(error, (NotADirectoryError, FileExistsError)):
@@ -92,7 +92,8 @@ def folder_atomic(
     except BaseException as error:  # Ctrl-C too: no half folder is left behind
         if old and not path.exists(): old.rename(path)
         if temp: shutil.rmtree(temp, ignore_errors=True)
-        if 'os error 28' in str(error) or 'No space left' in str(error): error = OSError(errno.ENOSPC, str(error))
+        foreign = re.search(r'os error (\d+)', str(error))  # how libraries written in Rust say it
+        if foreign: error = OSError(int(foreign[1]), os.strerror(int(foreign[1])))
         if isinstance(error, OSError): raise RunError(why_unwritable(path, error)) from error
         raise
 
@@ -149,6 +150,7 @@ def _checked(owner: str, dial_field: dataclasses.Field, value: Any) -> Any:
     low, high, choices = (dial_field.metadata.get(o) for o in ('low', 'high', 'choices'))
     for kind in kinds:
         try: fitting = _as_kind(value, kind)
+        except ConfigError: raise  # a config inside a config has said it already
         except (ValueError, TypeError, OverflowError): continue
         if choices and fitting not in choices: break
         if isinstance(fitting, (int, float)) and not (math.isfinite(fitting) and (low is None or fitting >= low) and (high is None or fitting <= high)): break
@@ -157,7 +159,12 @@ def _checked(owner: str, dial_field: dataclasses.Field, value: Any) -> Any:
 
 # %% ../nbs/00_config.ipynb #20d50fc2
 class Checked:
-    "A dataclass that refuses unknown fields and wrong values at the assignment."
+    "A dataclass that refuses unknown fields and wrong values, at construction and at every assignment."
+    def __new__(cls, *values: Any, **given: Any):
+        for name in given:
+            if name not in cls.__dataclass_fields__: raise ConfigError(unknown_field(cls.__name__, name, cls.__dataclass_fields__))
+        return super().__new__(cls)
+
     def __setattr__(self, name: str, value: Any):
         known = self.__dataclass_fields__
         if name not in known: raise ConfigError(unknown_field(type(self).__name__, name, known))
@@ -318,6 +325,24 @@ def _read_fields(path: str | Path, cls: type) -> dict:
         for name in names:
             if name not in known: raise ConfigError(f'in {path}: ' + unknown_field('the config', name, known))
     return content
+
+# %% ../nbs/00_config.ipynb #1f08b6ca
+def tiny_path() -> Path:
+    "The folder of the packaged model."
+    return Path(__file__).parent/'models'/'tiny'
+
+def find_model(
+    model_name: str # "tiny", a folder, or a name on the Hub
+) -> str:           # what `from_pretrained` takes
+    "Where a model is to be loaded from. Raises `ModelError` when it is a folder that is missing or holds no model."
+    if model_name == 'tiny': return str(tiny_path())
+    folder = Path(model_name).expanduser()
+    if folder.is_dir():
+        if not (folder/'config.json').exists(): raise ModelError(f'the folder {model_name} holds no model: config.json is missing. Check model_name.')
+        return str(folder)
+    if folder.is_absolute() or model_name.startswith(('.', '~')) or model_name.count('/') > 1:
+        raise ModelError(f'there is no model folder {model_name}. Check model_name; the packaged model is model_name="tiny".')
+    return model_name
 
 # %% ../nbs/00_config.ipynb #93c2dc8c
 PRESETS = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .config import DataError, ModelError, PresetConfigs, RunError, TrainingConfig, folder_atomic, write_json
 from .data import load_training_data, to_messages
-from .model import load_adapter, load_base
+from .model import load_adapter, load_base, quiet
 from .prompt import render
 from .runs import html_table, read_meta, text_table
 
@@ -110,7 +110,7 @@ def merge(
     before = logits_of(tuned, examples)
     merged = tuned.merge_and_unload(safe_merge=True)
     with folder_atomic(out) as temp:
-        merged.save_pretrained(temp)
+        with quiet(bars=base.num_parameters() > 100_000_000): merged.save_pretrained(temp)
         tokenizer.save_pretrained(temp)
         config.model_name = str(temp)
         report = verify_merge(before, logits_of(load_base(config)[0].eval(), examples))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, DataError, RunError, TrainingConfig, preset, suggest_preset, why_unwritable, write_json
+from .config import ConfigError, DataError, RunError, TrainingConfig, find_model, preset, suggest_preset, why_unwritable, write_json
 from .corpus import code_rows
 from .runs import CONFIG, META, METRICS, RUN_FOLDERS, STATUS, html_table, process_gone, read_status, text_table, write_meta, write_status
 
@@ -161,10 +161,11 @@ def prepare_run(
     overwrite: bool = False,              # replace a run that is in the folder
     **overrides: Any                      # fields of the recipe to set differently
 ) -> Path:                                # the run folder
-    "Make a run folder: rows, config, meta file, status pending. Raises `ConfigError`, `DataError` or `RunError`; then nothing was written."
+    "Make a run folder: rows, config, meta file, status pending. Raises a `FinetuneError` before anything is written."
     kind, folder = find_task(task), Path(output_dir).absolute()
     refuse_taken(folder, overwrite)
     dials = recipe(model, config, **overrides)
+    find_model(model)
     rows, held_out, row_format, source = task_rows(kind, data, code_root, max_facts, max_answer, dials.seed)
     dials.output_dir, dials.data_path = folder, folder/f'training_data_{task}_{row_format}.json'
     if held_out: dials.eval_path = folder/f'eval_data_{task}_{row_format}.json'

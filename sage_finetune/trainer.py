@@ -8,7 +8,7 @@ __all__ = ['loss_sum', 'Step', 'clock', 'Pace', 'training_loop', 'check_finite',
            'make_accelerator', 'LoRATrainer', 'train_from_meta', 'main']
 
 # %% ../nbs/06_trainer.ipynb #82ece352
-import copy, importlib.util, json, math, os, shutil, sys, time
+import copy, importlib.util, io, json, math, os, shutil, sys, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -129,14 +129,15 @@ def check_finite(
 
 # %% ../nbs/06_trainer.ipynb #333fc263
 def check_folder(
-    config: TrainingConfig # `output_dir`, `overwrite_output_dir`
+    config: TrainingConfig, # `output_dir`, `overwrite_output_dir`
+    resume: bool = False # the folder is meant to hold a run
 ) -> list[str]: # names an earlier run left there
     "Refuse a run folder that is in use, holds another run, or cannot be written to. Raises `RunError`."
     folder, status = config.output_dir, read_status(config.output_dir)
     if status.state in WORKING and not process_gone(status) and status.pid != os.getpid():
         raise RunError(f'{folder} is in use: process {status.pid} trains there. Wait for it, or choose another output_dir.')
     left = [name for name in (METRICS, 'checkpoints', 'lora_weights', 'merged_model') if (folder/name).exists()]
-    if left and not config.overwrite_output_dir:
+    if left and not resume and not config.overwrite_output_dir:
         raise RunError(f'{folder} already holds a run ({", ".join(left)}). Choose another output_dir, go on with it by resume=True, or replace it by overwrite_output_dir=True.')
     near = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not near.is_dir(): raise RunError(f'cannot write {folder}: {near} is a file, not a folder. Choose another output_dir.')
@@ -162,12 +163,12 @@ class RunWriter:
         resumed_at: int = 0 # steps already done by the run that is continued
     ):
         self.config, self.folder, self.total, self.last, self.said = config, config.output_dir, total, resumed_at, 0.
-        if not resumed_at:
-            for name in check_folder(config): shutil.rmtree(self.folder/name) if (self.folder/name).is_dir() else (self.folder/name).unlink()
-        write_status(self.folder, 'training', resumed_at, total)
+        left = check_folder(config, resume=bool(resumed_at))
+        for name in left if not resumed_at else (): shutil.rmtree(self.folder/name) if (self.folder/name).is_dir() else (self.folder/name).unlink()
         kept = [row for row in read_metrics(self.folder) if row.get('step', 0) <= resumed_at]
         write_json(self.folder/CONFIG, config.to_dict())
         self._start_metrics(kept)
+        write_status(self.folder, 'training', resumed_at, total)
 
     def _start_metrics(self, kept: list[dict]):
         "Open the file that grows by a line a step, without what a killed run wrote after its last checkpoint"
@@ -222,7 +223,9 @@ def save_checkpoint(
     state = dict(step=step, optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), chance=_chance())
     with folder_atomic(path) as temp:
         model.save_pretrained(temp)
-        torch.save(state, temp/'state.pt')
+        content = io.BytesIO()  # torch's own writer says nothing useful about a full disk
+        torch.save(state, content)
+        (temp/'state.pt').write_bytes(content.getvalue())
     for old in checkpoints(folder)[:-keep]: shutil.rmtree(old, ignore_errors=True)
     return path
 
@@ -371,7 +374,7 @@ class LoRATrainer:
         resume: bool = False # the run folder is meant to hold a run
     ) -> 'LoRATrainer': # itself
         "Everything up to the first step, each part once, what is cheap first."
-        if self.accelerator is None and not resume: check_folder(self.config)
+        if self.accelerator is None: check_folder(self.config, resume)
         if self.dataset is None and type(self).prepare_data is LoRATrainer.prepare_data: self.rows = read_rows(self.config)
         if self.model is None: self.load_model_and_tokenizer()
         if not hasattr(self.model, 'peft_config'): self.apply_lora()
@@ -457,7 +460,7 @@ class LoRATrainer:
 
     def describe(self) -> Plan:
         "What the run is going to do; measures one batch to say how long it takes."
-        self.setup(resume=True)
+        if self.accelerator is None: self.setup()
         config, report = self.config, self.report or f'{len(self.dataset)} examples'
         batch = f'{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} rows, {config.num_train_epochs} epochs'
         return Plan(config.model_name, str(count_parameters(self.model)), str(report), f'{len(self.eval_dataset)} rows' if self.eval_dataset is not None else 'nothing',

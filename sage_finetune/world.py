@@ -724,13 +724,14 @@ def is_probe(
 def corpus(
     seed: int = 0,  # the same seed gives the same endless corpus
     skills: tuple = (),  # names of skills; all of them when empty
+    weights: dict = {},  # skill -> share, where it differs from `SKILLS`
 ) -> Iterator[Sample]:  # without end
     "The endless pre-training corpus; nothing held out is in it."
     rng = random.Random(seed)
     names = list(skills or SKILLS)
-    weights = [SKILLS[name][1] for name in names]
+    shares = [weights.get(name, SKILLS[name][1]) for name in names]
     while True:
-        sample = SKILLS[rng.choices(names, weights)[0]][0](rng)
+        sample = SKILLS[rng.choices(names, shares)[0]][0](rng)
         if not is_probe(sample): yield with_system(rng, sample)
 
 # %% ../nbs/15_world.ipynb #3f5a9a26
