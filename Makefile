@@ -38,9 +38,9 @@ docs: $(VENV)/.dev ## README.md from nbs/index.ipynb, and the site in _docs/
 	@echo "== docs: README.md and _docs/index.html"
 	@$(BIN)/python .ci/docs.py
 
-notebooks: $(VENV)/.dev ## run the index and the tutorials again, keep their outputs, clean them
-	@echo "== notebooks: run $(TUTORIALS)/*.ipynb and nbs/index.ipynb, then nbdev-clean and README.md"
-	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --inplace --execute $(wildcard $(TUTORIALS)/*.ipynb) nbs/index.ipynb
+notebooks: $(VENV)/.dev ## run all pages and the tutorials again, keep their outputs, clean them
+	@echo "== notebooks: run nbs/**/*.ipynb, then nbdev-clean and README.md"
+	@$(BIN)/python .ci/notebooks.py
 	@$(BIN)/nbdev-clean
 	@$(BIN)/python .ci/docs.py --readme
 

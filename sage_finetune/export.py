@@ -103,6 +103,7 @@ def merge(
     config.load_in_8bit = config.load_in_4bit = False
     out = Path(out or config.merged_dir)
     if not (config.lora_dir/'adapter_model.safetensors').exists(): raise RunError(f'{run_dir} holds no adapter yet. Train it first: sage-finetune run {run_dir}')
+    _check_place(out)
     base, tokenizer = load_base(config)
     _check_disk(out, base)
     tuned = load_adapter(base, config.lora_dir).eval()
@@ -128,9 +129,14 @@ def _real_texts(config: TrainingConfig, tokenizer: Any, count: int) -> list[list
         if rows: return [render(messages, tokenizer).ids[:512] for messages in rows]
     raise DataError('no text was found to compare the models on. Restore the data file of the run.')
 
+def _check_place(out: Path):
+    "May the merged model go there? Only an earlier merge is replaced, never anything else of yours"
+    if not out.exists() or (out/'merge_report.json').exists() or (out.is_dir() and not any(out.iterdir())): return
+    raise RunError(f'{out} exists and is not the result of an earlier merge, so it is not replaced. Choose another folder with -o (out=).')
+
 def _check_disk(out: Path, model: Any):
     "Is there room for the files?"
     need = sum(p.numel() * p.element_size() for p in model.parameters())
     near = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if shutil.disk_usage(near).free < 1.05 * need:
-        raise RunError(f'the merged model needs {need / 1e9:.2f} GB and {near} has {shutil.disk_usage(near).free / 1e9:.2f} GB free. Free some space or choose another folder with out=.')
+    room = shutil.disk_usage(near).free
+    if room < 1.05 * need: raise RunError(f'the merged model needs {need / 1e6:,.0f} MB and {near} has {room / 1e6:,.0f} MB free. Free some space or choose another folder with -o (out=).')

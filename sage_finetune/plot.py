@@ -11,8 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from .config import RunError
 from .runs import read_metrics, read_status
 
@@ -50,6 +48,7 @@ def draw_run(
     size: tuple = (7., 4.2) # inches
 ) -> Picture: # loss and learning rate
     "Draw the curves of a run."
+    from matplotlib.figure import Figure  # only here: its first import writes a list of fonts into the home folder
     figure = Figure(figsize=size, dpi=90, layout='constrained')
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     steps, losses = [row['step'] for row in rows], [row['loss'] for row in rows]

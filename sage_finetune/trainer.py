@@ -8,7 +8,7 @@ __all__ = ['loss_sum', 'Step', 'clock', 'Pace', 'training_loop', 'check_finite',
            'make_accelerator', 'LoRATrainer', 'train_from_meta', 'main']
 
 # %% ../nbs/06_trainer.ipynb #82ece352
-import copy, importlib.util, io, json, math, os, shutil, sys, time
+import copy, errno, importlib.util, io, json, math, os, shutil, sys, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -174,14 +174,16 @@ class RunWriter:
         "Open the file that grows by a line a step, without what a killed run wrote after its last checkpoint"
         try:
             (self.folder/METRICS).write_text(''.join(json.dumps(row) + '\n' for row in kept))
-            self.metrics = open(self.folder/METRICS, 'a', buffering=1)
+            self.metrics = open(self.folder/METRICS, 'ab', buffering=0)  # a line is on its way to the disk as soon as it is written
         except OSError as error: raise RunError(why_unwritable(self.folder/METRICS, error)) from error
 
     def add(self,
         step: Step # what happened
     ):
         "Write a step down."
-        try: self.metrics.write(json.dumps(asdict(step)) + '\n')
+        line = (json.dumps(asdict(step)) + '\n').encode()
+        try:
+            if self.metrics.write(line) < len(line): raise OSError(errno.ENOSPC, 'the line was cut off')
         except OSError as error: raise RunError(why_unwritable(self.folder/METRICS, error)) from error
         self.last = step.step
         if time.monotonic() - self.said > 1: self.say('training')
@@ -198,9 +200,11 @@ class RunWriter:
         state: str, # one of the states of a run
         message: str = '' # one sentence for the reader
     ):
-        "Write how the run ended."
+        "Write how the run ended. Where even that fails, an error that is already on its way says why."
         self.metrics.close()
-        self.say(state, message)
+        try: self.say(state, message)
+        except RunError:
+            if state == 'completed': raise
 
 # %% ../nbs/06_trainer.ipynb #53c8a867
 def checkpoints(

@@ -14,8 +14,8 @@ __all__ = ['COLOURS', 'FOODS', 'JOBS', 'PERSONS', 'SPECIES', 'THINGS', 'INSTRUME
            'stories_sample', 'word_list', 'draw_items', 'copying_sample', 'reversing_sample', 'spelling_sample',
            'sums_sample', 'sorting_sample', 'json_sample', 'identity_sample', 'greetings_sample', 'memory_turns',
            'follow_up', 'talk_memory_sample', 'Function', 'draw_function', 'library', 'code_sample', 'with_system',
-           'is_probe', 'corpus', 'probes', 'invented_theme', 'theme_fact', 'identity_pairs', 'Lesson', 'lesson',
-           'replay', 'as_row', 'example_rows', 'unseen_rows', 'skill_rows', 'write_examples']
+           'is_probe', 'corpus', 'joined', 'probes', 'invented_theme', 'theme_fact', 'identity_pairs', 'Lesson',
+           'lesson', 'replay', 'as_row', 'example_rows', 'unseen_rows', 'skill_rows', 'write_examples']
 
 # %% ../nbs/15_world.ipynb #2365b240
 import json, random, re, zlib
@@ -733,6 +733,14 @@ def corpus(
     while True:
         sample = SKILLS[rng.choices(names, shares)[0]][0](rng)
         if not is_probe(sample): yield with_system(rng, sample)
+
+# %% ../nbs/15_world.ipynb #484a1fde
+def joined(
+    samples: list,  # conversations
+) -> Sample:  # one long conversation
+    "Several conversations one after the other, system messages left out, to practise long texts."
+    messages = tuple(message for sample in samples for message in sample.messages if message["role"] != "system")
+    return Sample("talk", messages, tuple(key for sample in samples for key in sample.keys))
 
 # %% ../nbs/15_world.ipynb #3f5a9a26
 def probes(

@@ -10,11 +10,8 @@ from helpers import adapter, change, copy, file_limit, leftovers, metrics, mount
 
 from sage_finetune import LoRATrainer, PresetConfigs, TrainingConfig, merge, train_from_meta
 from sage_finetune.cli import main
-from sage_finetune.config import ConfigError, RunError, preset
-from sage_finetune.model import tiny_path
-from sage_finetune.runs import read_metrics
-from sage_finetune.trainer import config_from_meta
-from sage_finetune.runs import read_meta
+from sage_finetune.config import ConfigError, RunError, preset, tiny_path
+from sage_finetune.runs import read_meta, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +367,7 @@ def test_no_room_for_the_adapter_under_a_quota(failed, tmp_path, ready):
 def interrupted(ready):
     "The run, stopped behind its first checkpoint; tests take copies"
     run = copy(ready, ready.parent/"interrupted")
-    for step in LoRATrainer(config_from_meta(run)).steps():
+    for step in LoRATrainer(read_meta(run).to_config()).steps():
         if step.step == 2: break
     shutil.rmtree(run/"checkpoints"/"checkpoint-2", ignore_errors=True)
     return run
@@ -429,7 +426,7 @@ def test_no_room_for_the_merged_model_under_a_quota(failed, tmp_path, finished):
 def test_an_unwritable_place_for_the_merged_model(refused, tmp_path, finished):
     copy(finished, tmp_path/"run")
     (tmp_path/"file").write_text("old")
-    for output in ("file/merged", "file"): refused("merge", "run", "-o", output, says=[f"cannot write .*{output}|{output} is a file", "Choose another"])
+    for output in ("file/merged", "file"): refused("merge", "run", "-o", output, says=[f"cannot write .*{output}|{output} exists and is not", "Choose another"])
 
 
 def test_merge_replaces_nothing_but_an_earlier_merge(refused, tmp_path, finished):

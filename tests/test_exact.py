@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage_finetune import Chat, LoRATrainer, merge, train_from_meta
 from sage_finetune.chat import answers
+from sage_finetune.config import tiny_path
 from sage_finetune.export import open_run
-from sage_finetune.model import tiny_path
 from sage_finetune.runs import read_meta
 
 QUESTIONS = [row["instruction"] for row in rows()] + ["Hello!", "What is seven plus five?", "Spell the word lamp."]

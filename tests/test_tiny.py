@@ -72,7 +72,7 @@ def test_200_probes_it_has_not_read(base, record):
 
 @pytest.mark.parametrize("theme, seed", [("railway", 0), ("bakery", 1), ("invented", 5)])
 def test_it_can_be_taught(theme, seed):
-    gained = tiny.teach(theme, seed)
+    gained = tiny.teach(theme, seed, forgotten=False)
     print(gained)
     assert gained["rows"] <= 100
     assert gained["before"] == 0
@@ -111,10 +111,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     vocabulary = tiny.train_tokenizer(600, 500)
     sizes = dict(steps=6, batch=8, tokenizer=vocabulary, hidden=64, layers=1, heads=2, inner=64)
     through = tiny.Pretraining(tmp_path/"through", **sizes)
-    for _ in through.run(save_every=100): pass
-    for progress in tiny.Pretraining(tmp_path/"stopped", **sizes).run(save_every=3):
+    for _ in tiny.pretrain(through, save_every=100): pass
+    for progress in tiny.pretrain(tiny.Pretraining(tmp_path/"stopped", **sizes), save_every=3):
         if progress.step == 4: break  # one step after the checkpoint is lost, and done again
     after = tiny.Pretraining(tmp_path/"stopped", **sizes)
     assert after.progress.step == 3
-    for _ in after.run(): pass
+    for _ in tiny.pretrain(after): pass
     assert torch.allclose(after.model.lm_head.weight, through.model.lm_head.weight, atol=1e-6)
