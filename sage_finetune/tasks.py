@@ -169,6 +169,8 @@ def prepare_run(
     rows, held_out, row_format, source = task_rows(kind, data, code_root, max_facts, max_answer, dials.seed)
     dials.output_dir, dials.data_path = folder, folder/f'training_data_{task}_{row_format}.json'
     if held_out: dials.eval_path = folder/f'eval_data_{task}_{row_format}.json'
+    if data and Path(data).resolve() in [part.resolve() for part in run_parts(folder)]:
+        raise RunError(f'{data} is part of the run in {folder} that would be replaced. Copy it to another place, or choose another output_dir.')
     with replacing(folder):
         write_json(dials.data_path, rows)
         if held_out: write_json(dials.eval_path, held_out)

@@ -459,7 +459,7 @@ class LoRATrainer:
     def _resume(self) -> int:
         "Go back to the newest checkpoint; the number of steps done"
         found = checkpoints(self.config.checkpoint_dir)
-        if not found: raise RunError(f'there is no checkpoint in {self.config.checkpoint_dir}, so nothing to resume. Train from the start with resume=False.')
+        if not found: raise RunError(f'there is no checkpoint in {self.config.checkpoint_dir}, so nothing to resume. Start anew with overwrite_output_dir=True (in a shell: --overwrite).')
         return load_checkpoint(found[-1], self.accelerator.unwrap_model(self.model), self.optimizer, self.schedule)
 
     def describe(self) -> Plan:

@@ -2,7 +2,6 @@
 import errno
 import hashlib
 import json
-import os
 import resource
 import shutil
 import signal
@@ -123,6 +122,3 @@ def file_limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try: yield
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def umounted(folder): return not os.path.ismount(folder)

@@ -285,7 +285,7 @@ def test_a_checkpoint_that_was_cut_off(refused, tmp_path, finished):
                          ids=["quickstart", "run", "merge"])
 def test_the_real_program_ends_with_2(tmp_path, arguments, says):
     child = start(*arguments, cwd=tmp_path)
-    said, complained = child.communicate(timeout=120)
+    said, complained = child.communicate(timeout=300)
     assert child.returncode == 2 and says in one_sentence(complained) and said == "" and tree(tmp_path) == {}
 
 
@@ -294,7 +294,7 @@ def test_the_module_ends_with_2(tmp_path, ready):
     (run/"training_data_custom_alpaca.json").unlink()
     before = tree(tmp_path)
     child = start(run, module="sage_finetune.trainer", cwd=tmp_path)
-    _, complained = child.communicate(timeout=120)
+    _, complained = child.communicate(timeout=300)
     assert child.returncode == 2 and "there is no data file" in one_sentence(complained) and tree(tmp_path) == before
 
 

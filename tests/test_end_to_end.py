@@ -5,7 +5,7 @@ import sys
 
 import nbformat
 import pytest
-from helpers import adapter, change, copy, ended, leftovers, metrics, prepared, program, recipe, rows, start, status, tree, write_rows
+from helpers import adapter, change, copy, ended, leftovers, metrics, program, recipe, rows, start, status, tree, write_rows
 from nbclient import NotebookClient
 from transformers import AutoTokenizer
 

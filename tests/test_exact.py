@@ -71,7 +71,8 @@ def test_plain_transformers_says_the_same_from_the_merged_model(tuned):
     folder = tuned.config.merged_dir
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     chat = Chat(*open_run(tuned.config.output_dir, merged=True), max_new_tokens=24)
-    with_adapter = [answer.text for answer in answers(*open_run(tuned.config.output_dir), QUESTIONS, max_new_tokens=24)]
+    with_adapter = [answer.text for answer in answers(tuned.model, tuned.tokenizer, QUESTIONS, max_new_tokens=24)]  # the model that was trained, still in memory
+    assert [answer.text for answer in answers(*open_run(tuned.config.output_dir), QUESTIONS, max_new_tokens=24)] == with_adapter
     assert len(set(with_adapter)) > 1
     for question, ours in zip(QUESTIONS, with_adapter):
         asked = tokenizer.apply_chat_template([dict(role="user", content=question)], add_generation_prompt=True, return_tensors="pt", return_dict=True)
