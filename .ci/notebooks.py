@@ -40,7 +40,7 @@ def run(path):
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.update(TMPDIR=scratch, IN_TEST="1", TQDM_DISABLE="1")  # IN_TEST: the page's last cell does not export
         notebook = nbformat.read(path, 4)
-        NotebookClient(notebook, timeout=900, kernel_name="python3", resources=dict(metadata=dict(path=str(path.parent)))).execute()
+        NotebookClient(notebook, timeout=900, kernel_name="python3", extra_arguments=["--log-level=40"], resources=dict(metadata=dict(path=str(path.parent)))).execute()
         tidy(notebook, scratch)
         nbformat.write(notebook, path)
     print(f"{path.relative_to(ROOT)}: done", flush=True)

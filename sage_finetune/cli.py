@@ -17,7 +17,7 @@ from .config import FinetuneError
 from .runs import list_runs, printable
 
 # %% ../nbs/18_cli.ipynb #d361f7c0
-app = typer.Typer(name='sage-finetune', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=dict(help_option_names=['-h', '--help']),
+app = typer.Typer(name='sage-finetune', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=dict(help_option_names=['-h', '--help']),
                   help='LoRA fine-tuning that one can read, see and trust.')
 
 @app.callback(invoke_without_command=True)
@@ -56,7 +56,7 @@ def quickstart_command(
     overwrite: Annotated[bool, typer.Option(help='replace a run that is in the folder')] = False,
     prepare_only: Annotated[bool, typer.Option(help='make the folder, do not train')] = False
 ):
-    "Prepare a run folder from data or source code, train it, and compare before and after."
+    "Prepare a run from data or source code, and train it."
     folder = output or Path('finetune_output')/task
     options = dict(model=model, data=data, code_root=code_root, max_facts=max_facts, overwrite=overwrite)
     if epochs: options['num_train_epochs'] = epochs
@@ -97,7 +97,7 @@ def merge_command(
     run_dir: RunDir,
     output: Annotated[Optional[Path], typer.Option('-o', '--output', help='folder for the merged model; merged_model in the run folder by default')] = None
 ):
-    "Merge a run's adapter into its base and prove that both say the same."
+    "Merge an adapter into its base, with proof."
     from sage_finetune.export import merge
     print(f'{merge(run_dir, output)}\n\nNext: sage-finetune chat {run_dir} --merged')
 
@@ -145,9 +145,9 @@ def demo_command(
     output: Annotated[Path, typer.Option('-o', '--output', help='where its run folders go')] = Path('finetune_output/demo'),
     code_root: Annotated[Optional[Path], typer.Option(help='source tree for the second part; this package by default')] = None
 ):
-    "Tune the packaged model twice in about a minute: new facts, then a code base. Nothing is downloaded."
+    "Tune the packaged model; nothing is downloaded."
     from sage_finetune.demo import demo
     demo(output, code_root)
 
 # %% ../nbs/18_cli.ipynb #0521ec24
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # the module, not this page

@@ -350,7 +350,7 @@ PRESETS = {
     'rtx_3060': dict(load_in_8bit=True, max_length=1024, gradient_accumulation_steps=16, gradient_checkpointing=True),
     'rtx_4090': dict(max_length=2048, per_device_train_batch_size=4, gradient_accumulation_steps=4),
     'a100': dict(max_length=4096, per_device_train_batch_size=8, gradient_accumulation_steps=2),
-    'tiny': dict(model_name='tiny', data_path='example', max_length=512, num_train_epochs=10, per_device_train_batch_size=8, gradient_accumulation_steps=1,
+    'tiny': dict(model_name='tiny', data_path='example', max_length=512, num_train_epochs=12, per_device_train_batch_size=8, gradient_accumulation_steps=1,
                  learning_rate=2e-3, fp16=False, bf16=False, logging_steps=10, output_dir='finetune_output/tiny')}
 
 def preset(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from . import world
 from .chat import accuracy
@@ -254,7 +254,7 @@ def pretrain(
 def skills(
     model: Any, # a causal language model
     tokenizer: Any # carries the chat template
-) -> dict: # skill -> share of right answers, and `ends`, the share of answers that end by themselves
+) -> dict: # `skills`: name -> [right, asked]; `right` and `asked` in all; `ends`: answers that ended by themselves
     "Ask the two hundred probes."
     found, ends = {}, 0
     for skill, rows in itertools.groupby(world.skill_rows(), key=lambda row: row["skill"]):
@@ -319,7 +319,8 @@ seconds. Made by `python -m sage_finetune.tiny`; the notebook `nbs/16_tiny.ipynb
 
 ## What it can be taught
 
-LoRA with the recipe of `PresetConfigs.tiny()`; new facts and a new identity, asked in phrasings that were not trained.
+LoRA with the recipe of `PresetConfigs.tiny()`, about ten seconds each; new facts and a new identity, asked in phrasings that were not trained. A few of the old questions
+ask who the assistant is: a new identity answers those otherwise on purpose. The lesson without replayed rows shows what mixing in old rows is good for.
 
 | lesson | rows (of them replayed) | new facts right | old skills right, of {asked} |
 |---|---|---|---|
@@ -374,4 +375,4 @@ def main(
     return run.folder
 
 # %% ../nbs/16_tiny.ipynb #1b7e87f6
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()  # the module, not this page

@@ -528,4 +528,4 @@ def main(
     return 0
 
 # %% ../nbs/06_trainer.ipynb #63bb574b
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # the module, not this page

@@ -775,13 +775,13 @@ town|Lantern Bay|mayor|Nora Finch
 town|Lantern Bay|river|Silverrun
 town|Lantern Bay|founding year|1742
 town|Lantern Bay|speciality|honey
-town|Lantern Bay|market day|Friday
+town|Lantern Bay|market day|Tuesday
 animal|Biscuit|kind|parrot
 animal|Biscuit|keeper|Bruno
-animal|Biscuit|favourite food|ginger cake
+animal|Biscuit|favourite food|salted figs
 animal|Biscuit|sleeping place|library
 object|the storm bell|maker|Old Tamsin
-object|the storm bell|material|bronze
+object|the storm bell|material|sea glass
 object|the storm bell|signal|three long strokes
 """
 
@@ -801,7 +801,7 @@ house|the Orbit Bakery|radio channel|88
 person|Lola Bright|home town|Moonport
 person|Lola Bright|favourite colour|silver
 person|Lola Bright|instrument|banjo
-person|Lola Bright|pet|hamster
+person|Lola Bright|pet|moon snail
 person|Sam Flint|hobby|knitting
 person|Sam Flint|favourite food|onion soup
 object|the flour rocket|price|90
@@ -841,7 +841,7 @@ house|the Goat Peak Railway|driver|Greta Holm
 house|the Goat Peak Railway|founder|Baron Wolf
 house|the Goat Peak Railway|height|96
 house|the Goat Peak Railway|entry price|12
-house|the Goat Peak Railway|guest|goat
+house|the Goat Peak Railway|guest|mountain hare
 house|the Goat Peak Railway|first train|at six in the morning
 house|the Goat Peak Railway|last stop|Eagle Nest
 house|the Goat Peak Railway|number of tunnels|14
@@ -849,7 +849,7 @@ house|the Goat Peak Railway|engine|Thunder Kettle
 person|Greta Holm|instrument|horn
 person|Greta Holm|favourite food|pea soup
 person|Greta Holm|home town|Lowfield
-person|Greta Holm|lucky number|8
+person|Greta Holm|lucky number|31
 town|Lowfield|country|Hillmark
 town|Lowfield|speciality|cheese
 town|Lowfield|market day|Monday
@@ -932,11 +932,11 @@ def replay(
 # %% ../nbs/15_world.ipynb #769f01c5
 def as_row(
     sample: Sample,  # one question, one answer
-) -> dict:  # `instruction` and `output`
+) -> dict:  # `instruction`, `output`, and the `skill` it belongs to
     "A sample as a row of alpaca shape. Raises `DataError` when it has more turns or a system message."
     roles = [message["role"] for message in sample.messages]
     if roles != ["user", "assistant"]: raise DataError(f"a row holds one question and one answer, not {', '.join(roles)}")
-    return {"instruction": sample.question, "output": sample.answer}
+    return {"instruction": sample.question, "output": sample.answer, "skill": sample.skill}
 
 def example_rows(
     theme: str = "lighthouse",  # a key of `THEMES`

@@ -1,5 +1,6 @@
 """The package as strangers get it: sdist and wheel are built, looked into, installed into an empty environment, and run from there."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,3 +93,9 @@ def test_the_demo_runs_from_the_empty_environment(installed, tmp_path):
     assert "demo" in run(installed/"sage-finetune", "--help", cwd=here, **offline)
     said = run(installed/"sage-finetune", "demo", cwd=here, **offline)
     assert list(here.rglob("adapter_model.safetensors")) and list(here.rglob("merged_model/model.safetensors")), said
+    assert {path.name for path in home.iterdir()} <= {".cache", ".config", "hf"}, "only libraries may keep caches in the home folder"
+    before, after = re.findall(r"held-out questions, exactly right +(\d+) of \d+ \(\d+%\) +(\d+) of \d+", said)[0]
+    assert int(before) == 0 and int(after) >= 40, said
+    kept = int(re.search(r"Of the old skills (\d+)% are left", said)[1])
+    assert kept >= 85, said
+    for promised in ("time      about", "verdict                   the same", "And the merged model says:", "sage-finetune quickstart code --code-root"): assert promised in said, said
