@@ -23,11 +23,11 @@ def shown(text, scratch):
 
 
 def tidy(notebook, scratch):
-    "Keep what a page shows; drop warnings of libraries, times of execution and this computer's paths"
+    "Keep what a page shows; drop warnings of libraries, progress bars, times of execution and this computer's paths"
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type != "code": continue
-        kept = [output for output in cell.outputs if output.get("name") != "stderr"]
+        kept = [output for output in cell.outputs if output.get("name") != "stderr" and not any("widget" in kind for kind in output.get("data", {}))]
         for output in kept:
             if "text" in output: output["text"] = shown(output["text"], scratch)
             for kind, value in output.get("data", {}).items():
@@ -40,7 +40,9 @@ def run(path):
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.update(TMPDIR=scratch, IN_TEST="1", TQDM_DISABLE="1")  # IN_TEST: the page's last cell does not export
         notebook = nbformat.read(path, 4)
-        NotebookClient(notebook, timeout=900, kernel_name="python3", extra_arguments=["--log-level=40"], resources=dict(metadata=dict(path=str(path.parent)))).execute()
+        client = NotebookClient(notebook, timeout=900, kernel_name="python3", extra_arguments=["--log-level=40"], store_widget_state=False,
+            resources=dict(metadata=dict(path=str(path.parent))))
+        client.execute()
         tidy(notebook, scratch)
         nbformat.write(notebook, path)
     print(f"{path.relative_to(ROOT)}: done", flush=True)

@@ -52,7 +52,7 @@ def copy_project(root, target):
     target.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         source = root/name
-        if source.is_dir(): shutil.copytree(source, target/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".last_checked"))
+        if source.is_dir(): shutil.copytree(source, target/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".last_checked", "finetune_output"))
         elif source.exists(): shutil.copy2(source, target/name)
     return target
 
