@@ -103,6 +103,11 @@ def documented_cell(cell):
     return markdown_cell(re.sub(r"^---\s*\n(\[source\].*)\n+(### .*)\n", r"\2\n\n\1\n", text))
 
 
+def said(output):
+    "What a cell marked `#| echo: false` shows: its output and not its code"
+    return next((output.data[kind] for kind in ("text/markdown", "text/html") if kind in output.get("data", {})), "")
+
+
 def plain_cell(cell):
     "A cell with nothing but what nbformat knows, and without its directive lines"
     keys = [key for key in ("cell_type", "id", "source", "outputs") if key in cell and (key != "outputs" or cell.cell_type == "code")]
@@ -124,6 +129,7 @@ def plain_notebook(path, steps):
         elif directives & {"export", "exporti", "exports"}:
             exported_at = len(cells)
             cells.append(source_cell(plain))
+        elif "echo" in directives: cells += [markdown_cell(shown) for shown in map(said, plain.get("outputs", [])) if shown]
         else: cells.append(plain)
     return nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "ipython3"}})
 

@@ -62,7 +62,7 @@ def quickstart_command(
     if epochs: options['num_train_epochs'] = epochs
     if prepare_only:
         from sage_finetune.tasks import prepare_run
-        prepare_run(task, folder, **options)
+        prepare_run(task, folder, show=True, **options)
         print(f'{folder} is ready. Train it with: sage-finetune run {folder}')
     else:
         from sage_finetune.demo import quickstart

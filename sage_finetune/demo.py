@@ -61,7 +61,7 @@ def train_and_compare(
     report.before, report.skills_before = ask(rows), ask(skills)
     report.result = trainer.train(**options)
     report.after, report.skills_after = ask(rows), ask(skills)
-    if rows: report.examples = compare(trainer.model, trainer.tokenizer, [to_messages(row)[:-1] for row in rows[:6]])
+    if rows: report.examples = compare(trainer.model, trainer.tokenizer, [to_messages(row)[:-1] for row in rows[::max(1, len(rows) // 6)][:6]])
     return report
 
 # %% ../nbs/17_demo.ipynb #e8bfeba5
@@ -72,7 +72,7 @@ def quickstart(
     **options: Any # what `prepare_run` takes: model, data, code_root, max_facts, overwrite, and fields of the recipe
 ) -> Report: # scores before and after
     "Prepare a run, train it, and ask its held-out questions before and after. Raises `FinetuneError` for what you can put right."
-    run_dir = prepare_run(task, output_dir, **options)
+    run_dir = prepare_run(task, output_dir, show=show, **options)
     report = train_and_compare(read_meta(run_dir).to_config(), show=show)
     if show: print(f'\n{report}')
     return report
@@ -90,7 +90,7 @@ def demo_example(
     print(f'\n{report.examples}\n\n{report}\nOf the old skills {report.kept:.0%} are left.\n')
     print(f'{merge(run_dir)}\n\nAnd the merged model says:')
     chat = Chat(*open_run(run_dir, merged=True))
-    for row in load_training_data('example_unseen')[-3:]:
+    for row in load_training_data('example_unseen')[4::20]:
         print(f"  you:   {row['instruction']}\n  model: {chat(row['instruction'])}")
         chat.reset()
     return report

@@ -136,12 +136,14 @@ def task_rows(
     code_root: str | Path | None,  # folder with Python files
     max_facts: int | None,         # keep so many facts of the source tree
     max_answer: int,               # longest answer about it in characters
-    seed: int                      # where the choice of facts starts
+    seed: int,                     # where the choice of facts starts
+    show: bool = False             # print what was found in the source tree
 ) -> tuple:                        # (rows, held-out rows, format, {"code_root" or "data_file": where they came from})
     "Rows of a task from its file or source tree. Raises `ConfigError` when the wrong one is given, `DataError` for bad rows."
     if not task.needs_file:
         if data is not None: raise ConfigError(f'task code builds its rows from code_root, so data={str(data)!r} would be ignored. Leave it out, or use task custom.')
         corpus = code_rows(code_root, max_facts, seed, max_answer)
+        if show: print(corpus, end='\n\n')
         return corpus.rows, corpus.held_out, 'alpaca', dict(code_root=corpus.root)
     if code_root is not None: raise ConfigError(f'only task code reads a source tree; task {task.name} takes data, a file. Leave code_root out.')
     if data is None: raise DataError(f'task {task.name} needs a data file whose rows have {task.rows}. Name it with data.')
@@ -159,6 +161,7 @@ def prepare_run(
     max_facts: int | None = None,         # task code: keep so many facts; None: all
     max_answer: int = 200,                # task code: longest answer in characters
     overwrite: bool = False,              # replace a run that is in the folder
+    show: bool = False,                   # task code: print what was found in the source tree and what was left out
     **overrides: Any                      # fields of the recipe to set differently
 ) -> Path:                                # the run folder
     "Make a run folder: rows, config, meta file, status pending. Raises a `FinetuneError` before anything is written."
@@ -166,7 +169,7 @@ def prepare_run(
     refuse_taken(folder, overwrite)
     dials = recipe(model, config, **overrides)
     find_model(model)
-    rows, held_out, row_format, source = task_rows(kind, data, code_root, max_facts, max_answer, dials.seed)
+    rows, held_out, row_format, source = task_rows(kind, data, code_root, max_facts, max_answer, dials.seed, show)
     dials.output_dir, dials.data_path = folder, folder/f'training_data_{task}_{row_format}.json'
     if held_out: dials.eval_path = folder/f'eval_data_{task}_{row_format}.json'
     if data and Path(data).resolve() in [part.resolve() for part in run_parts(folder)]:
