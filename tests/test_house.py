@@ -196,7 +196,7 @@ def test_the_readme_is_made_from_the_index(copy):
     add_cell(index, code_cell("#| hide\nsecret = 1"))
     subprocess.run([sys.executable, ".ci/docs.py", "--readme"], cwd=copy, check=True, capture_output=True)
     text = (copy/"README.md").read_text()
-    assert "[dials](nbs/00_config.ipynb) [more](CHANGELOG.md) [web](https://a.b/c)" in text and "secret" not in text
+    assert "[dials](nbs/00_config.ipynb) [more](CHANGELOG.md) [web](https://a.b/c)" in text and "secret = 1" not in text
     picture = re.findall(r"!\[png\]\((nbs/index_files/.+?\.png)\)", text)[-1]
     assert (copy/picture).read_bytes() == b"\x89PNG\r\n\x1a\n" and "```text\none\n```" in text
     assert house.stale_readme(copy) == []
