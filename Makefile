@@ -26,7 +26,7 @@ test: $(VENV)/.dev ## run every notebook and every test
 	@echo "== test: pytest (notebooks, guards, end to end, the package in an empty environment)"
 	@$(BIN)/python -m pytest
 
-test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an empty environment)
+test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an empty environment, the Hub)
 	@echo "== test-fast: pytest -m 'not slow'"
 	@$(BIN)/python -m pytest -m "not slow"
 

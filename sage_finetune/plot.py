@@ -78,7 +78,8 @@ class LossPlot:
     ):
         "Take a step and redraw if it is time."
         self.rows.append(asdict(step))
-        if time.monotonic() - self.drawn >= self.every or step.step == step.total: self.redraw()
+        due = len(self.rows) > 1 and time.monotonic() - self.drawn >= self.every  # one point is no curve
+        if due or step.step == step.total: self.redraw()
 
     def redraw(self):
         "Draw what there is."

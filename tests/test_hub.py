@@ -14,6 +14,8 @@ import pytest
 
 from sage_finetune.config import tiny_path
 
+pytestmark = pytest.mark.slow
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {path.name: path.read_bytes() for path in tiny_path().iterdir() if path.suffix in (".json", ".safetensors", ".jinja")}
 
