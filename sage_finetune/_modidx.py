@@ -197,6 +197,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'sage_finetune/export.py'),
                                       'sage_finetune.export._check_disk': ('export.html#_check_disk', 'sage_finetune/export.py'),
                                       'sage_finetune.export._check_place': ('export.html#_check_place', 'sage_finetune/export.py'),
+                                      'sage_finetune.export._need_adapter': ('export.html#_need_adapter', 'sage_finetune/export.py'),
                                       'sage_finetune.export._real_texts': ('export.html#_real_texts', 'sage_finetune/export.py'),
                                       'sage_finetune.export.logits_of': ('export.html#logits_of', 'sage_finetune/export.py'),
                                       'sage_finetune.export.merge': ('export.html#merge', 'sage_finetune/export.py'),

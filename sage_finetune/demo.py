@@ -6,12 +6,11 @@
 __all__ = ['Report', 'train_and_compare', 'quickstart', 'demo_example', 'demo_code', 'demo']
 
 # %% ../nbs/17_demo.ipynb #27a2754e
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .chat import Chat, Comparison, Score, accuracy, answers, compare
+from .chat import Chat, Comparison, Score, accuracy, compare
 from .config import PresetConfigs, TrainingConfig
 from .data import load_training_data, to_messages
 from .export import merge, open_run

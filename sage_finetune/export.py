@@ -6,7 +6,7 @@
 __all__ = ['run_config', 'open_run', 'MergeReport', 'logits_of', 'verify_merge', 'merge']
 
 # %% ../nbs/08_export.ipynb #7478948b
-import json, shutil
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import DataError, ModelError, PresetConfigs, RunError, TrainingConfig, folder_atomic, write_json
+from .config import DataError, ModelError, RunError, TrainingConfig, folder_atomic, write_json
 from .data import load_training_data, to_messages
 from .model import load_adapter, load_base, quiet
 from .prompt import render
@@ -33,6 +33,11 @@ def run_config(
     if not (folder/'finetune_meta.json').exists(): raise RunError(f'{folder} is not a run folder: it has no training_config.json. `sage-finetune list` shows the runs there are.')
     return read_meta(folder).to_config()
 
+def _need_adapter(config: TrainingConfig):
+    "Refuse a run that was not trained yet"
+    if (config.lora_dir/'adapter_model.safetensors').exists(): return
+    raise RunError(f'{config.output_dir} holds no adapter yet. Train it first: sage-finetune run {config.output_dir}')
+
 def open_run(
     run_dir: str | Path, # a run folder that was trained
     merged: bool = False, # the merged model instead of base and adapter
@@ -43,7 +48,7 @@ def open_run(
     config.device = device
     if merged and not (config.merged_dir/'config.json').exists(): raise RunError(f'{config.merged_dir} holds no model. Merge first: sage-finetune merge {run_dir}')
     if merged: config.model_name, config.load_in_8bit, config.load_in_4bit = str(config.merged_dir.absolute()), False, False
-    elif not (config.lora_dir/'adapter_model.safetensors').exists(): raise RunError(f'{config.output_dir} holds no adapter yet. Train it first: sage-finetune run {run_dir}')
+    else: _need_adapter(config)
     config.fp16, config.bf16 = (None, None) if config.fp16 and device != 'cuda' else (config.fp16, config.bf16)
     model, tokenizer = load_base(config)
     return (model if merged else load_adapter(model, config.lora_dir)).eval(), tokenizer
@@ -102,7 +107,7 @@ def merge(
     config = run_config(run_dir)
     config.load_in_8bit = config.load_in_4bit = False
     out = Path(out or config.merged_dir)
-    if not (config.lora_dir/'adapter_model.safetensors').exists(): raise RunError(f'{run_dir} holds no adapter yet. Train it first: sage-finetune run {run_dir}')
+    _need_adapter(config)
     _check_place(out)
     base, tokenizer = load_base(config)
     _check_disk(out, base)

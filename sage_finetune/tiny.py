@@ -9,7 +9,7 @@ __all__ = ['SPECIAL_TOKENS', 'QWEN2_SPLIT', 'CHAT_TEMPLATE', 'SHARES', 'LONG_FRO
            'main']
 
 # %% ../nbs/16_tiny.ipynb #bcb5ce77
-import argparse, itertools, json, math, os, tempfile, time
+import argparse, itertools, json, os, tempfile, time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field

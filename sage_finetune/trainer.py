@@ -11,7 +11,6 @@ __all__ = ['loss_sum', 'Step', 'clock', 'Pace', 'training_loop', 'check_finite',
 import copy, errno, importlib.util, io, json, math, os, shutil, sys, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 

@@ -9,7 +9,7 @@ from helpers import adapter, change, copy, ended, leftovers, metrics, program, r
 from nbclient import NotebookClient
 from transformers import AutoTokenizer
 
-from sage_finetune import Chat, LoRAConfig, LoRATrainer, PresetConfigs, TrainingConfig, load_training_data, merge, plot_run, prepare_dataset, train_from_meta
+from sage_finetune import Chat, LoRAConfig, LoRATrainer, TrainingConfig, load_training_data, merge, plot_run, prepare_dataset, train_from_meta
 from sage_finetune.chat import accuracy
 from sage_finetune.export import open_run
 
@@ -167,7 +167,7 @@ def shell(tmp_path_factory):
     run = here/"runs"/"lamps"
     assert status(run)["state"] == "pending" and names(run) == {"finetune_meta.json", "status.json", "training_config.json", "training_data_instruction_alpaca.json"}
     change(run, num_train_epochs=4, device="cpu")
-    twin = copy(run, here/"twin")
+    copy(run, here/"twin")
     children = [start("run", "runs/lamps", cwd=here), start("twin", module="sage_finetune.trainer", cwd=here)]
     said["run"], said["module"] = map(ended, children)
     children = [start("merge", "runs/lamps", cwd=here), start("quickstart", "custom", "-d", "rows.jsonl", "-o", "runs/quick", "--epochs", 1, cwd=here)]
