@@ -9,7 +9,7 @@ FIRST := $(TUTORIALS)/01_first_adapter.ipynb
 ROOT_USER := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lab docs notebooks export tiny-model wheel clean
+.PHONY: help demo test test-fast bench lab docs notebooks export tiny-model wheel clean
 # Compiled modules are kept: without them every run starts seconds later.
 unexport PYTHONDONTWRITEBYTECODE
 # Threads that wait for each other sleep: on two busy cores spinning makes small models up to eight times slower.
@@ -29,6 +29,10 @@ test: $(VENV)/.dev ## run every notebook and every test
 test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an empty environment, the Hub)
 	@echo "== test-fast: pytest -m 'not slow'"
 	@$(BIN)/python -m pytest -m "not slow"
+
+bench: $(VENV)/.dev ## measure speed and memory against peers on this machine, write benchmarks/results/
+	@echo "== bench: benchmarks/prepare.py"
+	@$(BIN)/python benchmarks/prepare.py
 
 lab: $(VENV)/.dev ## open JupyterLab on the first tutorial
 	@echo "== lab: JupyterLab on $(FIRST)"

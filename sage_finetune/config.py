@@ -127,6 +127,7 @@ def _as_kind(value: Any, kind: type) -> Any:
     elif kind is float and isinstance(value, (int, float, str)): return float(value)
     elif kind is int and isinstance(value, (int, float, str)) and float(value) == int(float(value)): return int(float(value))
     elif typing.get_origin(kind) is list and isinstance(value, (list, tuple)): return [_as_kind(o, typing.get_args(kind)[0]) for o in value]
+    elif typing.get_origin(kind) is dict and isinstance(value, dict): return {_as_kind(name, str): _as_kind(o, typing.get_args(kind)[1]) for name, o in value.items()}
     elif dataclasses.is_dataclass(kind) and isinstance(value, (kind, dict)): return kind(**value) if isinstance(value, dict) else value
     raise ValueError
 
@@ -238,10 +239,17 @@ class TrainingConfig(Checked):
     load_in_8bit: bool = dial(False) # keep the base weights in 8 bits: half the memory of bf16, slower
     load_in_4bit: bool = dial(False) # keep the base weights in 4 bits (NF4): a quarter of the memory of bf16, slower
     trust_remote_code: bool = dial(False) # run Python code that comes with the model: only for authors you trust
-    data_path: Path | None = dial(None) # training rows: a .json, .jsonl, .csv or .parquet file, or "example" (packaged)
+    data_path: Path | None = dial(None) # training rows: a .json, .jsonl, .csv or .parquet file, a folder of them, a Hub data set, or "example" (packaged)
     eval_path: Path | None = dial(None) # evaluation rows in a file of their own; else eval_ratio of the training rows
     eval_ratio: float = dial(0.1, 0., 0.5) # share of the rows held out to measure what was not learnt by heart
-    max_length: int = dial(1024, 16, 1_048_576) # longest example in tokens; longer ones lose whole turns or are left out, and counted
+    column_map: dict[str, str] | None = dial(None) # where the columns have names of their own: {"question": "Frage", "answer": "Antwort"}
+    on_bad_row: str = dial('error', choices=('error', 'skip')) # a row that cannot be used stops the run, or is skipped, counted and listed in bad_rows.jsonl
+    max_length: int = dial(1024, 16, 1_048_576) # longest example in tokens; overlong says what becomes of longer ones
+    overlong: str = dial('drop_turns', choices=('drop_turns', 'drop', 'error', 'truncate')) # a row that is too long loses whole last turns, is left out, stops the run, or is cut off
+    thinking: str = dial('ignore_empty', choices=('ignore_empty', 'as_is', 'strip')) # thinking blocks: empty ones are not learnt, all are learnt, or all are removed
+    allow_special_tokens: bool = dial(False) # let text in the data become control tokens such as <|im_end|>: only for data you trust
+    packing: bool = dial(True) # lay the rows of a step one behind the other instead of padding them: the same gradient, fewer tokens
+    data_cache: Path | None = dial(None) # folder where prepared rows are kept for later runs; None: inside the run folder
     output_dir: Path = dial(Path('finetune_output')) # run folder: everything a run writes goes here
     overwrite_output_dir: bool = dial(False) # replace what an earlier run left in output_dir; else such a folder is refused
     num_train_epochs: int = dial(3, 1, 10_000) # how often every row is seen

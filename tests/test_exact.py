@@ -112,15 +112,16 @@ def reference(model, tokenizer, content, order, *, rate, total, warmup, decay, l
         yield loss.item(), length.item(), optimizer.param_groups[0]["lr"]
 
 
-def test_the_first_steps_equal_a_plain_loop(tmp_path, plain_base):
-    "Warm-up, accumulation, clipping, AdamW and padding; the reference starts from PEFT's own adapter after torch.manual_seed(seed)"
+@pytest.mark.parametrize("packing", (False, True), ids=("padded", "packed"))
+def test_the_first_steps_equal_a_plain_loop(tmp_path, plain_base, packing):
+    "Warm-up, accumulation, clipping, AdamW, padding and packing; the reference starts from PEFT's own adapter after torch.manual_seed(seed)"
     content = rows(30)
     content[::3] = [dict(row, output=row["output"] + " It hangs in the long corridor.") for row in content[::3]]  # micro-batches of different weight
     trainer = LoRATrainer(recipe(tmp_path, data_path=write_rows(tmp_path/"content.jsonl", content), per_device_train_batch_size=2, gradient_accumulation_steps=3, learning_rate=5e-3,
-                                 warmup_ratio=0.2, max_grad_norm=0.1, weight_decay=0.1, seed=7)).setup()
+                                 warmup_ratio=0.2, max_grad_norm=0.1, weight_decay=0.1, seed=7, packing=packing)).setup()
     total = len(trainer.plan)
-    assert total == 10 and [len(step.micro_batches) for step in trainer.plan] == [3] * 10
-    order = [sum(step.micro_batches, []) for step in trainer.plan]
+    assert total == 10 and [len(step.micro_batches) for step in trainer.plan] == [1 if packing else 3] * 10 and trainer.packs == packing
+    order = [step.rows for step in trainer.plan]
     assert sorted(sum(order[:5], [])) == sorted(sum(order[5:], [])) == list(range(30)) and order[:5] != order[5:]
     steps = [step for step, _ in zip(trainer.steps(), range(7))]
 
@@ -143,33 +144,36 @@ def test_the_number_of_rows_at_once_changes_nothing(tmp_path):
 
 # ---- what is learnt ---------------------------------------------------------------------------------------------------
 
-def test_the_answer_and_its_end_are_learnt_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("packing", (False, True), ids=("padded", "packed"))
+def test_the_answer_and_its_end_are_learnt_and_nothing_else(tmp_path, packing):
     "On the batches the model really saw: no prompt, no padding, every turn of the assistant with its end"
     content = rows(16)
     content += [dict(messages=[dict(role="system", content="Be short."), dict(role="user", content=f"Lamp {at}?"), dict(role="assistant", content="It is lit."),
                                dict(role="user", content="And now?"), dict(role="assistant", content=f"Dark {at}.")]) for at in range(8)]
-    trainer = Watched(recipe(tmp_path, data_path=write_rows(tmp_path/"content.jsonl", content), num_train_epochs=1))
+    trainer = Watched(recipe(tmp_path, data_path=write_rows(tmp_path/"content.jsonl", content), num_train_epochs=1, packing=packing))
     result = trainer.train(show=False)
     tokenizer, end = AutoTokenizer.from_pretrained(tiny_path()), "<|im_end|>"
     end_id, found, padded = tokenizer.convert_tokens_to_ids(end), [], 0
     batches = trainer.trained[-result.steps:]  # those before measured the speed
     for batch in batches:
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"]):
+        for ids, segments, labels in zip(batch["input_ids"], batch["segments"], batch["labels"]):
             assert ((labels == -100) | (labels == ids)).all()
-            assert (labels[mask == 0] == -100).all() and (ids[mask == 0] == tokenizer.pad_token_id).all()
-            padded += int((mask == 0).sum())
-            learnt = labels[labels != -100]
-            assert learnt[-1] == end_id
-            found.append(tokenizer.decode(learnt))
-            unlearnt = tokenizer.decode(ids[(labels == -100) & (mask == 1)])
-            assert unlearnt.count("<|im_start|>assistant\n") == found[-1].count(end) and found[-1].removesuffix(end) not in unlearnt
+            assert (labels[segments == 0] == -100).all() and (ids[segments == 0] == tokenizer.pad_token_id).all()
+            padded += int((segments == 0).sum())
+            for number in range(1, int(segments.max()) + 1):
+                own = segments == number
+                learnt = labels[own & (labels != -100)]
+                assert learnt[-1] == end_id
+                found.append(tokenizer.decode(learnt))
+                unlearnt = tokenizer.decode(ids[own & (labels == -100)])
+                assert unlearnt.count("<|im_start|>assistant\n") == found[-1].count(end) and found[-1].removesuffix(end) not in unlearnt
     expected = [row["output"] + end if "output" in row else "".join(turn["content"] + end for turn in row["messages"] if turn["role"] == "assistant") for row in content]
-    assert sorted(found) == sorted(expected) and padded > 0
-    assert result.learnt == sum(int((batch["labels"] != -100).sum()) for batch in batches) and result.tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert sorted(found) == sorted(expected) and (packing or padded > 0)
+    assert result.learnt == sum(int((batch["labels"] != -100).sum()) for batch in batches) and result.tokens == sum(int((batch["segments"] > 0).sum()) for batch in batches)
 
 
 def texts(batches, tokenizer):
-    return [tokenizer.decode(ids[mask == 1]) for batch in batches for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
+    return [tokenizer.decode(ids[segments == number]) for batch in batches for ids, segments in zip(batch["input_ids"], batch["segments"]) for number in range(1, int(segments.max()) + 1)]
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path):

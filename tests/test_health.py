@@ -1,0 +1,428 @@
+"Every fault is planted, and exactly its finding must speak up, with the right rows; healthy data must leave it silent"
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from sage_finetune.config import ConfigError, DataError, tiny_path
+from sage_finetune.data import prepare_dataset
+from sage_finetune.health import (CHECKS, LEVELS, Finding, HealthReport, alike, guess_language, health_report, histogram, near_pairs, odd_characters, opening, read_examples,
+    shingles, signatures, survey, text_key, token_codes, without_common)
+from sage_finetune.plot import draw_lengths
+
+TOWNS = "Arbor Belmont Cedar Dunmore Easton Farley Glenwood Harrow Ivydale Juniper Kelso Linden Marlow Norwood Oakham Preston Quincy Redhill Selby Thornton".split()
+THINGS = "bridge market school harbour library mill garden theatre".split()
+ENDINGS = ("was built of grey stone", "stands beside the river", "is open on most mornings", "burned down and was never rebuilt", "belongs to a family of bakers", "has a roof of copper")
+
+
+def asked(question, answer): return dict(instruction=question, output=answer)
+
+
+def healthy(count=40, seed=0):
+    "Rows that differ in question and answer"
+    chance, rows = random.Random(seed), []
+    for town in TOWNS:
+        for thing in THINGS:
+            opening = chance.choice(("Its", "The", "Our", "That", "Their", "This"))
+            rows.append(asked(f"What do people say about the {thing} of {town}?", f"{opening} {thing} in {town} {chance.choice(ENDINGS)}, {chance.randrange(100, 999)} steps from {chance.choice(TOWNS)}."))
+    chance.shuffle(rows)
+    return rows[:count]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(): return AutoTokenizer.from_pretrained(tiny_path())
+
+
+@pytest.fixture(scope="module")
+def made(tokenizer):
+    "Rows to a prepared data set"
+    def prepare(rows, **options): return prepare_dataset(rows, tokenizer, show=False, **options)
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def look(tokenizer, made):
+    "A report on rows or on a prepared data set, with healthy held-out rows unless others are given"
+    other = made([asked("Where does the ferry land?", "At the old pier, twice a day.")])
+    def report(rows, evaluation=other, **options):
+        return health_report(made(rows) if isinstance(rows, list) else rows, made(evaluation) if isinstance(evaluation, list) else evaluation, tokenizer=tokenizer, **options)
+    return report
+
+
+def alarms(report, *beside):
+    "Names of the findings that are not ok, but for those named"
+    return {one.name: one.level for one in report.findings if one.level != "ok" and one.name not in beside}
+
+
+def replaced(dataset, at, **columns):
+    "The same data set with other columns in some rows (places from 0)"
+    return Dataset.from_dict({name: [columns[name](row) if place in at and name in columns else row[name] for place, row in enumerate(dataset)] for name in ("input_ids", "labels")})
+
+
+# ---- health -----------------------------------------------------------------------------------------------------------
+
+def test_healthy_data_raise_no_alarm(look):
+    report = look(healthy(160), max_length=128)
+    assert alarms(report) == {} and report.level == "ok"
+    assert [one.name for one in report.findings] and len(report.findings) == len(CHECKS)
+    assert all(one.said and one.do and one.level in LEVELS for one in report.findings)
+
+
+def test_figures_are_those_of_the_data(look, made):
+    dataset = made(healthy(30))
+    figures = look(dataset)["learnt share"].figures
+    learnt = [sum(label != -100 for label in row["labels"]) for row in dataset]
+    assert (figures["rows"], figures["tokens"], figures["learnt"]) == (30, sum(len(row["input_ids"]) for row in dataset), sum(learnt))
+    shares = [count / len(row["input_ids"]) for count, row in zip(learnt, dataset)]
+    assert figures["smallest"][0]["row"] == shares.index(min(shares)) + 1
+    answers = look(dataset)["answer length"]
+    assert (answers.figures["median"], answers.figures["longest"]) == (np.median(learnt), max(learnt)) and answers.rows == [learnt.index(max(learnt)) + 1]
+    longest = look(dataset)["longest rows"].figures["longest"]
+    assert [one["tokens"] for one in longest] == sorted((len(row["input_ids"]) for row in dataset), reverse=True)[:10]
+    assert longest[0]["head"] == healthy(30)[longest[0]["row"] - 1]["instruction"]
+
+
+def test_the_same_data_give_the_same_report(look):
+    rows = healthy(60) + healthy(5)
+    assert look(rows).to_dict() == look(rows).to_dict()
+
+
+# ---- each fault -------------------------------------------------------------------------------------------------------
+
+def test_exact_duplicates(look):
+    report = look(healthy(40) + [healthy(40)[7], healthy(40)[7], healthy(40)[30]])
+    assert alarms(report) == {"exact duplicates": "warn"}
+    assert report["exact duplicates"].rows == [41, 42, 43]
+    assert report["exact duplicates"].figures["pairs"] == [[8, 41], [8, 42], [31, 43]]
+
+
+def test_near_duplicates(look):
+    long = "Describe the harbour of Selby for a visitor who comes by boat in the evening, when the lamps are lit and the fish market has closed for the day."
+    answer = "You see the lamps first, one on either pier, and then the long roof of the market, dark and quiet after five, with gulls asleep along its ridge."
+    report = look(healthy(40) + [asked(long, answer), asked(long.replace("visitor", "traveller"), answer.replace("quiet", "still")), asked(long.upper().capitalize(), answer)])
+    assert alarms(report) == {"near duplicates": "warn"}
+    assert 42 in report["near duplicates"].rows and report["near duplicates"].figures["pairs"][0][:2] == [41, 42]
+    assert 0.8 <= report["near duplicates"].figures["pairs"][0][2] < 1
+
+
+def test_many_copies_do_not_hide_near_duplicates(look, monkeypatch):
+    monkeypatch.setattr("sage_finetune.health.MOST_PAIRS", 20)
+    long = " ".join(row["output"] for row in healthy(3))
+    report = look(healthy(20) * 5 + [asked("Tell me about them.", long), asked("Tell me about them.", long + " That is all.")])
+    assert report["near duplicates"].rows == [102] and len(report["exact duplicates"].rows) == 80
+
+
+def test_rows_that_share_a_long_text_but_teach_different_things_are_no_duplicates(look):
+    text = " ".join(row["output"] for row in healthy(6))
+    rows = [asked(f"{text} {row['instruction']}", row["output"]) for row in healthy(8, seed=1)]
+    assert look(rows)["near duplicates"].level == "ok"
+
+
+def test_a_system_prompt_makes_no_near_duplicates(look, made):
+    prompt = " ".join(row["output"] for row in healthy(6))
+    rows = [dict(row, system=prompt) for row in healthy(40)]
+    report = look(rows, [dict(system=prompt, **asked("Where does the ferry land?", "At the old pier, twice a day."))])
+    assert alarms(report) == {}
+
+
+def test_parts_of_one_conversation_are_no_near_duplicates(made, look):
+    dataset = made(healthy(20) + healthy(20))
+    dataset = Dataset.from_dict(dict(input_ids=dataset["input_ids"], labels=dataset["labels"], row=[place % 20 + 1 for place in range(40)]))
+    altered = [dict(row, input_ids=row["input_ids"] + [5], labels=row["labels"] + [-100]) if place >= 20 else row for place, row in enumerate(dataset)]
+    apart = Dataset.from_list([dict(row, row=place + 1) for place, row in enumerate(altered)])
+    assert len(look(apart)["near duplicates"].rows) == 20  # as rows of their own they are
+    assert look(Dataset.from_list(altered))["near duplicates"].rows == []
+
+
+def test_different_answers(look):
+    rows = healthy(40)
+    report = look(rows + [asked(rows[11]["instruction"].upper().replace(" ", "  "), "Nobody in the whole town can say.")])
+    assert alarms(report) == {"answers differ": "warn"}
+    assert report["answers differ"].rows == [41] and report["answers differ"].figures["pairs"] == [[12, 41]]
+
+
+def test_a_question_in_both_splits(look):
+    rows = healthy(60)
+    same = asked(f" {rows[20]['instruction'].lower()} ", "It fell into the sea.")
+    report = look(rows, [asked("Is it raining?", "It is not raining today."), same])
+    assert alarms(report) == {"in both splits": "error"}
+    assert report["in both splits"].rows == [2] and report["in both splits"].figures["pairs"] == [[21, 2]]
+
+
+def test_a_question_nearly_in_both_splits(look):
+    question = "Describe the harbour of Selby for a visitor who comes by boat in the evening, when the lamps are lit and the fish market has closed for the day."
+    report = look(healthy(40) + [asked(question, "You see the lamps first, one on either pier.")], [asked(question.replace("a visitor", "the visitor"), "Fog, mostly.")])
+    assert alarms(report) == {"nearly in both splits": "warn"}
+    assert report["nearly in both splits"].rows == [1] and report["nearly in both splits"].figures["pairs"][0][:2] == [41, 1]
+
+
+def test_plain_text_in_both_splits(look):
+    texts = [dict(text=row["output"]) for row in healthy(30)]
+    report = look(texts, [texts[3]])
+    assert report["in both splits"].rows == [1] and report["in both splits"].level == "error"
+    assert alarms(look(texts)) == {}
+
+
+def test_empty_answers(look, made, tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    hollow = replaced(made(healthy(40)), {4, 9}, labels=lambda row: [label if label == end else -100 for label in row["labels"]])
+    report = look(hollow)
+    assert report["empty answers"].level == "error" and report["empty answers"].rows == [5, 10]
+    assert alarms(report) == {"empty answers": "error"}
+
+
+def test_one_word_answers(look):
+    report = look(healthy(40) + [asked("Is there a bridge in Kelso?", "Yes."), asked("橋はありますか", "はい、橋は町の真ん中にあります")])
+    assert report["one-word answers"].rows == [41] and report["one-word answers"].level == "note"
+    talk = [dict(role=role, content=text) for role, text in (("user", "Is it far?"), ("assistant", "No."), ("user", "How far?"), ("assistant", "Half an hour on foot."))]
+    assert look(healthy(40) + [dict(messages=talk)])["one-word answers"].level == "ok"
+
+
+def test_nothing_learnt(look, made):
+    report = look(replaced(made(healthy(40)), {2}, labels=lambda row: [-100] * len(row["labels"])))
+    assert report["learnt share"].level == "error" and report["learnt share"].rows == [3]
+    assert alarms(report) == {"learnt share": "error"}
+
+
+def test_no_stop_token(look, made):
+    cut = replaced(made(healthy(40)), {1, 6}, input_ids=lambda row: row["input_ids"][:-3], labels=lambda row: row["labels"][:-3])
+    report = look(cut)
+    assert alarms(report) == {"stop token": "error"} and report["stop token"].rows == [2, 7]
+
+
+def test_a_stop_that_is_not_learnt(look, made):
+    def masked(row): return [-100 if place >= max(at for at, label in enumerate(row["labels"]) if label != -100) else label for place, label in enumerate(row["labels"])]
+    report = look(replaced(made(healthy(40)), {0}, labels=masked))
+    assert alarms(report) == {"stop token": "error"} and report["stop token"].rows == [1]
+
+
+def test_only_a_stop_ends_the_last_answer_and_any_special_token_the_others(look, made, tokenizer):
+    stop, other = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|im_start|>"))
+    turns = [dict(role=role, content=f"{role} says something here, number {at}") for at in range(2) for role in ("user", "assistant")]
+    def ended(first, last):
+        ids, labels = (list(made([dict(messages=turns)])[0][name]) for name in ("input_ids", "labels"))
+        for place, token in zip([at for at, label in enumerate(labels) if label == stop], (first, last)): ids[place] = labels[place] = token
+        return look(Dataset.from_dict(dict(input_ids=[ids], labels=[labels])))["stop token"].level
+    word = tokenizer("word")["input_ids"][-1]
+    assert (ended(stop, stop), ended(other, stop), ended(stop, other), ended(word, stop)) == ("ok", "ok", "error", "error")
+
+
+def test_the_same_answer_everywhere(look):
+    rows = [asked(row["instruction"], "I do not know.") for row in healthy(40)]
+    report = look(rows)
+    assert report["same answers"].level == "error" and report["same answers"].rows == list(range(1, 41))
+    mixed = look(rows[:30] + healthy(160)[60:80])
+    assert mixed["same answers"].level == "warn" and mixed["same answers"].rows == list(range(1, 31))
+
+
+def test_the_same_opening(look):
+    rows = [asked(row["instruction"], f"As an AI language model, I know: {row['output']}") if place % 3 == 0 else row for place, row in enumerate(healthy(40))]
+    report = look(rows)
+    assert alarms(report) == {"openings": "warn"} and report["openings"].rows == list(range(1, 41, 3))
+    assert report["openings"].figures["words"] == "as an ai language model,"
+
+
+def test_mixed_languages(look):
+    report = look(healthy(40) + [asked("Wo steht die Brücke?", "Die Brücke ist nicht weit von dem Markt und sie ist alt."), asked("Где мост?", "Мост стоит у реки, недалеко от рынка.")])
+    assert alarms(report) == {"languages": "note"} and report["languages"].rows == [41, 42]
+    mix = report["languages"].figures["languages"]
+    assert (mix["German"]["row"], mix["Cyrillic script"]["row"]) == (41, 42) and mix["English"]["share"] > 0.9
+
+
+def test_rows_over_and_at_the_limit(look, made):
+    dataset = made(healthy(40) + [asked("Tell me everything.", " ".join(row["output"] for row in healthy(9, seed=3)))])
+    usual = max(len(row["input_ids"]) for row in dataset.select(range(40)))
+    report = look(dataset, max_length=usual + 1)
+    assert alarms(report) == {"length": "warn"} and report["length"].rows == [41] and report["length"].figures["over"] == 1
+    report = look(dataset.select(range(40)), max_length=usual)
+    assert report["length"].level == "warn" and report["length"].figures["over"] == 0 and report["length"].figures["at_or_over"] >= 1
+
+
+@pytest.mark.parametrize("text, kind", [("a\x00b", "control"), ("a\x1b[31mred", "control"), ("caf\ufffd", "replacement"), ("cafÃ©", "encoding"), ("itâ€™s", "encoding"), ("a\u202eb", "direction")])
+def test_odd_characters(look, text, kind):
+    assert odd_characters(text) == kind
+    report = look(healthy(40) + [asked("What is written there?", f"It says {text} in small letters.")])
+    assert report["odd characters"].rows == [41] and set(report["odd characters"].figures["kinds"]) == {kind}
+    assert alarms(report) == {"odd characters": "warn"}
+
+
+@pytest.mark.parametrize("text", ["Grüße, señor", "naïve café — “quoted”", "Ação, São Paulo", "¿Qué? ÂNGELO", "你好", "\tone\nline\r\n", "👩‍🚀"])
+def test_usual_characters_are_not_odd(text): assert odd_characters(text) == ""
+
+
+def test_rows_that_were_left_out_are_told(made, look):
+    rows = healthy(40)
+    report = look(made(rows + [asked("What is this?", "")], on_bad_row="skip"))
+    assert alarms(report) == {"preparation": "note"} and report["preparation"].figures["bad"] == 1
+    long = look(made(rows + [asked("Tell me everything.", " ".join(row["output"] for row in healthy(9, seed=3)))], max_length=100))
+    assert alarms(long) == {"preparation": "note"} and sum(long["preparation"].figures["overlong"].values()) == 1
+
+
+def test_markup(look):
+    report = look(healthy(40) + [asked("Say it in bold.", "<b>Gladly</b>, and loud &amp; clear."), asked("Which is less?", "We know that 3 < 4 and 5 > 4, R&D said.")])
+    assert alarms(report) == {"markup": "note"} and report["markup"].rows == [41]
+
+
+# ---- what is below ----------------------------------------------------------------------------------------------------
+
+def test_examples_are_read_back(tokenizer, made):
+    rows = [dict(messages=[dict(role="system", content="Be brief."), dict(role="user", content="Who?"), dict(role="assistant", content="Ada."),
+        dict(role="user", content="When?"), dict(role="assistant", content="At dusk.")]), dict(text="Plain words.")]
+    first, second = read_examples(made(rows), tokenizer)
+    assert first.answers == ["Ada.", "At dusk."] and "Be brief." in first.asked and first.asked.endswith("Who?")
+    assert (second.asked, second.answers) == ("", ["Plain words."])
+    assert [example.row for example in read_examples(made(healthy(30)).select([4, 2]), tokenizer)] in ([1, 2], [5, 3])
+
+
+def test_rows_are_read_in_order_across_batches(tokenizer, made):
+    rows = [asked(f"Number {at}?", f"It is {at}.") for at in range(2300)]
+    dataset = made(rows)
+    assert [example.answers[0] for example in read_examples(dataset, tokenizer)] == [row["output"] for row in rows]
+    plain = Dataset.from_dict(dict(input_ids=dataset["input_ids"][:], labels=dataset["labels"][:]))
+    assert [example.row for example in read_examples(plain, tokenizer)] == list(range(1, 2301))
+
+
+def test_row_numbers_of_the_data_are_used(tokenizer, made):
+    dataset = made(healthy(20) + healthy(1))
+    dataset = Dataset.from_dict(dict(input_ids=dataset["input_ids"], labels=dataset["labels"], row=list(range(101, 122))))
+    assert health_report(dataset, tokenizer=tokenizer)["exact duplicates"].rows == [121]
+
+
+def test_signatures_estimate_likeness():
+    chance = np.random.default_rng(1)
+    for share in (0.1, 0.5, 0.9):
+        common, size = int(share * 400), 400 - int(share * 400)
+        pools = [chance.integers(0, 2**32, count, dtype=np.uint32) for count in (common, size // 2, size // 2)]
+        one, other = np.concatenate(pools[:2]), np.concatenate([pools[0], pools[2]])
+        marks = signatures([one, other])
+        assert abs((marks[0] == marks[1]).mean() - alike(one, other)) < 0.2
+
+
+def test_near_pairs_find_what_comparing_each_with_each_finds():
+    chance = np.random.default_rng(2)
+    sets = [chance.integers(0, 2**32, 60, dtype=np.uint32) for _ in range(120)]
+    for at in range(0, 60, 2): sets[at + 1] = np.concatenate([sets[at][:60 - at // 4], chance.integers(0, 2**32, at // 4, dtype=np.uint32)])
+    every = {(one, other) for one in range(120) for other in range(one + 1, 120) if alike(sets[one], sets[other]) >= 0.8}
+    assert len(every) > 10 and {pair[:2] for pair in near_pairs(sets)} == every
+
+
+def test_many_equal_rows_do_not_make_every_pair():
+    sets = [np.arange(50, dtype=np.uint32)] * 3000
+    pairs = near_pairs(sets)
+    assert 2999 <= len(pairs) <= 2 * 2999 and {later for _, later, _ in pairs} == set(range(1, 3000))
+
+
+def test_what_nearly_all_rows_have_does_not_count():
+    sets = [np.concatenate([np.arange(100, dtype=np.uint32), np.arange(1000 * at, 1000 * at + 5, dtype=np.uint32)]) for at in range(1, 41)]
+    assert near_pairs(sets) and near_pairs(without_common(sets)) == []
+    assert without_common(sets[:19])[0] is sets[0]  # too few to judge by
+
+
+def test_openings_are_of_longer_answers():
+    assert opening("As an AI  language Model, I am") == "as an ai language model," and opening("I do not know that") == ""
+
+
+def test_what_a_template_writes_around_a_question_is_left_out(made):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path())
+    tokenizer.chat_template = """{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+    example = next(read_examples(prepare_dataset([asked("Who keeps the light?", "Ada does.")], tokenizer, show=False), tokenizer))
+    assert (example.asked, example.answers) == ("Who keeps the light?", ["Ada does."])
+
+
+def test_upper_case_and_spaces_do_not_count(tokenizer, made):
+    codes, text = token_codes(tokenizer), "the old mill stands beside the river"
+    one, other = (shingles(example, codes)[0] for example in read_examples(made([dict(text=text), dict(text=text.replace(" ", "  "))]), tokenizer))
+    assert alike(one, other) > 0.6 and text_key(text) == text_key(text.upper().replace(" ", " \n"))
+
+
+def test_large_data_are_sampled_and_it_is_said(tokenizer, made, monkeypatch):
+    monkeypatch.setattr("sage_finetune.health.NEAR_ROWS", 50)
+    measured = survey(made(healthy(120)), tokenizer)
+    assert len(measured.places) == 50 and measured.places[0] == 0 and measured.places[-1] == 119
+    assert "Looked at: 50 of 120 rows." in health_report(made(healthy(120)), tokenizer=tokenizer)["near duplicates"].said
+
+
+@pytest.mark.parametrize("text, language", [("The key is under the mat and the door is open.", "English"), ("Der Schlüssel ist unter der Matte.", "German"),
+    ("La clé est sous le tapis et la porte est ouverte.", "French"), ("La llave está en el suelo y la puerta está abierta para los niños.", "Spanish"),
+    ("A chave está em uma mesa, mas não há porta para o jardim.", "Portuguese"), ("La chiave è nella casa, ma non so dove sono gli altri.", "Italian"),
+    ("De sleutel ligt op het bed en de deur is niet open.", "Dutch"), ("열쇠는 매트 아래에 있습니다", "Korean"), ("鍵はマットの下にあります", "Japanese"), ("钥匙在垫子下面", "Chinese"),
+    ("המפתח מתחת לשטיח", "Hebrew"), ("المفتاح تحت السجادة", "Arabic script"), ("x = y + 1", "Latin script, unclear"), ("Open the door", "Latin script, unclear"), ("que no se", "Latin script, unclear"), ("1 2 3", "no letters"), ("", "no letters")])
+def test_languages(text, language): assert guess_language(text) == language
+
+
+@pytest.mark.parametrize("longest, limit", [(1, None), (3, 4), (50, 512), (900, 512), (512, 512), (513, 512), (200_000, 1024), (100, 1)])
+def test_bars_hold_every_row_and_end_at_the_limit(longest, limit):
+    lengths = np.array([*range(1, min(longest, 300)), longest])
+    bars = histogram(lengths, limit)
+    assert sum(bars["counts"]) == len(lengths) and len(bars["edges"]) == len(bars["counts"]) + 1 <= 140
+    assert all(left < right for left, right in zip(bars["edges"], bars["edges"][1:]))
+    if limit and limit <= bars["edges"][-1]: assert limit + 1 in bars["edges"]
+    assert draw_lengths(**bars, max_length=limit).png.startswith(b"\x89PNG")
+
+
+# ---- the report -------------------------------------------------------------------------------------------------------
+
+NASTY = [asked("<script>alert(1)</script> Who is <b>it</b>?", "It is \x1b[2Jnobody \u202eat all, \x07they say & mean."), asked("<script>alert(1)</script> Who is <b>it</b>?", "Nobody \x1b[2Jknows <i>it</i>.")]
+
+
+def test_what_comes_from_data_is_escaped(look):
+    report = look(NASTY * 6, NASTY)
+    page, text = report._repr_html_(), str(report)
+    assert "<script" not in page and "<b>it" not in page and "<i>it" not in page and "&lt;script&gt;" in page
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", page + text)
+    assert "␛" in text  # and is shown, not dropped
+
+
+def test_the_report_shows_itself(look, monkeypatch):
+    import IPython.display
+    report, shown = look(healthy(20), max_length=256), []
+    monkeypatch.setattr(IPython.display, "display", lambda value, **options: shown.append(value))
+    report._ipython_display_()
+    picture, table = shown
+    assert picture._repr_png_().startswith(b"\x89PNG") and "max_length 256" in repr(picture)
+    assert set(table) == {"text/html", "text/plain"} and "<script" not in table["text/html"] and "data:image" not in table["text/html"]
+    assert all(f">{one.name}<" in table["text/html"] and one.name in table["text/plain"] for one in report.findings)
+    assert "data:image/png;base64," in report._repr_html_()
+
+
+def test_levels_are_words_and_colours_have_a_text_colour(look):
+    page = look(healthy(20) + [healthy(20)[0]], None)._repr_html_()
+    assert all(f"<b>{level}</b>" in page for level in ("ok", "note", "warn"))
+    assert all("color:" in style.replace("background:", "") for style in re.findall(r'style="([^"]*background:[^"]*)"', page))
+
+
+def test_a_report_survives_as_json(look, tmp_path):
+    report = look(healthy(20) + [healthy(20)[0]], max_length=64)
+    content = json.loads(report.save(tmp_path/"health.json").read_text(encoding="utf-8"))
+    assert content == report.to_dict() and content["level"] == report.level
+    assert str(HealthReport([Finding(**one) for one in content["findings"]])) == str(report)
+
+
+def test_the_worst_come_first(look):
+    levels = [LEVELS.index(one.level) for one in look(healthy(20) + [healthy(20)[0]], healthy(3), max_length=64).findings]
+    assert levels == sorted(levels, reverse=True) and levels[0] == 3
+
+
+def test_rows_and_files_are_prepared_on_the_way(tokenizer, look):
+    report = health_report("example", evaluation="example_unseen", tokenizer=tokenizer)
+    assert report["learnt share"].figures["rows"] == 100 and report["in both splits"].level == "ok" and report.level == "warn"
+    assert len(report["nearly in both splits"].rows) == 3  # the exam asks the same in other words
+    assert health_report(healthy(20), tokenizer=tokenizer)["learnt share"].figures["rows"] == 20
+
+
+def test_what_cannot_be_looked_at(tokenizer, made):
+    with pytest.raises(ConfigError, match="Pass tokenizer="): health_report(Dataset.from_dict(dict(input_ids=[[1]], labels=[[1]])))
+    with pytest.raises(DataError, match="no labels"): health_report(made(healthy(5)).remove_columns("labels"), tokenizer=tokenizer)
+    with pytest.raises(DataError, match="has no rows"): health_report(made(healthy(5)).select([]), tokenizer=tokenizer)
+    with pytest.raises(DataError, match="row 1 has the id 999999"): health_report(Dataset.from_dict(dict(input_ids=[[999999]], labels=[[999999]])), tokenizer=tokenizer)
+    with pytest.raises(KeyError, match="there are: "): health_report(made(healthy(5)), tokenizer=tokenizer)["beauty"]
+
+
+def test_a_single_row_and_a_row_without_tokens(tokenizer, made):
+    assert health_report(made(healthy(1)), tokenizer=tokenizer)["learnt share"].figures["rows"] == 1
+    report = health_report(Dataset.from_dict(dict(input_ids=[[], [5, 6, 7]], labels=[[], [5, 6, 7]])), tokenizer=tokenizer)
+    assert report["learnt share"].rows == [1]
