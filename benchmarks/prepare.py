@@ -61,15 +61,23 @@ def memory(which):
 def measured(work):
     "Run `work`, which returns (tokens, packs); seconds and peak memory above what there was before"
     Path("/proc/self/clear_refs").write_text("5") if Path("/proc/self/clear_refs").exists() else None  # the highest so far starts anew
-    before, began, worked = memory("VmRSS"), time.perf_counter(), processor_seconds()
+    before, busy, began, worked = memory("VmRSS"), machine_seconds(), time.perf_counter(), processor_seconds()
     tokens, packs = work()
-    return dict(seconds=time.perf_counter() - began, processor_seconds=processor_seconds() - worked, tokens=tokens, packs=packs, peak_mib=memory("VmHWM") - before)
+    seconds, own = time.perf_counter() - began, processor_seconds() - worked
+    return dict(seconds=seconds, processor_seconds=own, others=max(0, machine_seconds() - busy - own) / (seconds * os.cpu_count()), tokens=tokens, packs=packs, peak_mib=memory("VmHWM") - before)
 
 
 def processor_seconds():
     "Work of all cores for this process and the processes it started and that have ended"
     told = os.times()
     return told.user + told.system + told.children_user + told.children_system
+
+
+def machine_seconds():
+    "Work of all cores for everybody, so far; 0 where that cannot be known"
+    try: fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    except OSError: return 0
+    return sum(int(fields[at]) for at in (0, 1, 2, 5, 6)) / os.sysconf("SC_CLK_TCK")
 
 
 def ours(rows, cache=None):
@@ -118,7 +126,18 @@ def child(kind, rows, cache):
     print("RESULT " + json.dumps(found))
 
 
-def run(kind, rows, cache=None):
+def run(kind, rows, cache=None, attempts=6):
+    "One measurement in a fresh process, made again when others had more than a tenth of the machine meanwhile; the least disturbed one counts"
+    found = []
+    for _ in range(attempts):
+        found.append(one_run(kind, rows, cache))
+        if found[-1]["others"] < 0.1: break
+        print(f"{KINDS[kind]}: {found[-1]['seconds']:.2f} s, but others had {found[-1]['others']:.0%} of the machine", file=sys.stderr)
+        time.sleep(10)
+    return min(found, key=lambda one: one["others"])
+
+
+def one_run(kind, rows, cache=None):
     "One measurement in a fresh process"
     environment = dict(os.environ, HF_HUB_OFFLINE="1", TQDM_DISABLE="1", PYTHONWARNINGS="ignore", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     asked = subprocess.run([sys.executable, __file__, "--child", kind, "--data", str(rows), *(["--cache", str(cache)] if cache else [])], env=environment, capture_output=True, text=True)
@@ -170,7 +189,8 @@ def main():
                 runs[kind].append(run(kind, rows, Path(folder)/"cache" if kind == "ours_cached" else None))
                 print(f"run {number + 1}, {KINDS[kind]}: {runs[kind][-1]['seconds']:.2f} s", file=sys.stderr)
         found = {kind: summary(kind_runs) for kind, kind_runs in runs.items()}
-        result = machine() | dict(rows=asked.rows, max_length=MAX_LENGTH, kinds=found)
+        result = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | machine() | dict(max_length=MAX_LENGTH)
+        if found: result |= dict(rows=asked.rows, kinds=found)
         if "ours" in found: print(f"\n{asked.rows:,} rows, {found['ours']['tokens']:,.0f} tokens; {result['cores']} cores\n\n{table(found)}")
         if asked.million:
             result["memory"] = {}

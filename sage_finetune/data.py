@@ -673,11 +673,21 @@ def _readable(folder: Path) -> DataReport | None:
     try: return read_prepared(folder)
     except DataError: return None
 
+@contextmanager
+def _no_empty_folders(folder: Path) -> Iterator[None]:
+    "When something fails, folders that were not there before and hold nothing go again"
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try: yield
+    except BaseException:
+        for parent in new:
+            if parent.is_dir() and not any(parent.iterdir()): parent.rmdir()
+        raise
+
 def _make(source: Any, content: str, maker: Maker, folder: Path, show: bool) -> DataReport:
     "Prepare into a folder that appears when it is complete"
     for old in folder.parent.glob('.prepared-*'):  # left by processes that were killed
         if time.time() - old.stat().st_mtime > 86_400: shutil.rmtree(old, ignore_errors=True)
-    with folder_atomic(folder) as temp:
+    with _no_empty_folders(folder.parent), folder_atomic(folder) as temp:
         report = one_pass(source, maker, temp, show)
         if source_key(source) != content: raise DataError(f'{report.source} has changed while it was read. Start again when it is complete.')
         files = {path.name: checksum(path) for path in temp.iterdir()}

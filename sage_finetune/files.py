@@ -133,6 +133,11 @@ def _parse(line: str) -> Any:
         if not error.msg.startswith('Invalid control character'): raise
         return _LENIENT.decode(line)
 
+def _reason(error: Exception) -> str:
+    "What the decoder found, with the place in its line"
+    if isinstance(error, RecursionError): return 'nested too deeply'
+    return f'{error.msg.replace(" starting at", "")} at character {error.pos + 1}' if isinstance(error, json.JSONDecodeError) else str(error)
+
 def _lines(file: BinaryIO, path: Path, encoding: str, bad: Callable) -> Iterator[RawRow]:
     "The rows of a file with one JSON object a line; blank lines are skipped"
     name, number, done, utf8 = str(path), 0, 0, encoding == 'utf-8'
@@ -143,8 +148,7 @@ def _lines(file: BinaryIO, path: Path, encoding: str, bad: Callable) -> Iterator
         try: row = _parse(line.decode('utf-8', 'surrogatepass') if utf8 else line)
         except UnicodeDecodeError: raise
         except (ValueError, RecursionError) as error:
-            reason = 'nested too deeply' if isinstance(error, RecursionError) else str(error)
-            bad(BadRow(name, at, f'this is not JSON ({reason})', 'One JSON object a line is expected. Mend or remove the line.'))
+            bad(BadRow(name, at, f'this is not JSON ({_reason(error)})', 'One JSON object a line is expected. Mend or remove the line.'))
             continue
         if row.__class__ is dict: yield RawRow(row, name, at, number, done)
         else: bad(BadRow(name, at, f'the row is of type {type(row).__name__}', _A_ROW, number))
@@ -188,9 +192,9 @@ def _next_value(pieces: _Pieces, decoder: json.JSONDecoder = _STRICT) -> Any:
         except json.JSONDecodeError as error:
             cut = error.msg.startswith('Unterminated') or error.pos > len(pieces.buffer) - 16  # the longest piece that cannot be split: \ud83d\ude00
             if error.msg.startswith('Invalid control character'): return _next_value(pieces, _LENIENT)
-            if not cut or pieces.ended: raise pieces.broken(error.msg, error.pos) from error
+            if not cut or pieces.ended: raise pieces.broken(error.msg.replace(' starting at', ''), error.pos) from error
         else:
-            if end < len(pieces.buffer) or pieces.ended: break  # else a number may go on
+            if end + 3 < len(pieces.buffer) or pieces.ended: break  # else a number may go on: 5 | .25 or 5e- | 3
         pieces.more()
     pieces.forward(end)
     return value

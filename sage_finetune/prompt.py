@@ -14,14 +14,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from os.path import commonprefix
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from .config import ConfigError, DataError, ModelError
-from .tokens import TokenLine, tokens_html, tokens_text
+from .tokens import TokenLine, tokens_html
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +32,9 @@ PLAIN_TEMPLATE = """{% if tools %}{{ 'Tools:\n' + tools | tojson + '\n\n' }}{% e
 
 def _adds_bos(tokenizer: 'PreTrainedTokenizerBase') -> bool:
     "Whether the tokenizer begins every text with its beginning-of-sequence token"
-    return tokenizer.bos_token_id is not None and tokenizer('a')['input_ids'][:1] == [tokenizer.bos_token_id]
+    backend = getattr(tokenizer, 'backend_tokenizer', None)
+    ids = tokenizer('a')['input_ids'] if backend is None else backend.encode('a').ids
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 def template_of(
     tokenizer: 'PreTrainedTokenizerBase', # may carry a chat template, or several with names
@@ -105,6 +107,7 @@ def _aliased(message: dict) -> dict:
 def _in_parts(message: dict) -> dict:
     "A message whose text is a list of parts, for templates of models that also see pictures"
     return message | dict(content=[dict(type='text', text=message['content'])]) if isinstance(message.get('content'), str) else message
+
 _ESCAPED = re.compile(r'(?<!\\)\\u(?:db[89a-f][0-9a-f])\\u(?:d[c-f][0-9a-f]{2})')  # a private-use character in JSON of ASCII letters
 
 def _takes(form: _Format) -> tuple[bool, bool]:
@@ -147,6 +150,7 @@ def _stop(form: _Format) -> str:
 
 # %% ../nbs/02_prompt.ipynb #c273dc20
 _OWN = '[\U000F0000-\U0010FFFF]'  # private-use characters; in data they are replaced too, so ours cannot be mistaken
+
 @lru_cache(maxsize=64)
 def _guard(pattern: re.Pattern) -> re.Pattern:
     "Matches what a stand-in is needed for"
@@ -164,11 +168,14 @@ class _Marks(dict):
     "Stand-ins (keys) for pieces of the data (values) that must stay text"
     def __init__(self, form: _Format):
         super().__init__()
-        self.pattern, self.given = _guard(form.pattern), {}
+        self.form, self.given, self.broken = form, {}, False
 
     def __call__(self, value: Any) -> Any:
         "The same data with stand-ins, in types that a template may see"
-        if isinstance(value, str): return self.pattern.sub(self._stand_in, mended(value))
+        if isinstance(value, str):
+            whole = mended(value)
+            self.broken = self.broken or whole != value
+            return _guard(self.form.pattern).sub(self._stand_in, whole)
         if isinstance(value, dict): return {self(str(key)): self(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)): return [self(item) for item in value]
         return value if value is None or type(value) in (bool, int, float) else self(str(value))
@@ -179,11 +186,22 @@ class _Marks(dict):
         self[sign] = found[0]
         return sign
 
+    def notes(self) -> list[str]:
+        "What a user should know about the text"
+        control = any(text in self.form.special for text in self.values())
+        return ['text of the data looks like a control token; it stays text unless allow_special_tokens is set'] * control + ['halves of surrogate pairs became U+FFFD'] * self.broken
+
 # %% ../nbs/02_prompt.ipynb #614bca4e
 THINKING = ('as_is', 'strip', 'ignore_empty')
 _BLOCKS = (('<think>', '</think>'), ('<|START_THINKING|>', '<|END_THINKING|>'), ('[THINK]', '[/THINK]'), ('<|channel>thought', '<channel|>'))
 _EMPTY = re.compile('|'.join(rf'{re.escape(opened)}\s*{re.escape(closed)}\n*' for opened, closed in _BLOCKS))
 _REASONING = ('reasoning_content', 'thinking', 'reasoning')
+
+def _joined(message: dict) -> dict:
+    "A message whose text came in parts, as one text"
+    parts = message.get('content')
+    if not isinstance(parts, list) or not all(isinstance(part, dict) and isinstance(part.get('text'), str) for part in parts): return message
+    return message | dict(content=''.join(part['text'] for part in parts))
 
 def _without_thinking(text: str) -> str:
     "An answer without its thinking blocks; one that was opened in the prompt goes too"
@@ -198,10 +216,8 @@ def _without_thinking(text: str) -> str:
 
 def _stripped(message: dict) -> dict:
     "An assistant's message without its thinking"
-    message, content = {key: value for key, value in message.items() if key not in _REASONING}, message.get('content')
-    if isinstance(content, str): message['content'] = _without_thinking(content)
-    elif isinstance(content, list): message['content'] = [part | dict(text=_without_thinking(part['text'])) if isinstance(part, dict) and isinstance(part.get('text'), str) else part for part in content]
-    return message
+    message = {key: value for key, value in message.items() if key not in _REASONING}
+    return message | dict(content=_without_thinking(message['content'])) if isinstance(message.get('content'), str) else message
 
 # %% ../nbs/02_prompt.ipynb #1f0568ea
 def _halves(content: str) -> tuple[str, str]:
@@ -244,16 +260,15 @@ def _wanted(message: dict) -> bool:
 def _talk(messages: list[dict], form: _Format, tools: list | None = None, thinking: str = 'ignore_empty') -> _Talk:
     "Make a conversation ready. Raises `DataError` when the template refuses it."
     marks = _Marks(form)
-    bare = [{key: value for key, value in message.items() if key not in ('weight', 'train')} for message in messages]
+    bare = [_joined({key: value for key, value in message.items() if key not in ('weight', 'train')}) for message in messages]
     if thinking == 'strip': bare = [_stripped(message) if message.get('role') == 'assistant' else message for message in bare]
     learnt, ready, tools, failure = list(map(_wanted, messages)), [_thought(message, marks) for message in bare], marks(tools or None), None
-    notes = ['text of the data looks like a control token of the model'] if any(text in form.special for text in marks.values()) else []
     for tried in _forms(ready):
-        talk = _Talk(form, tried, tools, learnt, dict(marks), notes, thinking == 'ignore_empty')
+        talk = _Talk(form, tried, tools, learnt, dict(marks), marks.notes(), thinking == 'ignore_empty')
         try: talk.text()
         except _TROUBLE as error: failure = failure or error
         else: return talk
-    raise _refusal(_Talk(form, ready, tools, learnt, dict(marks), notes), failure) from failure
+    raise _refusal(_Talk(form, ready, tools, learnt, dict(marks), []), failure) from failure
 
 # %% ../nbs/02_prompt.ipynb #62203e3a
 def _forms(messages: list[dict]) -> Iterator[list[dict]]:
@@ -316,6 +331,7 @@ class _Answer(NamedTuple):
     text: str # the conversation up to and with it
     notes: tuple # what is unusual about it
     whole: bool # its tool calls are in the text
+
 def _answer(talk: _Talk, at: int) -> _Answer:
     "Find the answer in message `at` by rendering: what stands before it, and what closes it"
     text, start, notes = _begin(talk, at, talk.text(at + 1))
@@ -326,6 +342,7 @@ def _answer(talk: _Talk, at: int) -> _Answer:
     stops = [match for wanted in (talk.form.stop, talk.form.tokenizer.eos_token) for match in ends if match[0] == wanted] or ends[-1:]
     lost = _left_out(talk.messages[at], text[start:])
     return _Answer(at, start, stops[0].end(), text, (*notes, *map(_LEFT_OUT.format, lost)), 'tool calls' not in lost)
+
 def _borrowed(talk: _Talk, at: int, text: str) -> str:
     "The text with the control token that opens the turn behind it, where an answer is ended by nothing else"
     tool = dict(role='tool', content='result', name='tool', tool_call_id='call_1')
@@ -564,8 +581,7 @@ def _coded(plans: list[_Plan], coder: _Coder, allowed: bool) -> Iterator[tuple[l
 
 def _assembled(plan: _Plan, edges: list[int], coded: list[list[int]], form: _Format, messages: list[dict]) -> Rendered:
     "The example of a plan whose pieces are tokenised"
-    ids = [token_id for part in coded for token_id in part]
-    extra = 0
+    ids, extra = list(chain.from_iterable(coded)), 0
     while form.bos is not None and ids[extra:extra + 2] == [form.bos, form.bos]: extra += 1  # a doubled beginning counts once
     ids, places = ids[extra:], dict(zip(edges, accumulate(map(len, coded), initial=-extra)))
     labels, turns = [-100] * len(ids), []
@@ -669,6 +685,7 @@ def check_prefix(
             raise DataError(f'the tokenizer of {tokenizer.name_or_path!r} splits the prompt of turn {turn.message + 1} differently in training and in generation, '
                             'so the model would be asked in a form it was not taught. Train on conversations of one answer each.')
     return rendered
+
 def trained_mask(
     rendered: Rendered # an example
 ) -> list[bool]:       # one value a token
@@ -801,6 +818,7 @@ def _moulds(renderer: Renderer, shape: tuple) -> list[_Mould]:
     talk = _Talk(renderer.form, messages, None, [learnt for _, learnt in shape], {}, [], renderer.thinking == 'ignore_empty')
     try: return [_mould(talk, plan) for plan in _plans(talk)]
     except _TROUBLE: return []
+
 _TAGS = tuple(tag for pair in _BLOCKS for tag in pair)
 
 @lru_cache(maxsize=64)
@@ -835,10 +853,9 @@ def render_texts(
     "Documents of which every token is learnt, the end of sequence too. Raises `ModelError` when the tokenizer has no such token."
     if tokenizer.eos_token_id is None: raise ModelError(f'the tokenizer of {tokenizer.name_or_path!r} has no eos_token. Set tokenizer.eos_token before training on plain text.')
     form, first = _Format(tokenizer), [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
-    marks = _Marks(form)
-    plans = [_Plan(marks(text), [], 0, marks, []) for text in texts]
+    plans = [_Plan(marks(text), [], 0, marks, marks.notes()) for text in texts for marks in [_Marks(form)]]
     found = [[*first, *(o for ids in coded for o in ids), tokenizer.eos_token_id] for _, coded in _coded(plans, _Coder(form), allow_special_tokens)]
-    return [Rendered(ids, list(ids), [Turn(0, len(ids), 0, True)], tokenizer) for ids in found]
+    return [Rendered(ids, list(ids), [Turn(0, len(ids), 0, True)], tokenizer, notes=plan.notes) for ids, plan in zip(found, plans)]
 
 def render_text(
     text: str, # one document

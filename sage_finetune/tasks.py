@@ -16,6 +16,8 @@ from typing import Any
 
 from .config import ConfigError, DataError, RunError, TrainingConfig, find_model, preset, suggest_preset, why_unwritable, write_json
 from .corpus import code_rows
+from .files import BadRow, iter_rows
+from .rows import detect_data_format, read_row
 from .runs import CONFIG, META, METRICS, RUN_FOLDERS, STATUS, html_table, process_gone, read_status, text_table, write_meta, write_status
 
 # %% ../nbs/17_tasks.ipynb #290f7ff9
@@ -62,12 +64,14 @@ def file_rows(
     path: str | Path # a .json, .jsonl, .csv or .parquet file, or "example"
 ) -> tuple:          # (rows, their format; "mixed" when there are several)
     "Read and check the rows of a task. Raises `DataError` naming the first row that does not fit."
-    from sage_finetune.data import check_rows, detect_data_format, load_training_data  # only here: it imports datasets, which takes seconds
-    rows = check_rows(load_training_data(path), str(path))
-    formats = [detect_data_format(row) for row in rows]
-    for number, found in enumerate(formats, 1):
-        if task.formats and found not in task.formats:
-            raise DataError(f'{path}, row {number}, is of format {found!r}, but task {task.name} takes {task.rows}. Use task custom, or rename the fields.')
+    rows, formats = [], []
+    for raw in iter_rows(path):
+        try: read_row(raw.row)
+        except DataError as error: raise DataError(str(BadRow.of(raw, error))) from error
+        rows.append(raw.row)
+        formats.append(detect_data_format(raw.row))
+        if task.formats and formats[-1] not in task.formats:
+            raise DataError(f'{raw.place()} is of format {formats[-1]!r}, but task {task.name} takes {task.rows}. Use task custom, or rename the fields.')
     return rows, formats[0] if len(set(formats)) == 1 else 'mixed'
 
 # %% ../nbs/17_tasks.ipynb #6d463a0b

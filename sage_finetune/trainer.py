@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['loss_sum', 'Step', 'clock', 'Pace', 'training_loop', 'check_finite', 'check_folder', 'RunWriter', 'checkpoints',
            'save_checkpoint', 'load_checkpoint', 'Plan', 'TrainingResult', 'peak_memory_gb', 'make_accelerator',
-           'prepare_run_data', 'lengths_of', 'load_batches', 'LoRATrainer', 'train_from_meta', 'main']
+           'prepare_run_data', 'data_remarks', 'lengths_of', 'load_batches', 'LoRATrainer', 'train_from_meta', 'main']
 
 # %% ../nbs/10_trainer.ipynb #82ece352
 import copy, errno, importlib.util, io, json, math, os, shutil, sys, time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from .batches import BatchPlan, PackingPath, PlannedStep, attention_inputs, collate, learnt_tokens, packing_path, plan_batches
 from .config import ConfigError, FinetuneError, RunError, TrainingConfig, folder_atomic, why_unwritable, write_json
-from .data import packaged_held_out, prepare, report_line
+from .data import packaged_held_out, prepare, report_line, report_parts
 from .model import attach_lora, count_parameters, load_base, load_tokenizer, make_optimizer, make_schedule, plan_precision, restore_adapter
 from .prompt import template_of
 from .runs import CONFIG, METRICS, WORKING, html_table, process_gone, read_meta, read_metrics, read_status, text_table, write_status
+from .tokens import visible
 
 # %% ../nbs/10_trainer.ipynb #1192cbc7
 def loss_sum(
@@ -253,7 +254,7 @@ class Plan:
     "What a run is going to do."
     model: str # the base model's name
     parameters: str # trained and all
-    data: str # what became of the rows
+    data: list[tuple] # what became of the rows: (heading, line)
     evaluation: str # what is held out
     steps: int # optimizer steps
     batch: str # how a step is put together
@@ -262,7 +263,7 @@ class Plan:
 
     def _rows(self) -> list[tuple]:
         "Names and values to show"
-        return [('model', f'{self.model}: {self.parameters}'), ('data', self.data), ('held out', self.evaluation),
+        return [('model', f'{self.model}: {self.parameters}'), *self.data, ('held out', self.evaluation),
                 ('steps', f'{self.steps} steps of {self.batch}'), ('numbers', self.precision), ('time', f'about {clock(self.seconds)}')]
 
     def __str__(self): return text_table(('plan', ''), self._rows())
@@ -345,6 +346,13 @@ def prepare_run_data(
     made = make(config.data_path, 0. if held_out else config.eval_ratio)
     return made.train, make(held_out, 0.).train if held_out else made.evaluation, made.report
 
+def data_remarks(
+    report: Any # a `DataReport`
+) -> list[tuple]: # (heading, line), for the plan
+    "What became of the rows, in one line; and rows that were too long, skipped or changed, the first few by name. What the chat template does by itself is left out."
+    headed = [(heading, line) for heading, line in report_parts(replace(report, template=[]))][1:]
+    return [('data', report_line(report)), *((visible(heading), visible(line)) for heading, line in headed)]
+
 def lengths_of(
     dataset: Any # with a column `length` or at least `input_ids`
 ) -> Any: # int array, one a row
@@ -407,7 +415,9 @@ class LoRATrainer:
         resume: bool = False # the run folder is meant to hold a run
     ) -> 'LoRATrainer': # itself
         "Everything up to the first step, each part once; what is cheap and can fail comes first."
-        if self.accelerator is None: check_folder(self.config, resume)
+        if self.accelerator is None:
+            check_folder(self.config, resume)
+            plan_precision(self.config)
         own = [name for name in ('load_model_and_tokenizer', 'prepare_data') if getattr(type(self), name) is getattr(LoRATrainer, name)]
         if self.dataset is None and len(own) == 2:  # with nothing overridden, rows are looked at before a large model is loaded
             self.tokenizer = self.tokenizer or load_tokenizer(self.config.model_name, self.config.trust_remote_code)
@@ -504,10 +514,10 @@ class LoRATrainer:
     def describe(self) -> Plan:
         "What the run is going to do; measures one batch to say how long it takes."
         if self.accelerator is None: self.setup()
-        config, report = self.config, report_line(self.report) if self.report else f'{len(self.dataset)} examples'
+        config, data = self.config, data_remarks(self.report) if self.report else [('data', f'{len(self.dataset)} examples')]
         layout = f'packed, {self.plan.useful:.0%} of the work is text' if self.packs else f'padded, {self.plan.useful:.0%} of the work is text ({self.path.reason})'
         batch = f'{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} rows, {config.num_train_epochs} epochs; {layout}'
-        return Plan(config.model_name, str(count_parameters(self.model)), report, f'{len(self.eval_dataset)} rows' if self.eval_dataset is not None else 'nothing',
+        return Plan(config.model_name, str(count_parameters(self.model)), data, f'{len(self.eval_dataset)} rows' if self.eval_dataset is not None else 'nothing',
                     len(self.plan), batch, str(plan_precision(config)), self._expected_seconds())
 
     def _expected_seconds(self) -> float:

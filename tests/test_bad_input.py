@@ -11,13 +11,17 @@ from helpers import adapter, change, copy, file_limit, leftovers, metrics, mount
 from sage_finetune import LoRATrainer, PresetConfigs, TrainingConfig, merge, train_from_meta
 from sage_finetune.cli import main
 from sage_finetune.config import ConfigError, RunError, preset, tiny_path
+from sage_finetune.model import load_tokenizer
 from sage_finetune.runs import read_meta, read_metrics
+from sage_finetune.trainer import prepare_run_data
 
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory):
-    "A prepared run of four steps, a checkpoint after each; tests take copies"
-    return prepared(tmp_path_factory.mktemp("ready")/"run", max_steps=4, save_steps=1, save_total_limit=9)
+    "A prepared run of four steps, a checkpoint after each, its rows already examples; tests take copies"
+    run = prepared(tmp_path_factory.mktemp("ready")/"run", max_steps=4, save_steps=1, save_total_limit=9)
+    prepare_run_data(read_meta(run).to_config(), load_tokenizer("tiny"))
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +33,14 @@ def finished(ready):
     return run
 
 
+def is_prepared(path):
+    "Whether a path belongs to prepared rows"
+    return "prepared" in path.split("/")
+
+
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capfd):
-    "Run the program below tmp_path: it must end with 2, say one sentence with all these words, and change nothing"
+    "Run the program below tmp_path: it must end with 2, say one sentence with all these words, and change nothing (prepared rows, which are whole, may stay)"
     monkeypatch.chdir(tmp_path)
     def check(*arguments, says, changes=()):
         before = tree(tmp_path)
@@ -40,7 +49,8 @@ def refused(tmp_path, monkeypatch, capfd):
         sentence = one_sentence(capfd.readouterr().err)
         for part in [says] if isinstance(says, str) else says: assert re.search(part, sentence), (part, sentence)
         after = tree(tmp_path)
-        assert {path for path in before.keys() | after.keys() if before.get(path, 0) != after.get(path, 0)} == set(changes)
+        changed = {path for path in before.keys() | after.keys() if before.get(path, 0) != after.get(path, 0)}
+        assert {path for path in changed if not is_prepared(path)} == set(changes)
         return sentence
     return check
 
@@ -56,13 +66,13 @@ BAD_DATA = [  # name, content, what the sentence says
     ("cut.json", f"[{GOOD},\n {GOOD[:20]}", ["cut.json, line 2: this is not JSON", "Mend"]),
     ("prose.json", "Dear model, please learn this.", ["prose.json, line 1: this is not JSON"]),
     ("single.json", GOOD, ["single.json holds one JSON dict, not a list of rows", r"Put \[ and \]"]),
-    ("binary.jsonl", b"\xff\xfe\x00\x01", ["binary.jsonl is not UTF-8", "Save it as UTF-8"]),
-    ("keys.jsonl", GOOD + '\n{"instructon": "a", "output": "b"}', ["keys.jsonl, row 2", "instructon", "'instruction'"]),
+    ("latin.jsonl", "{\"text\": \"Grüße\"}".encode("latin-1"), ["latin.jsonl.*not UTF-8", "Save it as UTF-8"]),
+    ("keys.jsonl", GOOD + '\n{"instructon": "a", "output": "b"}', ["keys.jsonl, line 2", "instructon", "'instruction'", "column_map="]),
     ("half.json", json.dumps([dict(question="a")]), ["half.json, row 1", "'question'", "also needs 'answer'", "Add it"]),
-    ("foreign.csv", "colour,size\nred,3\n", ["foreign.csv, row 1", "'colour', 'size'", "instruction"]),
+    ("foreign.csv", "colour,size\nred,3\n", ["foreign.csv, line 2", "'colour', 'size'", "instruction"]),
     ("numbers.json", "[1, 2]", ["numbers.json, row 1", "object", "int"]),
-    ("silent.jsonl", json.dumps(dict(instruction="a", output=" ")), ["silent.jsonl, row 1", "answer .* is empty", "Remove the row or write its answer"]),
-    ("talk.jsonl", json.dumps(dict(messages=[dict(role="usr", content="a")])), ["talk.jsonl, row 1", "role 'usr'", "known roles are .*user"]),
+    ("silent.jsonl", json.dumps(dict(instruction="a", output=" ")), ["silent.jsonl, line 1", "answer .* is empty", "Remove the row or write its answer"]),
+    ("talk.jsonl", json.dumps(dict(messages=[dict(role="usr", content="a")])), ["talk.jsonl, line 1", "role 'usr'", "Did you mean 'user'", "known roles are .*user"]),
     ("rows.txt", GOOD, [r"rows.txt: files of kind '\.txt'", r"Use \.json"]),
     ("rows.parquet", "not parquet", ["rows.parquet is not a readable parquet file"]),
 ]
@@ -86,7 +96,7 @@ def test_a_folder_instead_of_a_data_file(refused, tmp_path):
 
 def test_rows_that_do_not_suit_the_task(refused, tmp_path):
     write_rows(tmp_path/"rows.jsonl")
-    refused("quickstart", "qa", "-d", "rows.jsonl", "-o", "out", says=["rows.jsonl, row 1", "'alpaca'", "task qa", "Use task custom"])
+    refused("quickstart", "qa", "-d", "rows.jsonl", "-o", "out", says=["rows.jsonl, line 1", "'alpaca'", "task qa", "Use task custom"])
     refused("quickstart", "qa", "-o", "out", says=["task qa needs a data file", "Name it with data"])
 
 
@@ -124,7 +134,7 @@ BAD_MODELS = {  # what is wrong -> (how to make it so, what the sentence says)
     "half the config": (lambda model: (model/"config.json").write_text('{"model_type": "qwen2",'), ["model_name="]),
     "an unknown kind": (lambda model: (model/"config.json").write_text('{"model_type": "qwenty"}'), ["model_name=", "qwenty"]),
     "half the tokenizer": (halve("tokenizer.json"), ["tokenizer of model_name="]),
-    "no template": (without("chat_template.jinja"), ["has no chat template", "Use an instruction-tuned model or set"])}
+    "no way to end": (lambda model: (model/"chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"), ["ends no answer with a stop token", "Add the end-of-sequence token"])}
 
 
 @pytest.mark.parametrize("fault", BAD_MODELS)
@@ -345,7 +355,7 @@ def test_no_room_for_the_metrics(failed, tmp_path, ready):
 def fails_at_the_adapter(failed, run):
     data = tree(run)
     sentence = failed("run", run, what="lora_weights")
-    assert {path.name for path in run.iterdir()} == {"finetune_meta.json", "metrics.jsonl", "status.json", "training_config.json", "training_data_custom_alpaca.json"}
+    assert {path.name for path in run.iterdir()} == {"finetune_meta.json", "metrics.jsonl", "prepared", "status.json", "training_config.json", "training_data_custom_alpaca.json"}
     assert (status(run)["state"], status(run)["message"]) == ("failed", sentence) and len(metrics(run)) == 4 and leftovers(run.parent) == []
     assert tree(run)["training_data_custom_alpaca.json"] == data["training_data_custom_alpaca.json"]
 

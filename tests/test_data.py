@@ -105,6 +105,17 @@ def test_an_answer_without_a_stop_token_is_refused(tokenizer):
     with pytest.raises((DataError, ValueError), match="stop token"): encode(rows(2), bare)
 
 
+def test_every_learnt_turn_must_end_in_a_token_that_ends_it(tokenizer):
+    maker = Maker(tokenizer)
+    batch = maker.renderer.batch
+    def shorter(talks):
+        found = batch(talks)
+        found[1][0].turns[0] = found[1][0].turns[0]._replace(end=found[1][0].turns[0].end - 1)
+        return found
+    maker.renderer.batch = shorter
+    with pytest.raises(DataError, match="the data, row 2: an answer does not end in a stop token"): maker(next(data.chunks(rows(3))))
+
+
 def test_numbers_become_text_with_a_note(tokenizer):
     report = encode([dict(question="2 + 2?", answer=4), dict(question="2 + 3?", answer=5), *rows(1)], tokenizer)[1]
     assert [(kind, note.count, note.first) for kind, note in report.notes.items()] == [("number turned into text", 2, "the data, row 1")]
@@ -268,7 +279,15 @@ def test_no_rows(tokenizer, tmp_path, content):
     (tmp_path/"rows.json").write_text(content)
     with pytest.raises(DataError, match="holds no rows|not JSON"): prepare(tmp_path/"rows.json", tokenizer, cache_dir=tmp_path/"cache", show=False)
     with pytest.raises(DataError, match="the data holds no rows"): prepare([], tokenizer, show=False)
-    assert not (tmp_path/"cache").exists() or not leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_a_failure_leaves_no_empty_folders(tokenizer, tmp_path):
+    "Neither the cache nor the run folder it was to lie in; a folder that was there stays"
+    (tmp_path/"here").mkdir()
+    for cache in ("run/deep/prepared", "here"):
+        with pytest.raises(DataError): prepare([{}], tokenizer, cache_dir=tmp_path/cache, show=False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
 
 
 def test_a_row_the_template_refuses_is_a_bad_row(tokenizer):
@@ -300,13 +319,15 @@ def test_check_rows_names_the_row():
 
 # ---- what is shown ----------------------------------------------------------------------------------------------------
 
-def test_the_report_is_harmless(tokenizer, holes):
+def test_the_report_is_harmless(tokenizer, tmp_path):
     "Markup, escapes and direction marks in the data are shown, not obeyed"
     nasty = dict(instruction="<b onclick=x>\x1b[2J\u202e" + "long " * 300, output="<script>alert(1)</script>")
     made = prepare([nasty, dict(messages=[dict(role="<img src=x>", content="a")]), *rows(1)], tokenizer, 60, on_bad_row="skip", show=False)
     shown = made.report._repr_html_() + made._repr_html_() + made.train._repr_html_()
     assert "<script" not in shown and "<b onclick" not in shown and "<img" not in shown and "&lt;b onclick" in shown
     for text in (shown, str(made.report), repr(made.train)): assert not set(text) & {"\x1b", "\u202e"}
+    report = prepare(write_rows(tmp_path/"a\x1b[31m<b>.jsonl"), tokenizer, show=False).report  # a file name is data, too
+    assert "\x1b" not in str(report) + report._repr_html_() and "<b>" not in report._repr_html_() and "␛[31m" in str(report)
 
 
 def test_the_report_goes_to_json_and_back(tokenizer, holes):
@@ -468,6 +489,9 @@ def test_template_and_tokenizer_count(cached, tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("+ '\\n' }}", "+ '\\n\\n' }}") + " "
     assert other.chat_template != tokenizer.chat_template and not cached(other)[0]
+    hidden = copy.deepcopy(tokenizer)  # differs only where nobody looks beforehand
+    hidden.chat_template = tokenizer.chat_template + "{% if messages[0]['content'] == 'What is 7 plus 7?' %}{{ 'lucky' }}{% endif %}"
+    assert not cached(hidden)[0]
     grown = copy.deepcopy(tokenizer)
     grown.add_tokens(["lampshade"])
     assert not cached(grown)[0] and cached(copy.deepcopy(tokenizer))[0]
@@ -549,7 +573,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_cached(tokenizer, tmp_path,
         return batch(self, talks)
     monkeypatch.setattr(data.Renderer, "batch", meddle)
     with pytest.raises(DataError, match="changed while it was read"): prepare(path, tokenizer, cache_dir=tmp_path/"cache", show=False)
-    assert grown and list((tmp_path/"cache").iterdir()) == []
+    assert grown and not (tmp_path/"cache").exists()
     assert len(prepare(path, tokenizer, cache_dir=tmp_path/"cache", show=False).train) == 2001
 
 
@@ -562,7 +586,7 @@ def test_a_file_that_is_replaced_between_hashing_and_reading_is_not_cached(token
         return calls[-1]
     monkeypatch.setattr(data, "source_key", replaced)
     with pytest.raises(DataError, match="changed while it was read"): prepare(path, tokenizer, cache_dir=tmp_path/"cache", show=False)
-    assert len(calls) == 2 and list((tmp_path/"cache").iterdir()) == []
+    assert len(calls) == 2 and not (tmp_path/"cache").exists()
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])

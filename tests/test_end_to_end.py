@@ -13,7 +13,7 @@ from sage_finetune import Chat, LoRAConfig, LoRATrainer, TrainingConfig, load_tr
 from sage_finetune.chat import accuracy
 from sage_finetune.export import open_run
 
-PARTS = {"metrics.jsonl", "status.json", "training_config.json"}
+PARTS = {"prepared", "metrics.jsonl", "status.json", "training_config.json"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 
 

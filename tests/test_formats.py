@@ -370,6 +370,13 @@ def test_errors_survive_another_process():
     assert (error.found, error.expected, str(error)) == ("a", "B.", "a. B.")
 
 
+def test_what_is_read_shares_no_turn_with_the_row():
+    for row in (dict(messages=[dict(ASK), dict(TELL)]), dict(prompt=[dict(ASK)], completion=[dict(TELL)])):
+        turns = row.get("messages") or row["prompt"] + row["completion"]
+        read_row(row).messages[0]["content"] = "changed"
+        assert turns == TALK
+
+
 def test_conversations_are_read_without_changing_them():
     row = dict(conversations=[dict(ASK), dict(CALL), dict(RESULT), dict(TELL)])
     before = json.dumps(row)

@@ -145,6 +145,17 @@ def test_different_answers(look):
     assert report["answers differ"].rows == [41] and report["answers differ"].figures["pairs"] == [[12, 41]]
 
 
+def test_different_answers_one_of_which_another_question_has(look):
+    rows = healthy(40)
+    assert look(rows + [asked(rows[11]["instruction"], rows[3]["output"])])["answers differ"].figures["pairs"] == [[12, 41]]
+
+
+def test_rows_without_anything_are_not_in_both_splits(tokenizer):
+    nothing = Dataset.from_dict(dict(input_ids=[[2]], labels=[[2]]))
+    assert tokenizer.decode([2], skip_special_tokens=True) == ""
+    assert health_report(nothing, evaluation=nothing, tokenizer=tokenizer)["in both splits"].level == "ok"
+
+
 def test_a_question_in_both_splits(look):
     rows = healthy(60)
     same = asked(f" {rows[20]['instruction'].lower()} ", "It fell into the sea.")
@@ -173,6 +184,8 @@ def test_empty_answers(look, made, tokenizer):
     report = look(hollow)
     assert report["empty answers"].level == "error" and report["empty answers"].rows == [5, 10]
     assert alarms(report) == {"empty answers": "error"}
+    chinese = replaced(made([asked("桥在哪里", "在河边")]), {0}, labels=lambda row: [label if label == end else -100 for label in row["labels"]])
+    assert look(chinese)["empty answers"].rows == [1] and look(chinese)["one-word answers"].rows == []
 
 
 def test_one_word_answers(look):
@@ -314,11 +327,13 @@ def test_many_equal_rows_do_not_make_every_pair():
     sets = [np.arange(50, dtype=np.uint32)] * 3000
     pairs = near_pairs(sets)
     assert 2999 <= len(pairs) <= 2 * 2999 and {later for _, later, _ in pairs} == set(range(1, 3000))
+    assert {(0, 2999, 1.), (2998, 2999, 1.)} <= set(pairs)
 
 
 def test_what_nearly_all_rows_have_does_not_count():
     sets = [np.concatenate([np.arange(100, dtype=np.uint32), np.arange(1000 * at, 1000 * at + 5, dtype=np.uint32)]) for at in range(1, 41)]
     assert near_pairs(sets) and near_pairs(without_common(sets)) == []
+    assert near_pairs(without_common(sets + [np.arange(10**6, 10**6 + 30, dtype=np.uint32)] * 4))[0][0] == 40  # what ten of eleven have counts no more
     assert without_common(sets[:19])[0] is sets[0]  # too few to judge by
 
 
@@ -375,6 +390,14 @@ def test_what_comes_from_data_is_escaped(look):
     assert "<script" not in page and "<b>it" not in page and "<i>it" not in page and "&lt;script&gt;" in page
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", page + text)
     assert "␛" in text  # and is shown, not dropped
+
+
+def test_a_finding_hides_nothing_wherever_it_came_from(look):
+    finding, report = Finding("links", "warn", "a\x1b[31m<b>\u202e", "\x07 <i>", [1]), look(healthy(5))
+    report.findings.append(finding)
+    for shown in (repr(finding), finding._repr_html_(), str(report), report._repr_html_()):
+        assert "␛" in shown and "⟨U+202E⟩" in shown and not re.search("[\x1b\x07\u202e]", shown)
+    assert "<b>a" not in finding._repr_html_() and "&lt;b&gt;" in finding._repr_html_() and "<i>" not in report._repr_html_()
 
 
 def test_the_report_shows_itself(look, monkeypatch):

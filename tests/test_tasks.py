@@ -407,8 +407,8 @@ def test_runs_from_files(tmp_path, task, name, content, row_format):
     ("qa", dict(data="nowhere.json"), DataError, "no data file nowhere.json"), ("qa", dict(code_root="."), ConfigError, "only task code reads"),
     ("code", dict(data="x.json"), ConfigError, "would be ignored"), ("code", dict(code_root="nowhere"), DataError, "is not a folder"),
     ("code", dict(sed=1), ConfigError, "Did you mean 'seed'"), ("code", dict(learning_rate=-1), ConfigError, "learning_rate = -1"),
-    ("chat", dict(data="questions.csv"), DataError, "questions.csv, row 1, is of format 'qa', but task chat takes"),
-    ("custom", dict(data="bad.jsonl"), DataError, "bad.jsonl, row 2: .*answer"), ("custom", dict(data="empty.jsonl"), DataError, "row 1: the answer in turn 2 is empty")])
+    ("chat", dict(data="questions.csv"), DataError, "questions.csv, line 2 is of format 'qa', but task chat takes"),
+    ("custom", dict(data="bad.jsonl"), DataError, "bad.jsonl, line 2: .*answer"), ("custom", dict(data="empty.jsonl"), DataError, "line 1: the answer in turn 2 is empty")])
 def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, monkeypatch, questions, task, changes, error, sentence):
     monkeypatch.chdir(tmp_path)
     grow(tmp_path, {"bad.jsonl": '{"question": "Who?", "answer": "Nora"}\n{"question": "Who?"}\n', "empty.jsonl": '{"question": "Who?", "answer": " "}\n'})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import templates_table as shown
 from templates_table import TALKS, TOOLS, assistant, names, system, tokenizer_for, user
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from sage_finetune.config import DataError, ModelError
@@ -79,6 +79,13 @@ def test_the_compiled_template_writes_what_the_library_writes(name):
         try: expected = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
         except Exception: continue
         if "Blue" in expected or "dusk" in expected: assert template_text(messages, tokenizer, tools) == expected
+
+
+def test_without_the_library_s_compiler_everything_is_the_same(monkeypatch):
+    "Where a version of transformers keeps its compiler elsewhere, its public function is called"
+    expected = {name: [str(found) for found in Renderer(tokenizer_for(name)).batch(TALKS.values())] for name in ("qwen3", "gemma", "llama3_2", "idefics3", "gptoss")}
+    monkeypatch.setattr(shown.prompt, "_program", lambda template: None)
+    for name, found in expected.items(): assert [str(made) for made in Renderer(tokenizer_for(name)).batch(TALKS.values())] == found
 
 
 def test_stop_tokens_are_those_the_models_stop_at():
@@ -205,6 +212,17 @@ def test_tokenizers_that_begin_a_text_with_a_blank(scheme):
         assert Renderer(tokenizer).batch([(messages, None)]) == [[example]]
 
 
+def test_control_tokens_that_swallow_the_blanks_behind_them():
+    "As those of Phi-3: the line break behind `<|end|>` is part of the token"
+    tokenizer = tiny(shown.source("phi3"))
+    tokenizer.add_special_tokens(dict(additional_special_tokens=[AddedToken(token, rstrip=True, special=True) for token in ("<|end|>", "<|user|>", "<|assistant|>")]))
+    tokenizer.eos_token = "<|endoftext|>"
+    example = render(ANSWERS[:2] + [user("And at night?"), assistant("Black.")], tokenizer)
+    assert example.ids == tokenizer(template_text(example.messages, tokenizer), add_special_tokens=False)["input_ids"]
+    assert learnt_texts([example], tokenizer) == {1: "Blue.<|end|>", 3: "Black.<|end|>"}
+    check_prefix(render(ANSWERS, tokenizer), ANSWERS, tokenizer)
+
+
 def test_tokenizers_written_in_python():
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -275,8 +293,14 @@ def test_characters_that_break_things_go_through():
     odd = "a\0b \u202eright\u202c <script>alert(1)</script> \x1b[31mred\x1b[0m \U000F0000\U0010FFFD \ud800 e\u0301 \ufeff"
     example = render([user(odd), assistant(odd)], tokenizer)
     assert learnt_texts([example], tokenizer)[1] == mended(odd) + "<|im_end|>" or "�" in mended(odd)
+    assert "halves of surrogate pairs became U+FFFD" in example.notes and "halves of surrogate pairs became U+FFFD" in render_text(odd, tokenizer).notes
     assert "<script" not in example._repr_html_() and "\x1b" not in repr(example)
     assert trained_mask(render_text(odd, tokenizer)) and mended("\ud83d\ude00") == "\U0001F600"
+
+
+def test_text_in_parts_is_joined():
+    parts = [user([dict(type="text", text="a "), dict(type="text", text="b")]), assistant([dict(type="text", text="c")])]
+    for name in ("qwen2_5", "gemma", "idefics3", "llava_next"): assert render(parts, tokenizer_for(name)).ids == render([user("a b"), assistant("c")], tokenizer_for(name)).ids
 
 
 def test_one_beginning_of_sequence():
