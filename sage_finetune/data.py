@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OVERLONG', 'ON_BAD_ROW', 'SCHEMA', 'CHUNK_ROWS', 'CHUNK_SIZE', 'TRAIN', 'EVALUATION', 'BAD_ROWS', 'REPORT',
-           'CACHE_VERSION', 'PROBES', 'DataSettings', 'Fitted', 'fit', 'prompt_key', 'split', 'Counts', 'Note',
-           'LongRow', 'DataReport', 'add_report', 'report_line', 'report_parts', 'Columns', 'chunks', 'Made', 'Maker',
-           'in_order', 'one_pass', 'PreparedDataset', 'open_prepared', 'cache_key', 'checksum', 'report_to_dict',
-           'report_from_dict', 'read_prepared', 'Prepared', 'prepare', 'prepare_dataset', 'check_rows', 'encode']
+           'BATCH_BYTES', 'CACHE_VERSION', 'PROBES', 'DataSettings', 'Fitted', 'fit', 'prompt_key', 'split', 'Counts',
+           'Note', 'LongRow', 'DataReport', 'add_report', 'report_line', 'report_parts', 'Columns', 'chunks', 'Made',
+           'Maker', 'in_order', 'one_pass', 'PreparedDataset', 'open_prepared', 'cache_key', 'checksum',
+           'report_to_dict', 'report_from_dict', 'read_prepared', 'Prepared', 'prepare', 'prepare_dataset',
+           'check_rows', 'encode']
 
 # %% ../nbs/05_data.ipynb #6bb1e45a
 import copy, hashlib, html, itertools, json, os, re, shutil, tempfile, time, weakref, zlib
@@ -327,7 +328,7 @@ class Columns:
         return pa.RecordBatch.from_arrays([*nested, _flat(lengths), _flat(self.rows, pa.int64())], schema=SCHEMA)
 
 # %% ../nbs/05_data.ipynb #66e046e4
-CHUNK_ROWS, CHUNK_SIZE = 256, 1_000_000
+CHUNK_ROWS, CHUNK_SIZE = 128, 1_000_000
 
 def _size_of(value: Any) -> int:
     "About how much text there is in a row"
@@ -338,7 +339,7 @@ def _size_of(value: Any) -> int:
 def chunks(
     source: Any # what `iter_rows` takes
 ) -> Iterator[list]: # of `RawRow` and `BadRow` in their order, and perhaps a last error
-    "The rows of a source, a few hundred at a time."
+    "The rows of a source, a hundred or so at a time."
     lost, chunk, size = [], [], 0
     try:
         for raw in iter_rows(source, lost.append):
@@ -474,19 +475,27 @@ class _Bar:
         self.bar.set_postfix_str(f'{report.tokens:,} tokens', refresh=False)
         self.bar.update(made.report.rows)
 
-class _Files:
-    "What is written: `train.arrow`, `evaluation.arrow`, `bad_rows.jsonl`"
-    def __init__(self, folder: Path, stack: ExitStack):
-        self.streams = [stack.enter_context(pa.ipc.new_stream(stack.enter_context(open(folder/name, 'wb')), SCHEMA)) for name in (TRAIN, EVALUATION)]
-        self.lost = stack.enter_context(open(folder/BAD_ROWS, 'w', encoding='utf-8', errors='backslashreplace'))
-
-    def write(self, made: Made):
-        "A chunk is done"
-        for stream, batch in zip(self.streams, made.batches):
-            if batch.num_rows: stream.write_batch(batch)
-        self.lost.writelines(json.dumps(bad.to_dict(), ensure_ascii=False) + '\n' for bad in made.bad)
-
 TRAIN, EVALUATION, BAD_ROWS, REPORT = 'train.arrow', 'evaluation.arrow', 'bad_rows.jsonl', 'report.json'
+
+# %% ../nbs/05_data.ipynb #05a0414d
+BATCH_BYTES = 8_000_000
+
+class _Side:
+    "The Arrow file of one side; chunks are written a few at a time"
+    def __init__(self, path: Path, stack: ExitStack):
+        self.stream, self.waiting, self.bytes = stack.enter_context(pa.ipc.new_stream(stack.enter_context(open(path, 'wb')), SCHEMA)), [], 0
+
+    def add(self, batch: pa.RecordBatch):
+        "Take a chunk"
+        if not batch.num_rows: return
+        self.waiting.append(batch)
+        self.bytes += batch.nbytes
+        if self.bytes >= BATCH_BYTES: self.flush()
+
+    def flush(self):
+        "Write what is waiting as one batch"
+        if self.waiting: self.stream.write_table(pa.Table.from_batches(self.waiting).combine_chunks())
+        self.waiting, self.bytes = [], 0
 
 # %% ../nbs/05_data.ipynb #8ba2f732
 def one_pass(
@@ -499,11 +508,14 @@ def one_pass(
     report, began, bar = DataReport(source=source_name(source), max_length=maker.settings.max_length), time.perf_counter(), _Bar(source, show)
     try:
         with ExitStack() as stack:
-            files = _Files(folder, stack)
+            sides = [_Side(folder/name, stack) for name in (TRAIN, EVALUATION)]
+            lost = stack.enter_context(open(folder/BAD_ROWS, 'w', encoding='utf-8', errors='backslashreplace'))
             for made in in_order(maker, chunks(source), min(4, _processors())):
-                files.write(made)
+                for side, batch in zip(sides, made.batches): side.add(batch)
+                lost.writelines(json.dumps(bad.to_dict(), ensure_ascii=False) + '\n' for bad in made.bad)
                 add_report(report, made.report)
                 bar.add(report, made)
+            for side in sides: side.flush()
     except OSError as error: raise RunError(why_unwritable(folder, error)) from error
     finally: bar.bar.close()
     report.seconds = time.perf_counter() - began
