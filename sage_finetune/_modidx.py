@@ -891,6 +891,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'sage_finetune.trainer._Lines.__init__': ( 'trainer.html#_lines.__init__',
                                                                                   'sage_finetune/trainer.py'),
                                        'sage_finetune.trainer._chance': ('trainer.html#_chance', 'sage_finetune/trainer.py'),
+                                       'sage_finetune.trainer.answers_directly': ( 'trainer.html#answers_directly',
+                                                                                   'sage_finetune/trainer.py'),
                                        'sage_finetune.trainer.check_finite': ('trainer.html#check_finite', 'sage_finetune/trainer.py'),
                                        'sage_finetune.trainer.check_folder': ('trainer.html#check_folder', 'sage_finetune/trainer.py'),
                                        'sage_finetune.trainer.checkpoints': ('trainer.html#checkpoints', 'sage_finetune/trainer.py'),

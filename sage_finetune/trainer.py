@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['loss_sum', 'Step', 'clock', 'Pace', 'training_loop', 'check_finite', 'check_folder', 'RunWriter', 'checkpoints',
            'save_checkpoint', 'load_checkpoint', 'Plan', 'TrainingResult', 'peak_memory_gb', 'make_accelerator',
-           'prepare_run_data', 'data_remarks', 'lengths_of', 'load_batches', 'LoRATrainer', 'train_from_meta', 'main']
+           'prepare_run_data', 'data_remarks', 'lengths_of', 'answers_directly', 'load_batches', 'LoRATrainer',
+           'train_from_meta', 'main']
 
 # %% ../nbs/10_trainer.ipynb #82ece352
 import copy, errno, importlib.util, io, json, math, os, shutil, sys, time
@@ -27,7 +28,7 @@ from .batches import BatchPlan, PackingPath, PlannedStep, attention_inputs, coll
 from .config import ConfigError, FinetuneError, RunError, TrainingConfig, folder_atomic, why_unwritable, write_json
 from .data import packaged_held_out, prepare, report_line, report_parts
 from .model import attach_lora, count_parameters, load_base, load_tokenizer, make_optimizer, make_schedule, plan_precision, restore_adapter
-from .prompt import template_of
+from .prompt import render, render_prompt, template_of
 from .runs import CONFIG, METRICS, WORKING, html_table, process_gone, read_meta, read_metrics, read_status, text_table, write_status
 from .tokens import visible
 
@@ -344,6 +345,7 @@ def prepare_run_data(
     make = lambda path, share: prepare(path, tokenizer, **wishes, eval_ratio=share, cache_dir=config.data_cache or config.output_dir/'prepared', bad_rows_path=config.output_dir/'bad_rows.jsonl', show=False)
     held_out = config.eval_path or packaged_held_out(config.data_path)
     made = make(config.data_path, 0. if held_out else config.eval_ratio)
+    answers_directly(tokenizer, made.report)
     return made.train, make(held_out, 0.).train if held_out else made.evaluation, made.report
 
 def data_remarks(
@@ -359,6 +361,24 @@ def lengths_of(
     "The lengths of all examples in tokens."
     if 'length' in dataset.column_names: return dataset.with_format('numpy')['length'][:]
     return np.array([len(ids) for ids in dataset['input_ids']])
+
+# %% ../nbs/10_trainer.ipynb #a69fe3b6
+def answers_directly(
+    tokenizer: Any, # its chat template is changed where every answer was learnt behind an empty thinking block
+    report: Any # a `DataReport`
+):
+    "Make not thinking the default of a template whose rows never think; said in the report."
+    found = next((note.count for kind, note in report.notes.items() if kind.startswith('an empty thinking block stands before an answer: ask')), 0)
+    if not found or found < report.rows - report.bad - report.silent - report.overlong.get('left out', 0): return
+    question, usual = [dict(role='user', content='question')], template_of(tokenizer)
+    for switch in ('enable_thinking', 'thinking'):
+        twin = copy.copy(tokenizer)
+        twin.chat_template = f'{{%- if {switch} is not defined %}}{{%- set {switch} = false %}}{{%- endif %}}{usual}'
+        made = render([*question, dict(role='assistant', content='answer')], twin)
+        if switch not in usual or made.notes or made.ids[:made.turns[0].start] != render_prompt(question, twin): continue
+        tokenizer.chat_template = twin.chat_template
+        report.said.append(f'no row thinks, so the template saved with the adapter asks without thinking; {switch}=True asks the other way')
+        return
 
 # %% ../nbs/10_trainer.ipynb #2407ce76
 class _Lines(Dataset):
