@@ -442,7 +442,7 @@ def _token_line(batch: dict, number: int, tokenizer: Any) -> TokenLine:
     ids, labels, segments = (batch[name][number].tolist() for name in ('input_ids', 'labels', 'segments'))
     kinds = ['padding' if not segment else 'context' if label == -100 else 'learnt' for label, segment in zip(labels, segments)]
     borders = [at for at in range(1, len(ids)) if segments[at] and segments[at] != segments[at - 1]]
-    return TokenLine(ids, labels, tokenizer, kinds, [f'sample {segment}' for segment in segments], borders=borders, title=f'line {number + 1}')
+    return TokenLine(ids, labels, tokenizer, kinds, [f'sample {segment}' for segment in segments], weights=[float(label != -100) for label in labels], borders=borders, title=f'line {number + 1}')
 
 def show_batch(
     lines: list[list[dict]] | dict, # lines of examples, or what `collate` made of them

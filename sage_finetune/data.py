@@ -562,7 +562,7 @@ class PreparedDataset(Dataset):
     ) -> TokenLine:
         "One example, to look at."
         row = self[number]
-        return TokenLine(row['input_ids'], row['labels'], self.tokenizer, names=_names(row['labels']), title=f'example {number} · row {row["row"]}')
+        return TokenLine(row['input_ids'], row['labels'], self.tokenizer, names=_names(row['labels']), weights=[float(label != -100) for label in row['labels']], title=f'example {number} · row {row["row"]}')
 
     def long_lines(self) -> list[TokenLine]: # show them with `tokens_html`
         "The rows of the report that were too long, around the place where they were cut."
@@ -581,7 +581,7 @@ class PreparedDataset(Dataset):
 def _names(labels: list[int]) -> list[str]:
     "Which answer each token belongs to"
     starts = itertools.accumulate(int(label != -100 and (at == 0 or labels[at - 1] == -100)) for at, label in enumerate(labels))
-    return ['' if label == -100 else f'answer {number}' for number, label in zip(starts, labels)]
+    return [f'before answer {number + 1}' if label == -100 else f'answer {number}' for number, label in zip(starts, labels)]
 
 class _Keeper:
     "Removes a temporary folder when nobody needs it any more: not in a forked process, and not before the last copy is gone"
