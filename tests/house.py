@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "typer": {"cli": "the command line; the library is used without it"},
     "transformers": {
         "model": "loads models and tokenizers",
-        "prompt": "compiles chat templates as the library does, inside a function: it fills them a hundred thousand times",
+        "template": "compiles chat templates as the library does, inside a function: it fills them a hundred thousand times",
         "chat": "streams answers: generation's streamer and stopping criteria are the library's",
         "tiny": "makes the embedded model: a Qwen2 from nothing and its tokenizer, which `model` then loads like any other"},
     "tokenizers": {"tiny": "trains the embedded model's vocabulary"},
@@ -41,7 +41,7 @@ COMES_WITH = {"tokenizers": "transformers", "huggingface_hub": "transformers", "
 # Not there on every computer: imported inside a function, where its absence can be said in a sentence.
 EXTRAS = {"tensorboard", "wandb"}
 # These import no torch: a form, a prompt, a run folder or a corpus is looked at, and the command line helps, without waiting seconds.
-LIGHT = ("config", "tokens", "prompt", "rows", "files", "runs", "tasks", "world", "cli")
+LIGHT = ("config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "world", "cli")
 COPIED = ("nbs", PACKAGE, "tests", "benchmarks", ".ci", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "README.md",
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
 

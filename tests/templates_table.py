@@ -2,7 +2,7 @@
 
 trl ships chat templates of many models, and for most a patched *training* version in which `{% generation %}` marks the
 text to be learnt. Our masks are made from the plain versions. `python tests/templates_table.py` prints both side by side
-as the table that stands in nbs/02_prompt.ipynb.
+as the table that stands in nbs/03_prompt.ipynb.
 """
 import re
 from collections import Counter
@@ -13,6 +13,7 @@ import trl
 from transformers import AutoTokenizer
 
 import sage_finetune.prompt as prompt
+import sage_finetune.template as template
 from sage_finetune.config import DataError
 
 FOLDER = Path(trl.__file__).parent/"chat_templates"
@@ -92,7 +93,7 @@ def theirs(name, kind):
     "(ids, mask) of the training version, None when it refuses the conversation; its messages may have empty text and text in parts"
     tokenizer, (messages, tools) = tokenizer_for(name), TALKS[kind]
     filled = [message | dict(content=message.get("content") or "") for message in messages]
-    shape = prompt._in_parts if prompt._Format(tokenizer).in_parts else dict
+    shape = template._in_parts if template.ChatFormat(tokenizer).in_parts else dict
     for tried in (messages, filled):
         try: made = tokenizer.apply_chat_template([shape(message) for message in tried], tools=tools, chat_template=training(name), return_assistant_tokens_mask=True, return_dict=True)
         except Exception: continue
@@ -186,8 +187,11 @@ def table():
     "The comparison as Markdown: counts, reasons, templates"
     cells = [cell for row in comparison().values() for cell in row.values()]
     counts = Counter(letter for cell in cells for letter in cell)
-    lines = [f"{len(comparison())} templates with marks × {len(TALKS)} conversations = {len(cells)}: {cells.count(AGREE)} masks are the same token by token, "
-             f"{cells.count(REFUSED)} conversations are refused by both, {len(cells) - cells.count(AGREE) - cells.count(REFUSED)} masks differ, each for one or more of these reasons:", ""]
+    more = sum(set(cell) <= set("LEP") for cell in cells)  # trl marks tokens that generation never has to write
+    rest = len(cells) - cells.count(AGREE) - cells.count(REFUSED) - more
+    lines = [f"{len(comparison())} templates with marks × {len(TALKS)} conversations = {len(cells)}: {cells.count(AGREE)} masks are the same token by token; in {more} the answers and "
+             f"their stop tokens are the same and trl marks more than the model ever has to write (L, E, P alone); {cells.count(REFUSED)} conversations are refused by both; "
+             f"{rest} differ in other ways. Each difference has one or more of these reasons:", ""]
     lines += ["| | conversations | reason |", "|---|---|---|", *(f"| {letter} | {counts[letter]} | {sentence} |" for letter, sentence in REASONS.items() if counts[letter]), ""]
     lines += [f"| template | {' | '.join(TALKS)} |", "|---|" + "---|" * len(TALKS), *(f"| {name} | {' | '.join(row.values())} |" for name, row in comparison().items())]
     return "\n".join(lines)

@@ -364,7 +364,7 @@ def test_it_is_a_dataset_that_shows_itself(tokenizer):
     assert isinstance(dataset, PreparedDataset) and isinstance(dataset, Dataset) and dataset.max_length == 1024 and dataset.tokenizer is tokenizer
     line = dataset.example(0)
     assert line.ids == dataset[0]["input_ids"] and line.kinds.count("learnt") == sum(label != -100 for label in dataset[0]["labels"])
-    assert {name for name in line.names if name} == {"answer 1", "answer 2"} and "⟦assistant 1 word" in repr(line)
+    assert {name for name, label in zip(line.names, line.labels) if label != -100} == {"answer 1", "answer 2"} and line.names[0] == "before answer 1" and "⟦assistant 1 word" in repr(line)
     assert "<ins" in dataset._repr_html_() and "2 examples" in dataset._repr_html_() and "⟦Ships pass." in repr(dataset)
 
 

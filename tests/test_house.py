@@ -72,7 +72,7 @@ FAULTS = {
     "a module without notebook": ("unmatched", "planted.py has no notebook", lambda copy: module(copy, "planted").write_text("")),
     "a notebook without module": ("unmatched", "has no module sage_finetune/config.py", lambda copy: module(copy).unlink()),
     "a notebook under another name": ("unmatched", "settings.ipynb should export settings", lambda copy: config(copy).rename(copy/"nbs/00_settings.ipynb")),
-    "a number used twice": ("unmatched", "two notebooks have the number 00", lambda copy: (copy/"nbs/02_prompt.ipynb").rename(copy/"nbs/00_prompt.ipynb")),
+    "a number used twice": ("unmatched", "two notebooks have the number 00", lambda copy: (copy/"nbs/03_prompt.ipynb").rename(copy/"nbs/00_prompt.ipynb")),
     "an index that exports": ("unmatched", "is not a library page and exports",
         lambda copy: add_cell(copy/"nbs/index.ipynb", code_cell("#| export\ndef planted(): return 1"))),
     "an index that needs nbdev": ("unmatched", "needs nbdev", lambda copy: add_cell(copy/"nbs/index.ipynb", code_cell("from nbdev.showdoc import show_doc"))),

@@ -13,7 +13,7 @@ from sage_finetune.config import DataError, ModelError
 from sage_finetune.prompt import (PLAIN_TEMPLATE, Renderer, check_prefix, end_of_turn, mended, render, render_all, render_prompt, render_text, stop_ids,
     template_notes, template_text, trained_mask)
 
-PAGE = Path(__file__).parent.parent/"nbs"/"02_prompt.ipynb"
+PAGE = Path(__file__).parent.parent/"nbs"/"03_prompt.ipynb"
 ANSWERS = [user("What colour is the sky?"), assistant("Blue."), user("And at night?"), assistant("\nBlack.")]
 
 
@@ -35,7 +35,7 @@ def test_every_difference_from_the_training_templates_has_a_reason_and_stands_in
     assert len(cells) >= 34 * 8
     assert not [where for where, cell in cells.items() if "?" in cell], "masks differ for a reason nobody has given"
     page = "\n".join("".join(cell["source"]) for cell in json.loads(PAGE.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown")
-    assert shown.table() in page, "the table has changed: run `python tests/templates_table.py` and put what it prints into nbs/02_prompt.ipynb"
+    assert shown.table() in page, "the table has changed: run `python tests/templates_table.py` and put what it prints into nbs/03_prompt.ipynb"
 
 
 def test_where_the_texts_are_the_same_the_masks_differ_only_where_the_reasons_say():
@@ -84,7 +84,7 @@ def test_the_compiled_template_writes_what_the_library_writes(name):
 def test_without_the_library_s_compiler_everything_is_the_same(monkeypatch):
     "Where a version of transformers keeps its compiler elsewhere, its public function is called"
     expected = {name: [str(found) for found in Renderer(tokenizer_for(name)).batch(TALKS.values())] for name in ("qwen3", "gemma", "llama3_2", "idefics3", "gptoss")}
-    monkeypatch.setattr(shown.prompt, "_program", lambda template: None)
+    monkeypatch.setattr(shown.template, "_program", lambda template: None)
     for name, found in expected.items(): assert [str(made) for made in Renderer(tokenizer_for(name)).batch(TALKS.values())] == found
 
 
