@@ -240,6 +240,7 @@ class Turn(NamedTuple):
     message: int # its number in the conversation
     learnt: bool # whether this example teaches it
 
+# %% ../nbs/03_prompt.ipynb #7aeb0a2a
 @dataclass(repr=False)
 class Rendered:
     "One example as the model sees it. It shows itself."
