@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .config import ConfigError, DataError, RunError, folder_atomic, why_unwritable
 from .files import BadRow, RawRow, iter_rows, load_training_data, packaged, packaged_held_out, source_key, source_name, source_size
-from .prompt import THINKING, Rendered, Renderer, render_texts, template_notes, template_of
+from .prompt import THINKING, Rendered, Renderer, render_texts, template_notes
 from .rows import (FORMATS, RowError, Sample, detect_data_format, format_alpaca_sample, format_conversation_sample, format_prompt_sample,
                                 format_qa_sample, format_text_sample, read_row, to_messages)
 from .tokens import TokenLine, tokens_html, tokens_text, visible
