@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pack', 'PlannedStep', 'BatchPlan', 'plan_batches', 'Shard', 'collate', 'learnt_tokens', 'BatchView', 'show_batch',
-           'attention_inputs', 'Leak', 'find_leak', 'PackingPath', 'packing_path']
+           'attention_inputs', 'Leak', 'at_rest', 'planted', 'find_leak', 'PackingPath', 'packing_path']
 
 # %% ../nbs/07_batches.ipynb #ee0f86af
 import heapq
@@ -486,12 +486,13 @@ class Leak(NamedTuple):
         return self.moved <= 4 * self.elsewhere and self.apart <= self.rounding
 
 @contextmanager
-def _at_rest(model: torch.nn.Module) -> Iterator[None]:
-    "No dropout and no gradients for a while"
+def at_rest(
+    model: torch.nn.Module # as it was before, afterwards
+) -> Iterator[None]:
+    "No dropout for a while. 4-bit layers stay as they are: on a processor, bitsandbytes repacks resting ones for good, and they learn nothing afterwards."
     modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(): yield
+    for module in modes: module.training = module.training and type(module).__name__ == 'Linear4bit'
+    try: yield
     finally:
         for module, mode in modes.items(): module.training = mode
 
@@ -506,8 +507,10 @@ def _rounding(logits: Tensor) -> float:
     return 5e-2 if halved else 1e-4 if logits.device.type == 'cpu' else 5e-3
 
 # %% ../nbs/07_batches.ipynb #36eca4c1
-def _planted(model: torch.nn.Module) -> list[list[dict]]:
-    "Samples A, B, C, D to lay into two lines, and others of the same lengths for A and C"
+def planted(
+    model: torch.nn.Module # its vocabulary and its attention window decide
+) -> list[list[dict]]: # two draws of four examples
+    "Random samples A, B, C, D to lay into two lines, and others of the same lengths."
     config = _text_config(model)
     vocabulary = getattr(config, 'vocab_size', None) or model.get_input_embeddings().weight.shape[0]
     window = getattr(config, 'sliding_window', None) or 0
@@ -523,13 +526,13 @@ def find_leak(
 ) -> Leak:
     "Change one sample of a packed line and see whether the other moves. Costs four passes over a few dozen tokens; raises whatever the model raises."
     weights = next(model.parameters())
-    (a, b, c, d), (other_a, _, other_c, _) = _planted(model)
+    (a, b, c, d), (other_a, _, other_c, _) = planted(model)
     def last_samples(lines: list, path: str) -> list[Tensor]:  # logits of the last sample in each line, (its tokens, vocabulary)
         batch = {name: values.to(weights.device) for name, values in make_batch(lines, 0, packed=True).items()}
         logits = model(**attention_inputs(batch, path, weights.dtype)).logits
         ends = [sum(len(one['input_ids']) for one in line) for line in lines]
         return [logits[at, end - len(line[-1]['input_ids']):end] for at, (line, end) in enumerate(zip(lines, ends))]
-    with _at_rest(model):
+    with at_rest(model), torch.no_grad():
         packed, alone = last_samples([[a, b], [c, d]], path), last_samples([[b], [d]], 'padded')
         first_changed, second_changed = last_samples([[other_a, b], [c, d]], path), last_samples([[a, b], [other_c, d]], path)
     far = lambda one, two: float((one.double() - two.double()).norm() / two.double().norm())

@@ -249,6 +249,8 @@ class TrainingConfig(Checked):
     thinking: str = dial('ignore_empty', choices=('ignore_empty', 'as_is', 'strip')) # thinking blocks: empty ones are not learnt, all are learnt, or all are removed
     allow_special_tokens: bool = dial(False) # let text in the data become control tokens such as <|im_end|>: only for data you trust
     packing: bool = dial(True) # lay the rows of a step one behind the other instead of padding them: the same gradient, fewer tokens
+    engine: str = dial('auto', choices=('auto', 'plain')) # faster and smaller ways through the model, each used only where it is found equal; or transformers and PEFT as they are
+    torch_compile: bool | None = dial(None) # compile the model's layers: faster steps after a slow first one; None: where the run is long enough to pay for it
     data_cache: Path | None = dial(None) # folder where prepared rows are kept for later runs; None: inside the run folder
     output_dir: Path = dial(Path('finetune_output')) # run folder: everything a run writes goes here
     overwrite_output_dir: bool = dial(False) # replace what an earlier run left in output_dir; else such a folder is refused

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 import torch
 
 logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)  # else importing peft speaks of an optional kernel nobody asked for
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, prepare_model_for_kbit_training, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
@@ -145,7 +145,7 @@ def attach_lora(
     seed: int = 42 # where the adapter's starting values come from
 ) -> PeftModel: # the base with a fresh adapter in 32 bits
     "Freeze the base and put a seeded adapter beside its layers. Raises `ModelError` when no layer matches `target_modules`."
-    if getattr(model, 'is_quantized', False): model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model.requires_grad_(False)  # a quantised base too; its norms and head stay in 16 bits, where PEFT's own preparation would make them twice as large
     settings = LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules, lora_dropout=lora.lora_dropout, bias=lora.bias, task_type=lora.task_type)
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)

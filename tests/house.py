@@ -28,11 +28,12 @@ MAY_IMPORT = {
     "typer": {"cli": "the command line; the library is used without it"},
     "transformers": {
         "model": "loads models and tokenizers",
+        "engine": "offers an attention function to models, by the registry the library has for that",
         "template": "compiles chat templates as the library does, inside a function: it fills them a hundred thousand times",
         "chat": "streams answers: generation's streamer and stopping criteria are the library's",
         "tiny": "makes the embedded model: a Qwen2 from nothing and its tokenizer, which `model` then loads like any other"},
     "tokenizers": {"tiny": "trains the embedded model's vocabulary"},
-    "peft": {"model": "attaches, saves and merges adapters"},
+    "peft": {"engine": "knows the layers whose arithmetic it does in one piece", "model": "attaches, saves and merges adapters"},
     "bitsandbytes": {"model": "8-bit and 4-bit weights, 8-bit optimizer"},
 }
 # Libraries that come with one of the requirements and may be imported as they are.
