@@ -30,9 +30,18 @@ test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an em
 	@echo "== test-fast: pytest -m 'not slow'"
 	@$(BIN)/python -m pytest -m "not slow"
 
-bench: $(VENV)/.dev ## measure speed and memory against peers on this machine, write benchmarks/results/
-	@echo "== bench: benchmarks/prepare.py"
+bench: $(VENV)/.dev ## measure speed and memory against peers on this machine in under ten minutes (LONG=1: at full length)
+ifdef LONG
+	@echo "== bench: benchmarks/train.py, its --tune and --scaling, benchmarks/prepare.py"
+	@$(BIN)/python benchmarks/train.py
+	@$(BIN)/python benchmarks/train.py --tune
+	@$(BIN)/python benchmarks/train.py --scaling
 	@$(BIN)/python benchmarks/prepare.py
+else
+	@echo "== bench: benchmarks/train.py --short, benchmarks/prepare.py"
+	@$(BIN)/python benchmarks/train.py --short
+	@$(BIN)/python benchmarks/prepare.py --rows 10000 --runs 1
+endif
 
 lab: $(VENV)/.dev ## open JupyterLab on the first tutorial
 	@echo "== lab: JupyterLab on $(FIRST)"

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from .batches import BatchPlan, PlannedStep, at_rest, collate, learnt_tokens, plan_batches
 from .config import ConfigError, FinetuneError, RunError, TrainingConfig, folder_atomic, why_unwritable, write_json
 from .data import packaged_held_out, prepare, report_line, report_parts
-from .engine import Engine, loss_sum, pick_engine
+from .engine import compile_decision, compile_layers, hand_back, loss_sum, pick_engine
 from .model import attach_lora, count_parameters, load_base, load_tokenizer, make_optimizer, make_schedule, plan_precision, restore_adapter
 from .prompt import render, render_prompt, template_of
 from .runs import CONFIG, METRICS, WORKING, html_table, process_gone, read_meta, read_metrics, read_status, text_table, write_status
@@ -136,6 +136,7 @@ def training_loop(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        hand_back(accelerator.device)
         seconds = time.perf_counter() - began
         yield Step(number, len(plan), planned.epochs_done, total, rate, grad_norm, tokens, learnt, seconds, pace(tokens, seconds))
 
@@ -445,7 +446,7 @@ def load_batches(
     return DataLoader(_Lines(dataset), sampler=micro_batches, batch_size=None, collate_fn=join, num_workers=workers, generator=torch.Generator().manual_seed(seed))
 
 # %% ../nbs/11_trainer.ipynb #9621a434
-TOKENS_AT_ONCE = 1024  # of packed samples on a processor: more at once are no faster there, and only cost memory
+TOKENS_AT_ONCE = 768  # of packed samples on a processor: more at once are hardly faster there, and cost memory
 
 class LoRATrainer:
     "Trains an adapter: `LoRATrainer(config).train()`."
@@ -475,6 +476,8 @@ class LoRATrainer:
         self.accelerator = make_accelerator(config, plan_precision(config).name)
         self.plan = plan_batches(lengths_of(self.dataset), config.per_device_train_batch_size, config.gradient_accumulation_steps, config.num_train_epochs, config.seed, **self._layout(),
                                  max_steps=config.max_steps)
+        compiled, self.compiling = compile_decision(config.torch_compile, count_parameters(self.model).total, self.plan.tokens, self.accelerator.device.type)
+        if compiled: compile_layers(self.engine)
         self.part = self.plan if self.accelerator.num_processes == 1 else self.plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
         optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(optimizer, config, len(self.plan))
@@ -592,7 +595,7 @@ class LoRATrainer:
         layout = f'packed, {share}' if self.packs else f'padded, {share} ({self.engine.packing.reason})'
         batch = f'{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} rows, {config.num_train_epochs} epochs; {layout}'
         return Plan(config.model_name, str(count_parameters(self.model)), data, f'{len(self.eval_dataset)} rows' if self.eval_dataset is not None else 'nothing',
-                    len(self.plan), batch, str(plan_precision(config)), str(self.engine), self._expected_seconds())
+                    len(self.plan), batch, str(plan_precision(config)), f'{self.engine}; {self.compiling}', self._expected_seconds())
 
     def _expected_seconds(self) -> float:
         "The time of one forward and backward pass over the first batch, scaled to the tokens of the run"
