@@ -226,9 +226,10 @@ def _looks_like(layer: nn.Module) -> Callable | None:
 def _does_the_same(layer: nn.Module, forward: Callable) -> bool:
     "Whether another forward gives a layer's own output and gradient, tried on a few random tokens"
     weight = layer.weight if forward is _lean_norm else layer.gate_proj.weight
-    x = torch.randn(2, 3, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight).requires_grad_()
+    x, upstream = (chance.to(weight) for chance in torch.randn(2, 2, 3, weight.shape[-1], generator=torch.Generator().manual_seed(0)))
     rounding = 1e-5 if weight.dtype == torch.float32 else 2e-2
-    try: (own, own_slope), (other, other_slope) = ((out.detach(), torch.autograd.grad(out.square().sum(), x)[0]) for out in (layer(x), forward(layer, x)))
+    x.requires_grad_()
+    try: (own, own_slope), (other, other_slope) = ((out.detach(), torch.autograd.grad(out, x, upstream)[0]) for out in (layer(x), forward(layer, x)))
     except (TypeError, AttributeError, RuntimeError): return False  # a layer that only looks alike may want anything
     return all((one - two).norm() <= rounding * one.norm() for one, two in ((own, other), (own_slope, other_slope)))
 
@@ -268,10 +269,11 @@ def one_line(
     starts, count = (line['position_ids'] == 0).nonzero()[:, 0], int(real.sum())
     line['labels'][starts] = -100  # nobody predicts the first token of a sample
     borders = [*starts.tolist(), count]
-    if round_to > 1 and count % round_to:
-        fill = torch.arange(round_to - count % round_to, device=real.device)
+    missing = -count % round_to if count else round_to  # a process without work keeps step with a line that nobody learns
+    if missing:
+        fill = torch.arange(missing, device=real.device)
         line = {name: torch.cat([values, value]) for (name, values), value in zip(line.items(), (fill * 0, fill * 0 - 100, fill))}
-        borders.append(count + len(fill))
+        borders.append(count + missing)
     return {name: values[None] for name, values in line.items()} | dict(borders=torch.tensor(borders, dtype=torch.int32, device=real.device))
 
 def _line_inputs(line: dict) -> dict:

@@ -2,6 +2,7 @@
 import errno
 import hashlib
 import json
+import math
 import resource
 import shutil
 import signal
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from sage_finetune.config import PresetConfigs, TrainingConfig
 from sage_finetune.tasks import prepare_run
@@ -64,6 +66,36 @@ def metrics(run): return [json.loads(line) for line in (run/"metrics.jsonl").rea
 
 
 def status(run): return json.loads((run/"status.json").read_text())
+
+
+# ---- a training loop without any code of ours ---------------------------------------------------------------------------
+
+def encoded(row, tokenizer):
+    "Ids and labels of a row, from the pieces of its conversation: the prompt, the answer with its end of turn, what follows"
+    talk = [dict(role="user", content=row["instruction"]), dict(role="assistant", content=row["output"])]
+    text = tokenizer.apply_chat_template(talk, tokenize=False)
+    prompt = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
+    answer = row["output"] + "<|im_end|>"
+    assert text.startswith(prompt + answer)
+    ids = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in (prompt, answer, text[len(prompt + answer):])]
+    return torch.tensor([sum(ids, [])]), torch.tensor([[-100] * len(ids[0]) + ids[1] + [-100] * len(ids[2])])
+
+
+def reference(model, tokenizer, content, order, *, rate, total, warmup, decay, longest):
+    "Losses, gradient lengths and learning rates of the first steps; one row at a time, so without any padding"
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=decay)
+    model.train()
+    for step, row_numbers in enumerate(order):
+        examples = [encoded(content[row], tokenizer) for row in row_numbers]
+        learnt = [int((labels != -100).sum()) for _, labels in examples]
+        loss = sum(model(input_ids=ids, labels=labels).loss * count for (ids, labels), count in zip(examples, learnt)) / sum(learnt)
+        optimizer.zero_grad()
+        loss.backward()
+        length = torch.nn.utils.clip_grad_norm_(weights, longest)
+        for group in optimizer.param_groups: group["lr"] = rate * (step/warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))))
+        optimizer.step()
+        yield loss.item(), length.item(), optimizer.param_groups[0]["lr"]
 
 
 # ---- the program ------------------------------------------------------------------------------------------------------

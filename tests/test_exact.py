@@ -1,9 +1,8 @@
 """Numbers against plain transformers, PEFT and torch, without any code of ours in between; and the same bytes from the same seed."""
-import math
 
 import pytest
 import torch
-from helpers import adapter, change, copy, ended, metrics, prepared, program, recipe, rows, start, status, write_rows
+from helpers import adapter, change, copy, ended, metrics, prepared, program, recipe, reference, rows, start, status, write_rows
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -83,34 +82,6 @@ def test_plain_transformers_says_the_same_from_the_merged_model(tuned):
 
 
 # ---- the loss, computed again -----------------------------------------------------------------------------------------
-
-def encoded(row, tokenizer):
-    "Ids and labels of a row, from the pieces of its conversation: the prompt, the answer with its end of turn, what follows"
-    talk = [dict(role="user", content=row["instruction"]), dict(role="assistant", content=row["output"])]
-    text = tokenizer.apply_chat_template(talk, tokenize=False)
-    prompt = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
-    answer = row["output"] + "<|im_end|>"
-    assert text.startswith(prompt + answer)
-    ids = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in (prompt, answer, text[len(prompt + answer):])]
-    return torch.tensor([sum(ids, [])]), torch.tensor([[-100] * len(ids[0]) + ids[1] + [-100] * len(ids[2])])
-
-
-def reference(model, tokenizer, content, order, *, rate, total, warmup, decay, longest):
-    "Losses, gradient lengths and learning rates of the first steps; one row at a time, so without any padding"
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=decay)
-    model.train()
-    for step, row_numbers in enumerate(order):
-        examples = [encoded(content[row], tokenizer) for row in row_numbers]
-        learnt = [int((labels != -100).sum()) for _, labels in examples]
-        loss = sum(model(input_ids=ids, labels=labels).loss * count for (ids, labels), count in zip(examples, learnt)) / sum(learnt)
-        optimizer.zero_grad()
-        loss.backward()
-        length = torch.nn.utils.clip_grad_norm_(weights, longest)
-        for group in optimizer.param_groups: group["lr"] = rate * (step/warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))))
-        optimizer.step()
-        yield loss.item(), length.item(), optimizer.param_groups[0]["lr"]
-
 
 @pytest.mark.parametrize("packing", (False, True), ids=("padded", "packed"))
 def test_the_first_steps_equal_a_plain_loop(tmp_path, plain_base, packing):

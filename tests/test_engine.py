@@ -1,0 +1,275 @@
+"""The engine beside plain transformers and PEFT: the same losses in every architecture, packed or not, in one process or two, and nothing that is faster but not equal."""
+import json
+import subprocess
+import sys
+from types import MethodType
+
+import pytest
+import torch
+import transformers
+from helpers import adapter, metrics, prepared, recipe, reference, rows, write_rows
+from hypothesis import given, settings, strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sage_finetune import LoRATrainer, engine as room
+from sage_finetune.batches import collate
+from sage_finetune.config import TrainingConfig, tiny_path
+from sage_finetune.engine import chunked_loss, compile_decision, compile_layers, make_lean, one_line, pick_engine, try_engine
+from sage_finetune.model import plan_precision
+
+COMMON = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, max_position_embeddings=512)
+FAMILIES = {
+    "Qwen2": {}, "Llama": {}, "Mistral": dict(sliding_window=16), "Gemma": dict(head_dim=12), "Phi3": {}, "GPT2": dict(n_embd=48, n_layer=2, n_head=4, n_positions=512),
+    "Qwen3": dict(head_dim=12), "Gemma2": dict(head_dim=12, sliding_window=16), "Gemma3": dict(head_dim=12, sliding_window=16), "Granite": dict(logits_scaling=4.), "Cohere": dict(logit_scale=0.25),
+    "Olmo2": {}, "StableLm": dict(partial_rotary_factor=0.5), "GPTNeoX": dict(num_key_value_heads=4), "Mixtral": dict(num_local_experts=2)}
+CONFIGS, MODELS = {"Gemma3": "Gemma3TextConfig"}, {"GPT2": "GPT2LMHeadModel"}
+ASKED = ("Qwen2", "Llama", "Mistral", "Gemma", "Phi3", "GPT2")
+
+
+def make(family, folder):
+    "A folder with a model of a family, random weights, and the packaged tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path())
+    special = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.eos_token_id)
+    config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**(special | (FAMILIES[family] if family == "GPT2" else COMMON | FAMILIES[family])))
+    torch.manual_seed(0)
+    model = getattr(transformers, MODELS.get(family, f"{family}ForCausalLM"))(config)
+    for name, weights in model.named_parameters():
+        if weights.dim() > 1: torch.nn.init.normal_(weights, std=0.08)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    "Folders of models, each made once"
+    made = {}
+    return lambda family: made.setdefault(family, make(family, tmp_path_factory.mktemp(family)))
+
+
+def trainer_of(folder, model, **fields):
+    "A trainer on 40 rows, in 32 bits and without dropout of any kind"
+    content = rows(40)
+    fields = dict(model_name=str(model), data_path=write_rows(folder/"rows.jsonl", content), bf16=False, learning_rate=5e-3, warmup_ratio=0., lr_scheduler_type="constant", seed=3) | fields
+    trainer, content = LoRATrainer(recipe(folder, **fields)), content
+    trainer.setup()
+    for part in trainer.model.modules():
+        if isinstance(part, torch.nn.Dropout): part.p = 0.  # GPT-2 has some
+    return trainer, content
+
+
+# ---- as plain transformers and PEFT -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_twenty_steps_equal_a_plain_loop(tmp_path, folder_of, family):
+    trainer, content = trainer_of(tmp_path, folder_of(family))
+    assert trainer.engine.head and (trainer.engine.lean.get("adapters") or family == "GPT2"), str(trainer.engine)  # the lean way is what is compared
+    order = [step.rows for step in trainer.plan]
+    losses = [step.loss for step in trainer.steps()]
+    base = AutoModelForCausalLM.from_pretrained(folder_of(family), dtype=torch.float32)
+    torch.manual_seed(3)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout): part.p = 0.
+    plain = [loss for loss, _, _ in reference(model, AutoTokenizer.from_pretrained(tiny_path()), content, order, rate=5e-3, total=10**9, warmup=0, decay=0., longest=1.)]
+    assert len(losses) == 20 and losses == pytest.approx(plain, rel=1e-4)
+    assert losses[-1] < 0.97 * losses[0]
+
+
+def test_the_asked_families_use_every_part(folder_of, tmp_path):
+    "Chunked loss, lean layers and samples apart where the architecture has what they need"
+    said = {family: trainer_of(tmp_path/family, folder_of(family))[0].engine for family in ASKED}
+    assert all(engine.packing.name == "samples" and engine.head and not engine.remarks for engine in said.values()), {name: str(engine) for name, engine in said.items()}
+    assert {name for name, engine in said.items() if engine.lean.get("adapters") == 14} == {"Qwen2", "Llama", "Mistral", "Gemma"} and said["GPT2"].lean == {}
+    assert all(said[name].lean["norms"] == 5 for name in ("Qwen2", "Llama", "Mistral", "Phi3")) and said["Qwen2"].lean["gates"] == 2
+
+
+@pytest.mark.parametrize("family", ("Gemma2", "Mixtral", "GPTNeoX"))
+def test_what_cannot_be_had_is_said(tmp_path, folder_of, family):
+    engine = trainer_of(tmp_path, folder_of(family))[0].engine
+    assert try_engine(engine).equal
+    if family == "Gemma2": assert engine.packing.name != "samples" and "no attention sample by sample: its attention is 'eager', which knows no borders" in str(engine)
+
+
+def test_the_plain_engine_is_plain(tmp_path, folder_of):
+    trainer, _ = trainer_of(tmp_path, folder_of("Qwen2"), engine="plain", max_steps=3)
+    assert str(trainer.engine) == "transformers and PEFT as they are" and not any("forward" in part.__dict__ for part in trainer.model.modules())
+    lean, _ = trainer_of(tmp_path/"lean", folder_of("Qwen2"), max_steps=3)
+    assert [step.loss for step in trainer.steps()] == pytest.approx([step.loss for step in lean.steps()], rel=1e-5)
+
+
+# ---- nothing that is not equal ----------------------------------------------------------------------------------------
+
+def small(folder_of, family="Qwen2", **lora):
+    "A model with an adapter"
+    base = AutoModelForCausalLM.from_pretrained(folder_of(family), dtype=torch.float32)
+    return get_peft_model(base, LoraConfig(**dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM") | lora))
+
+
+FAULTS = {
+    "a loss that is a little off": ("_loss_and_slopes", lambda own: lambda *given: own(*given) * 1.001, "no chunked cross-entropy"),
+    "slopes of the wrong size": ("_loss_and_slopes", lambda own: lambda logits, *given: (own(logits, *given), logits.mul_(1.01))[0], "no chunked cross-entropy"),
+    "samples that see each other": ("_each_sample", lambda own: lambda query, key, value, borders, *given: own(query, key, value, [borders[0], borders[-1]], *given), "no attention sample by sample"),
+    "an adapter without its strength": ("_lean_adapter", lambda own: lambda self, x: self.base_layer(x), "no lean layers")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_a_fast_path_is_found_and_the_path_left_out(folder_of, monkeypatch, fault):
+    name, broken, said = FAULTS[fault]
+    assert not pick_engine(small(folder_of)).remarks
+    monkeypatch.setattr(room, name, broken(getattr(room, name)))
+    model = small(folder_of)
+    engine = pick_engine(model)
+    assert [remark.split(":")[0] for remark in engine.remarks] == [said], str(engine)
+    assert try_engine(engine).equal
+
+
+def test_the_trial_leaves_the_model_as_it_was(folder_of):
+    model = small(folder_of).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pick_engine(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and model.training
+    assert all(weights.grad is None for weights in model.parameters())
+
+
+@pytest.mark.parametrize("fields, lean", ((dict(use_dora=True), 0), (dict(lora_bias=True), 0), (dict(use_rslora=True), 14), (dict(lora_dropout=0.1), 14), (dict(modules_to_save=["lm_head"]), 14)),
+                         ids=("dora", "lora bias", "rslora", "dropout", "trained head"))
+def test_adapters_of_other_kinds_are_left_to_peft(folder_of, fields, lean):
+    engine = pick_engine(small(folder_of, **fields))
+    assert engine.lean.get("adapters", 0) == lean and try_engine(engine).equal
+    assert bool(engine.head) == ("modules_to_save" not in fields)
+
+
+def test_a_lean_model_still_merges_and_switches_adapters_off(folder_of):
+    model, ids = small(folder_of).eval(), torch.arange(10, 30)[None]
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if "lora_B" in name: weights.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
+        tuned = model(ids).logits
+        make_lean(model)
+        assert torch.allclose(model(ids).logits, tuned, atol=1e-5)
+        with model.disable_adapter(): base = model(ids).logits
+        assert not torch.allclose(base, tuned, atol=1e-2)
+        assert torch.allclose(model.merge_and_unload()(ids).logits, tuned, atol=1e-4)
+
+
+def test_dropout_gives_the_gradient_of_what_was_kept(folder_of):
+    "The same chance: the lean layer drops and learns exactly what PEFT's does"
+    gradients = []
+    for lean in (False, True):
+        model = small(folder_of, lora_dropout=0.3).train()
+        with torch.no_grad(): [weights.normal_(0, 0.05, generator=torch.Generator().manual_seed(1)) for name, weights in model.named_parameters() if "lora_" in name]
+        if lean: assert make_lean(model)["adapters"] == 14
+        torch.manual_seed(5)
+        model(torch.arange(10, 30)[None]).logits.logsumexp(-1).sum().backward()
+        gradients.append(torch.cat([weights.grad.flatten() for weights in model.parameters() if weights.requires_grad]))
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < 1e-5
+
+
+# ---- the loss without the logits --------------------------------------------------------------------------------------
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(0, 70), vocabulary=st.integers(2, 90), chunk=st.one_of(st.none(), st.integers(1, 80)), softcap=st.sampled_from((None, 5., 30.)), scale=st.sampled_from((1., 0.25, 3.)),
+       bias=st.booleans(), learnt=st.sampled_from((0., 0.3, 1.)), size=st.sampled_from((1., 1e4)), seed=st.integers(0, 99))
+def test_the_chunked_loss_is_the_loss(count, vocabulary, chunk, softcap, scale, bias, learnt, size, seed):
+    chance = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(count, 8, generator=chance).requires_grad_(), torch.randn(vocabulary, 8, generator=chance) * size
+    shift, labels = torch.randn(vocabulary, generator=chance) if bias else None, torch.randint(vocabulary, (count,), generator=chance)
+    labels[torch.rand(count, generator=chance) >= learnt] = -100
+    logits = torch.nn.functional.linear(hidden.double(), weight.double(), shift.double() if bias else None) * scale
+    if softcap: logits = softcap * torch.tanh(logits / softcap)
+    plain = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    chunked = chunked_loss(hidden, weight, labels, shift, softcap, scale, chunk)
+    assert chunked.item() == pytest.approx(plain.item(), rel=1e-5, abs=1e-4 * size)
+    ours, theirs = torch.autograd.grad(chunked * 0.5, hidden)[0], torch.autograd.grad(plain * 0.5, hidden)[0]
+    assert torch.isfinite(ours).all()
+    if size == 1: assert torch.allclose(ours, theirs.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_line_without_padding_holds_every_token_once():
+    samples = [dict(input_ids=list(range(10, 10 + size)), labels=list(range(10, 10 + size))) for size in (5, 3, 9, 4)]
+    batch = collate([samples[:2], samples[2:]], 0, packed=True)
+    line = one_line(batch, round_to=32)
+    assert line["borders"].tolist() == [0, 5, 8, 17, 21, 32] and line["input_ids"].shape == (1, 32)
+    assert line["input_ids"][0, :21].tolist() == sum((one["input_ids"] for one in samples), [])
+    assert (line["labels"][0, [0, 5, 8, 17]] == -100).all() and (line["labels"][0, 21:] == -100).all() and int((line["labels"] != -100).sum()) == 17
+
+
+# ---- however a step is put together -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("other, close", ((dict(per_device_train_batch_size=1, gradient_accumulation_steps=4), 1e-5), (dict(packing=False), 1e-4), (dict(gradient_checkpointing=True), 1e-6),
+                                          (dict(gradient_checkpointing=True, packing=False, engine="plain"), 1e-4)), ids=("accumulated", "padded", "checkpointed", "plain, padded, checkpointed"))
+def test_the_same_rows_are_the_same_step(tmp_path, folder_of, other, close):
+    one, _ = trainer_of(tmp_path/"one", folder_of("Qwen2"), eval_ratio=0.2)
+    two, _ = trainer_of(tmp_path/"two", folder_of("Qwen2"), eval_ratio=0.2, **other)
+    ours, theirs = list(one.steps()), list(two.steps())
+    assert len(ours) == 16 and [step.loss for step in ours] == pytest.approx([step.loss for step in theirs], rel=close)
+    assert ours[-1].eval_loss == pytest.approx(theirs[-1].eval_loss, rel=close) and ours[-1].eval_loss > 0
+
+
+def test_evaluation_is_the_plain_loss(tmp_path, folder_of):
+    trainer, _ = trainer_of(tmp_path, folder_of("Llama"), eval_ratio=0.3)
+    model, total, learnt = trainer.model, 0., 0
+    lean = trainer.evaluate()
+    room.make_plain(model)
+    with torch.no_grad():
+        for at in range(len(trainer.eval_dataset)):
+            row = trainer.eval_dataset[at]
+            ids, labels = torch.tensor([list(row["input_ids"])]), torch.tensor([list(row["labels"])])
+            count = int((labels[:, 1:] != -100).sum())
+            total, learnt = total + float(model(input_ids=ids, labels=labels).loss) * count, learnt + count
+    assert lean == pytest.approx(total / learnt, rel=1e-5)
+
+
+def test_bf16_follows_fp32(tmp_path):
+    "The band: on the packaged model, the mean of ten steps' losses stays within 3 % or 0.02 nats of that in 32 bits (bf16 keeps 8 bits, a relative rounding of 0.4 % an operation)"
+    if plan_precision(TrainingConfig(device="cpu")).name != "bf16": pytest.skip("this processor has no fast bf16")
+    curves = [[step.loss for step in LoRATrainer(recipe(tmp_path/name, bf16=bf16, num_train_epochs=10)).steps()] for name, bf16 in (("half", True), ("full", False))]
+    means = [torch.tensor(curve).view(-1, 10).mean(1).tolist() for curve in curves]
+    assert len(means[0]) == 6 and means[0] == pytest.approx(means[1], rel=0.03, abs=0.02)
+    assert curves[0] != curves[1] and means[1][-1] < 0.5 * means[1][0]
+
+
+# ---- several processes ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size, accumulation", ((4, 1), (3, 1)), ids=("even", "uneven"))
+def test_two_processes_are_one(tmp_path, size, accumulation):
+    "Real processes that speak by gloo: the same losses, the same adapter, one set of files"
+    runs = [prepared(tmp_path/name/"run", per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, bf16=False, eval_ratio=0.2, eval_steps=3) for name in ("one", "two")]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    for run, before in zip(runs, ([], launch)):
+        ended = subprocess.run([sys.executable, "-m", *before, "sage_finetune.trainer", str(run)], capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr
+    one, two = map(metrics, runs)
+    assert [row["step"] for row in two] == [row["step"] for row in one] == list(range(1, len(one) + 1))
+    for field in ("loss", "grad_norm", "tokens", "learnt"): assert [row[field] for row in two] == pytest.approx([row[field] for row in one], rel=1e-4)
+    assert [row["eval_loss"] for row in two if row["eval_loss"]] == pytest.approx([row["eval_loss"] for row in one if row["eval_loss"]], rel=1e-4)
+    ours, theirs = (load_file(run/"lora_weights"/"adapter_model.safetensors") for run in runs)
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)
+    assert sorted(path.name for path in runs[0].iterdir()) == sorted(path.name for path in runs[1].iterdir())
+
+
+# ---- compiling --------------------------------------------------------------------------------------------------------
+
+def test_the_decision_to_compile_depends_on_the_work():
+    assert compile_decision(None, 10**9, 10**3, "cpu")[0] is False and compile_decision(False, 10**12, 10**9, "cpu") == (False, "not compiled, as torch_compile=False asks")
+    assert compile_decision(True, 1, 1, "cuda")[0] and not compile_decision(None, 10**9, 10**6, "cuda")[0] and compile_decision(None, 10**10, 10**8, "cuda")[0]
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_the_same(tmp_path, folder_of):
+    plain, _ = trainer_of(tmp_path/"plain", folder_of("Qwen2"), torch_compile=False, max_steps=6)
+    compiled, _ = trainer_of(tmp_path/"compiled", folder_of("Qwen2"), torch_compile=True, max_steps=6)
+    assert not compiled.engine.remarks and any(part._compiled_call_impl for part in compiled.model.modules())
+    assert [step.loss for step in compiled.steps()] == pytest.approx([step.loss for step in plain.steps()], rel=1e-4)
+    adapter(compiled.config.output_dir)
+
+
+def test_a_compiler_that_fails_is_said_and_left_out(folder_of, monkeypatch):
+    model = small(folder_of)
+    engine = pick_engine(model)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: setattr(self, "_compiled_call_impl", MethodType(lambda self, *a, **k: 1 / 0, self)))
+    compile_layers(engine)
+    assert engine.remarks == ["not compiled: division by zero"] and try_engine(engine).equal and engine.lean["norms"] == 5
