@@ -67,7 +67,7 @@ def child(module, arguments, threads, logs, python=sys.executable, limit=3600., 
     "What `python -m peers.MODULE` printed as its result; everything else it said goes to a file"
     environment = dict(os.environ, BENCH_STARTED=str(time.time()), OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1",
                        HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", PYTHONWARNINGS="ignore", CUDA_VISIBLE_DEVICES="")
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not spin
+    environment.pop("OMP_WAIT_POLICY", None)  # threads wait as they do for people who never heard of it
     if compiled: environment["TORCHINDUCTOR_CACHE_DIR"] = str(compiled)  # empty: nobody profits from what an earlier run compiled
     logs.parent.mkdir(parents=True, exist_ok=True)
     command = [str(python), "-m", f"peers.{module}", *map(str, arguments)]
