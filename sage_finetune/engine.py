@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear as LoRALinear
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -25,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .batches import PackingPath, at_rest, attention_inputs, collate, packing_path, planted
 from .config import ConfigError, FinetuneError
+from .model import BaseTunerLayer, LoRALinear
 
 # %% ../nbs/09_engine.ipynb #55a83d6a
 def loss_sum(

@@ -18,6 +18,8 @@ import torch
 
 logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)  # else importing peft speaks of an optional kernel nobody asked for
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoRALinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names

@@ -33,7 +33,7 @@ MAY_IMPORT = {
         "chat": "streams answers: generation's streamer and stopping criteria are the library's",
         "tiny": "makes the embedded model: a Qwen2 from nothing and its tokenizer, which `model` then loads like any other"},
     "tokenizers": {"tiny": "trains the embedded model's vocabulary"},
-    "peft": {"model": "attaches, saves and merges adapters", "engine": "knows the layers whose arithmetic it does in one piece"},
+    "peft": {"model": "attaches, saves and merges adapters"},
     "bitsandbytes": {"model": "8-bit and 4-bit weights, 8-bit optimizer"},
 }
 # Libraries that come with one of the requirements and may be imported as they are.
