@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from .batches import BatchPlan, PlannedStep, at_rest, collate, learnt_tokens, plan_batches
 from .config import ConfigError, FinetuneError, RunError, TrainingConfig, folder_atomic, why_unwritable, write_json
 from .data import packaged_held_out, prepare, report_line, report_parts
-from .engine import compile_decision, compile_layers, hand_back, loss_sum, pick_engine
+from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
 from .model import attach_lora, count_parameters, load_base, load_tokenizer, make_optimizer, make_schedule, plan_precision, restore_adapter
 from .prompt import render, render_prompt, template_of
 from .runs import CONFIG, METRICS, WORKING, html_table, process_gone, read_meta, read_metrics, read_status, text_table, write_status
@@ -136,7 +136,6 @@ def training_loop(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        hand_back(accelerator.device)
         seconds = time.perf_counter() - began
         yield Step(number, len(plan), planned.epochs_done, total, rate, grad_norm, tokens, learnt, seconds, pace(tokens, seconds))
 
@@ -559,6 +558,7 @@ class LoRATrainer:
         start = self._resume() if resume else 0
         writer = RunWriter(self.resolved_config(), len(self.plan), start) if is_main() else Bystander()
         state, message = 'cancelled', 'stopped before its last step'
+        keep_memory(self.accelerator.device)
         try:
             batches = iter(self._batches(self.dataset, self.part.micro_batches(start)))
             self.model.train()
@@ -574,6 +574,7 @@ class LoRATrainer:
             state, message = ('cancelled', 'interrupted') if isinstance(error, KeyboardInterrupt) else ('failed', str(error) if isinstance(error, FinetuneError) else f'{type(error).__name__}: {error}')
             raise
         finally:
+            hand_back(self.accelerator.device)
             if self.config.report_to != 'none': self.accelerator.end_training()
             writer.close(state, message)
 

@@ -188,6 +188,43 @@ def test_the_chunked_loss_is_the_loss(count, vocabulary, chunk, softcap, scale, 
     if size == 1: assert torch.allclose(ours, theirs.float(), rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=4), st.sampled_from([(4, 4), (6, 2), (5, 1)]), st.sampled_from([8, 24, 64]), st.integers(0, 2**16))
+def test_sixteen_bit_attention_goes_back_as_torch_does_in_thirty_two(lengths, heads, width, seed):
+    chance, borders = torch.Generator().manual_seed(seed), [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    line = [torch.randn(1, count, borders[-1], width, generator=chance).bfloat16() for count in (heads[0], heads[1], heads[1])]
+    upstream = torch.randn(1, borders[-1], heads[0], width, generator=chance).bfloat16()
+
+    def gradients(attention, dtype):
+        parts = [x.detach().to(dtype).requires_grad_() for x in line]
+        return torch.autograd.grad(attention(*parts, borders, width**-0.5), parts, upstream.to(dtype))
+    for own, plain in zip(gradients(room._ShortAttention.apply, torch.bfloat16), gradients(room._each_sample, torch.float32)):
+        assert (own.float() - plain).norm() <= 8e-3 * plain.norm() + 1e-6  # of one token alone only the value has a slope
+
+
+@pytest.mark.parametrize("rows_, columns, pieces", [(1024, 896, 2), (1000, 576, 3), (640, 896, 1), (1024, 128, 1), (2048, 896, 1), (1, 512, 1)])
+def test_a_product_in_pieces_is_the_product(rows_, columns, pieces):
+    chance = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=chance).bfloat16() for shape in ((rows_, 64), (64, columns), (columns,)))
+    assert -(-rows_ // room._rows_at_once(x, columns)) == pieces
+    for own, plain in ((room._product(x, weight), x @ weight), (room._product(x, weight, bias), torch.addmm(bias, x, weight))):
+        torch.testing.assert_close(own, plain, rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux is asked")
+def test_memory_is_kept_while_a_run_lasts_and_handed_back_after():
+    code = """
+import resource, torch
+from sage_finetune.engine import hand_back, keep_memory
+pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+held = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 / 2**20
+def work(): return [torch.ones(2**22) for _ in range(16)] and None  # 256 MB
+start = held(); keep_memory(torch.device('cpu')); work(); work(); before = pages(); work(); again = pages() - before
+kept = held() - start; hand_back(torch.device('cpu')); print(again, kept, held() - start)"""
+    again, kept, left = map(float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert again < 10_000 and kept > 200 and left < 60, (again, kept, left)  # 65,536 pages without
+
+
 def test_a_line_without_padding_holds_every_token_once():
     samples = [dict(input_ids=list(range(10, 10 + size)), labels=list(range(10, 10 + size))) for size in (5, 3, 9, 4)]
     batch = collate([samples[:2], samples[2:]], 0, packed=True)
