@@ -131,7 +131,7 @@ def find_head(
 # %% ../nbs/09_engine.ipynb #3db15577
 def _rows_at_once(x: Tensor, columns: int) -> int:
     "Rows of a product that are computed together: oneDNN leaves half of a processor idle for some wide, low ones (at 512 to 1,024 columns, up to 1,536 rows)"
-    if x.is_cuda or x.dtype == torch.float32 or not 512 <= columns <= 1024 or len(x) >= 1536: return max(len(x), 1)
+    if x.device.type != 'cpu' or x.dtype == torch.float32 or not 512 <= columns <= 1024 or len(x) >= 1536: return max(len(x), 1)
     return columns * 3 // 4 // EVEN * EVEN
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -126,6 +126,24 @@ def test_a_fault_in_a_fast_path_is_found_and_the_path_left_out(folder_of, monkey
     assert try_engine(engine).equal
 
 
+def test_a_fault_in_the_way_back_of_sixteen_bit_attention_is_found(folder_of, monkeypatch):
+    def half(): return small(folder_of).to(torch.bfloat16)
+    assert not pick_engine(half(), dtype=torch.bfloat16).remarks
+    own = room._sample_slopes
+    monkeypatch.setattr(room, "_sample_slopes", lambda query, *given: own(query * 3, *given))  # a gradient 30 % off; below 10 % is the band of 16 bits
+    assert [remark.split(":")[0] for remark in pick_engine(half(), dtype=torch.bfloat16).remarks] == ["no attention sample by sample"]
+
+
+def test_a_run_keeps_memory_and_hands_it_back_even_when_it_is_broken_off(folder_of, tmp_path, monkeypatch):
+    asked, trainer = [], trainer_of(tmp_path, folder_of("Qwen2"))[0]
+    monkeypatch.setattr(room, "_ask", lambda function, *numbers: asked.append((function, *numbers)))
+    steps = trainer.steps()
+    next(steps)
+    assert asked == [("mallopt", -4, 0), ("mallopt", -1, -1)]
+    steps.close()
+    assert asked[-1] == ("malloc_trim", 0) and ("mallopt", -4, 65536) in asked
+
+
 def test_the_trial_leaves_the_model_as_it_was(folder_of):
     model = small(folder_of).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
