@@ -224,12 +224,16 @@ class LoRAConfig(Checked):
     target_modules: list[str] | str = dial('all-linear') # layers that get an adapter: "all-linear", names, or a pattern
     lora_dropout: float = dial(0., 0., 0.9) # share of the adapter's input switched off while training
     bias: str = dial('none', choices=('none', 'all', 'lora_only')) # which bias vectors are trained too
+    use_rslora: bool = dial(False) # divide lora_alpha by the square root of r, so that high ranks learn as fast as low ones. arXiv 2312.03732
+    use_dora: bool = dial(False) # learn the length of each weight vector apart from its direction: closer to full fine-tuning, slower. arXiv 2402.09353
+    init_lora_weights: str = dial('default', choices=('default', 'gaussian', 'pissa', 'pissa_niter_16')) # where the matrices start: at no change, or at the base's largest directions (PiSSA, arXiv 2404.02948)
+    modules_to_save: list[str] | None = dial(None) # layers trained whole beside the adapter, such as ["lm_head"]; servers such as vLLM refuse such adapters
     task_type: str = dial('CAUSAL_LM', choices=('CAUSAL_LM',)) # the kind of model: one that continues text
 
     @property
     def scaling(self) -> float:
         "What the correction is multiplied by."
-        return self.lora_alpha / self.r
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
 # %% ../nbs/00_config.ipynb #6195891a
 @dataclass(repr=False)
@@ -259,20 +263,28 @@ class TrainingConfig(Checked):
     per_device_train_batch_size: int = dial(1, 1, 65_536) # rows that go through the model at once
     gradient_accumulation_steps: int = dial(16, 1, 65_536) # such batches before each optimizer step
     learning_rate: float = dial(2e-4, 1e-9, 1.) # size of a step at its peak
-    lr_scheduler_type: str = dial('cosine', choices=('cosine', 'linear', 'constant', 'constant_with_warmup')) # how the learning rate falls
+    lr_scheduler_type: str = dial('cosine', choices=('cosine', 'linear', 'constant', 'constant_with_warmup', 'cosine_with_restarts', 'polynomial', 'inverse_sqrt')) # how the learning rate falls
     warmup_ratio: float = dial(0.1, 0., 0.5) # share of the steps in which the learning rate rises to its peak
     weight_decay: float = dial(0., 0., 1.) # pull of the adapter's weights towards zero
     max_grad_norm: float = dial(1., 1e-6, 1e6) # longer gradients are shortened to this length
     fp16: bool | None = dial(None) # 16-bit floats for older cards; None: chosen from the hardware
     bf16: bool | None = dial(None) # 16-bit floats with the range of 32-bit ones; None: chosen from the hardware
     gradient_checkpointing: bool = dial(False) # compute activations twice instead of keeping them: less memory, a quarter slower
-    optim: str = dial('adamw_torch', choices=('adamw_torch', 'adamw_8bit', 'paged_adamw_8bit')) # optimizer; the 8-bit ones come from bitsandbytes
+    optim: str = dial('adamw_torch', choices=('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit', 'adafactor', 'sgd')) # optimizer; the 8-bit and paged ones come from bitsandbytes
     logging_steps: int = dial(10, 1, 1_000_000) # optimizer steps between two printed lines
     eval_steps: int | None = dial(None, 1, 1_000_000) # optimizer steps between two evaluations; None: once an epoch
+    eval_prompts: list[str] | None = dial(None) # questions answered at every evaluation, to read what the loss cannot say
+    early_stopping_patience: int | None = dial(None, 1, 10_000) # stop after so many evaluations without a lower loss, and keep the best adapter; None: never
+    load_best_model_at_end: bool = dial(False) # keep the adapter with the lowest held-out loss instead of the last one
+    auto_batch: bool = dial(False) # when memory runs out, go on with half as many rows at once and twice as many batches a step
     save_steps: int = dial(500, 1, 1_000_000) # optimizer steps between two checkpoints
     save_total_limit: int = dial(2, 1, 1_000) # checkpoints kept
     report_to: str = dial('none', choices=('none', 'tensorboard', 'wandb')) # also send the curves to this tool
     lora: LoRAConfig = dial(LoRAConfig) # the dials of the adapter
+    loraplus_lr_ratio: float | None = dial(None, 1., 1000.) # the second matrix's learning rate over the first's; 16 is usual. LoRA+, arXiv 2402.12354
+    neftune_noise_alpha: float | None = dial(None, 0., 100.) # strength of noise on the embeddings while training; 5 is usual. NEFTune, arXiv 2310.05914
+    new_tokens: list[str] | None = dial(None) # strings that become tokens of their own; only their rows of the embeddings are trained
+    continue_from: Path | None = dial(None) # an adapter to start from, with new data: a run folder or its lora_weights
     seed: int = dial(42, 0, 2**32-1) # where chance starts: the same seed gives the same adapter
     dataloader_num_workers: int = dial(0, 0, 64) # extra processes that prepare batches
     device: str = dial('auto', choices=('auto', 'cpu', 'cuda', 'mps')) # where to compute; auto: the graphics card if there is one

@@ -231,6 +231,7 @@ def _lean_gate(self: nn.Module, x: Tensor) -> Tensor:
     "`forward` of a gated feed-forward layer; what goes into its last product is not kept either"
     gate, value, made = self.gate_proj(x), self.up_proj(x), []
     product = _Gate.apply(gate, value, self.act_fn, made)
+    if torch._C._autograd._top_saved_tensors_default_hooks(True): return self.down_proj(product)  # checkpointing decides what is kept
     place, parts = product.data_ptr(), (gate.detach(), value.detach())
     def keep(kept: Tensor) -> Tensor | tuple: return tuple(kept.shape) if kept.data_ptr() == place and kept.numel() == parts[0].numel() else kept
     def bring(kept: Tensor | tuple) -> Tensor:
@@ -331,9 +332,10 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple:
-        slopes = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in ctx.saved_tensors)
+        kept = ctx.saved_tensors  # looked at once: under checkpointing there is no second time
+        slopes = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in kept)
         for start, end in zip(ctx.borders, ctx.borders[1:]):
-            _sample_slopes(*(x[0, :, start:end] for x in (*ctx.saved_tensors, upstream.transpose(1, 2))), ctx.scale, *(x[0, :, start:end] for x in slopes))
+            _sample_slopes(*(x[0, :, start:end] for x in (*kept, upstream.transpose(1, 2))), ctx.scale, *(x[0, :, start:end] for x in slopes))
         return *slopes, None, None
 
 def _sample_slopes(query: Tensor, key: Tensor, value: Tensor, upstream: Tensor, scale: float, of_query: Tensor, of_key: Tensor, of_value: Tensor):
@@ -414,7 +416,9 @@ def _on_trial(model: nn.Module) -> Iterator[None]:
     model.zero_grad(set_to_none=True)
     try:
         with torch.no_grad(): [p.copy_(0.02 * torch.randn(p.shape, generator=chance)) for p in empty]
-        with at_rest(model): yield
+        with at_rest(model):
+            for layer in model.modules(): layer.training = layer.training or bool(getattr(layer, 'gradient_checkpointing', False))  # it sleeps in layers that do not train
+            yield
     finally:
         with torch.no_grad(): [p.zero_() for p in empty]
         model.zero_grad(set_to_none=True)
@@ -455,13 +459,13 @@ class Engine:
     @contextmanager
     def _reading(self, batch: dict) -> Iterator[tuple]:
         "Inputs and labels of a model for a batch, with the switches set"
-        with self._format():
+        with self.number_format():
             if self.packing.name != 'samples': yield attention_inputs(batch, 'padded' if self.packing.name == 'none' else self.packing.name, self.dtype), batch['labels']
             else:
                 line = one_line(batch, EVEN if batch['segments'].device.type == 'cpu' else 1)
                 with _reading_samples(): yield _line_inputs(line), line['labels']
 
-    def _format(self) -> torch.autocast:
+    def number_format(self) -> torch.autocast:
         "Mixed precision where adapters in 32 bits meet a 16-bit base in PEFT's own layers; lean ones need none"
         count = sum(isinstance(layer, BaseTunerLayer) for layer in self.model.modules()) if self.dtype != torch.float32 else 0
         device = next(self.model.parameters()).device.type

@@ -128,12 +128,12 @@ def one_sentence(complained):
 
 def tree(folder):
     "Every file below a folder, hidden ones too, by its content; folders by None"
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None for path in folder.rglob("*")}
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None for path in folder.rglob("*") if path.name != ".lock"}
 
 
 def leftovers(folder):
-    "Temporary files somebody forgot"
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name.startswith(".") or path.name.endswith((".tmp", ".old"))]
+    "Temporary files somebody forgot; the lock of a run folder stays, free, because removing it would be a race"
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name.startswith(".") and path.name != ".lock" or path.name.endswith((".tmp", ".old"))]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import pytest
 from helpers import adapter, change, copy, file_limit, leftovers, metrics, mounted, one_sentence, prepared, recipe, rows, start, status, tree, write_rows
 
 from sage_finetune import LoRATrainer, PresetConfigs, TrainingConfig, merge, train_from_meta
+from sage_finetune.checkpoint import checkpoints
 from sage_finetune.cli import main
 from sage_finetune.config import ConfigError, RunError, preset, tiny_path
 from sage_finetune.model import load_tokenizer
@@ -274,7 +275,7 @@ def test_too_early(refused, tmp_path, ready):
     refused("merge", "run", says=["run holds no adapter yet", "sage-finetune run run"])
     refused("chat", "run", "-p", "Hi", says=["run holds no adapter yet", "sage-finetune run run"])
     refused("chat", "run", "-p", "Hi", "--merged", says=["merged_model holds no model", "sage-finetune merge run"])
-    refused("run", "run", "--resume", says=["no checkpoint in .*checkpoints"])
+    refused("run", "run", "--resume", says=["no run in .*run, so nothing to resume"])
 
 
 def test_an_adapter_that_was_cut_off(refused, tmp_path, finished):
@@ -284,11 +285,15 @@ def test_an_adapter_that_was_cut_off(refused, tmp_path, finished):
     for command in (["merge", "run"], ["chat", "run", "-p", "Hi"]): refused(*command, says=["adapter in .*lora_weights", "does not fit|cannot be read"])
 
 
-def test_a_checkpoint_that_was_cut_off(refused, tmp_path, finished):
+def test_checkpoints_that_were_cut_off(refused, tmp_path, finished):
+    "One is passed over, with a word; when none is left the run says so"
     run = copy(finished, tmp_path/"run")
-    path = run/"checkpoints"/"checkpoint-3"/"state.pt"
-    path.write_bytes(path.read_bytes()[:5000])
-    refused("run", "run", "--resume", says=["checkpoint-3 is not a checkpoint that can be read", "Delete it; an older one is then used"])
+    states = [path/"state.safetensors" for path in checkpoints(run/"checkpoints")]
+    for path in states[1:]: path.write_bytes(path.read_bytes()[:5000])
+    with pytest.warns(UserWarning, match="checkpoint-4 cannot be read .*goes on from checkpoint-1"): assert train_from_meta(run, show=False, resume=True).steps == 3
+    assert adapter(run) == adapter(finished)
+    for path in checkpoints(run/"checkpoints"): (path/"state.safetensors").write_bytes(b"half")
+    refused("run", "run", "--resume", says=["checkpoint-1 cannot be read", "Restore one from a copy, or start anew"])
 
 
 @pytest.mark.parametrize("arguments, says", [(["quickstart", "custom", "-d", "nowhere.jsonl"], "there is no data file nowhere.jsonl"), (["run", "nowhere"], "no run folder nowhere"), (["merge", "nowhere"], "nowhere is not a run folder")],
@@ -345,17 +350,18 @@ def test_no_room_to_begin(failed, tmp_path, ready, limit):
 def test_no_room_for_the_metrics(failed, tmp_path, ready):
     "In the middle of training; what was written stays readable"
     run = copy(ready, tmp_path/"run")
-    change(run, max_steps=8, save_steps=500)
-    with file_limit(1600): sentence = failed("run", run, what="metrics.jsonl")
+    change(run, max_steps=12, save_steps=500)
+    with file_limit(2400): sentence = failed("run", run, what="metrics.jsonl")
     said = status(run)
     assert said["state"] == "failed" and said["message"] == sentence and not (run/"lora_weights").exists() and leftovers(run) == []
-    assert 3 <= len(read_metrics(run)) < 8
+    assert 3 <= len(read_metrics(run)) < 12
 
 
 def fails_at_the_adapter(failed, run):
     data = tree(run)
     sentence = failed("run", run, what="lora_weights")
-    assert {path.name for path in run.iterdir()} == {"finetune_meta.json", "metrics.jsonl", "prepared", "status.json", "training_config.json", "training_data_custom_alpaca.json"}
+    assert not any((run/"checkpoints").iterdir())
+    assert {path.name for path in run.iterdir()} - {".lock", "checkpoints"} == {"finetune_meta.json", "metrics.jsonl", "prepared", "status.json", "training_config.json", "training_data_custom_alpaca.json"}
     assert (status(run)["state"], status(run)["message"]) == ("failed", sentence) and len(metrics(run)) == 4 and leftovers(run.parent) == []
     assert tree(run)["training_data_custom_alpaca.json"] == data["training_data_custom_alpaca.json"]
 

@@ -17,7 +17,7 @@ PARTS = {"prepared", "metrics.jsonl", "status.json", "training_config.json"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 
 
-def names(folder): return {path.name for path in folder.iterdir()}
+def names(folder): return {path.name for path in folder.iterdir()} - {".lock"}
 
 
 # ---- Python -----------------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def test_from_rows_to_a_merged_model_that_chats(tmp_path):
     assert chat(known["instruction"]) == known["output"] and "".join(chat.stream(known["instruction"])).strip() == chat.messages[-1]["content"]
     assert [turn["role"] for turn in chat.messages] == ["user", "assistant"] * 2
     for shown in (result, report, plot_run(result.output_dir), trainer.describe(), chat): assert repr(shown) and (hasattr(shown, "_repr_png_") or "<table>" in shown._repr_html_())
-    assert names(result.output_dir) == PARTS | {"lora_weights", "merged_model"} and leftovers(tmp_path) == []
+    assert names(result.output_dir) == PARTS | {"checkpoints", "lora_weights", "merged_model"} and leftovers(tmp_path) == []
 
 
 def test_the_files_of_a_run(finished):
@@ -62,10 +62,10 @@ def test_the_files_of_a_run(finished):
 
 
 def test_checkpoints_are_kept_by_their_number(finished):
-    "The two newest: 8 and 10, although 10 stands before 8 in the alphabet"
+    "The two newest: 10 and the last, which a longer run would go on from; 8 is gone, although it stands behind 11 in the alphabet"
     folder = finished[1].output_dir/"checkpoints"
-    assert names(folder) == {"checkpoint-8", "checkpoint-10"}
-    assert all({"adapter_model.safetensors", "state.pt"} < names(checkpoint) for checkpoint in folder.iterdir())
+    assert names(folder) == {"checkpoint-10", "checkpoint-11"}
+    assert all({"adapter_model.safetensors", "state.safetensors"} < names(checkpoint) for checkpoint in folder.iterdir())
 
 
 def test_the_resolved_recipe_reads_back(finished, tmp_path):
@@ -153,7 +153,7 @@ def test_an_old_run_is_replaced_only_when_asked(finished, tmp_path):
     merge(run)
     config = recipe(tmp_path, max_steps=2, overwrite_output_dir=True)
     LoRATrainer(config).train(show=False)
-    assert names(run) == PARTS | {"lora_weights"} and len(metrics(run)) == 2 and adapter(run) != adapter(finished[1].output_dir)
+    assert names(run) == PARTS | {"checkpoints", "lora_weights"} and names(run/"checkpoints") == {"checkpoint-2"} and len(metrics(run)) == 2 and adapter(run) != adapter(finished[1].output_dir)
 
 
 # ---- the program ------------------------------------------------------------------------------------------------------

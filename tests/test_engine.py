@@ -264,6 +264,13 @@ def test_the_same_rows_are_the_same_step(tmp_path, folder_of, other, close):
     assert ours[-1].eval_loss == pytest.approx(theirs[-1].eval_loss, rel=close) and ours[-1].eval_loss > 0
 
 
+def test_checkpointing_in_16_bits(tmp_path, folder_of):
+    "Made twice is made the same: not a bit of the losses is another"
+    runs = [trainer_of(tmp_path/str(on), folder_of("Qwen2"), bf16=True, fp16=None, max_steps=4, gradient_checkpointing=on)[0] for on in (False, True)]
+    assert all(run.engine.lean and run.engine.packing.name == "samples" for run in runs)
+    assert [step.loss for step in runs[0].steps()] == [step.loss for step in runs[1].steps()]
+
+
 def test_evaluation_is_the_plain_loss(tmp_path, folder_of):
     trainer, _ = trainer_of(tmp_path, folder_of("Llama"), eval_ratio=0.3)
     model, total, learnt = trainer.model, 0., 0

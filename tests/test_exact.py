@@ -216,7 +216,7 @@ def test_interrupted_by_break_and_resumed_gives_the_same_bytes(straight, ready, 
     assert status(run)["state"] == "cancelled" and status(run)["step"] == last and not (run/"lora_weights").exists()
     torch.rand(3)
     result = LoRATrainer(read_meta(run).to_config()).train(show=False, resume=True)
-    assert result.steps == 30 - last // 4 * 4
+    assert result.steps == 30 - last  # what was done is saved, wherever it ends
     same_as(run, straight[0])
 
 

@@ -1,0 +1,348 @@
+"A run loses nothing: killed, stopped, out of disk, out of memory, without its folder, begun twice, or gone on with as something else"
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import adapter, change, copy, ended, leftovers, metrics, mounted, prepared, recipe, rows, start, status, write_rows
+
+from sage_finetune.checkpoint import checkpoints, newest_checkpoint
+from sage_finetune.config import ConfigError, RunError
+from sage_finetune.runs import read_meta
+from sage_finetune.trainer import LoRATrainer
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    "A prepared run of 30 steps with dropout and rows held out, a checkpoint after every second; every test takes a copy"
+    folder = tmp_path_factory.mktemp("safe")
+    return prepared(folder/"ready", num_train_epochs=5, save_steps=2, eval_steps=5, eval_path=write_rows(folder/"held.jsonl", rows(4)), lora=dict(lora_dropout=0.1))
+
+
+@pytest.fixture(scope="module")
+def straight(ready):
+    "The same run without any interruption"
+    run = copy(ready, ready.parent/"straight")
+    trainer(run).train(show=False)
+    return run
+
+
+def trainer(run): return LoRATrainer(read_meta(run).to_config())
+
+
+def same(run, straight):
+    "Not a bit of the adapter and not a number of the curve is another"
+    numbers = lambda folder: [(row["step"], row["loss"], row["eval_loss"], row["learning_rate"], row["grad_norm"], row["tokens"]) for row in metrics(folder)]
+    assert adapter(run) == adapter(straight) and numbers(run) == numbers(straight)
+    assert (status(run)["state"], status(run)["step"], status(run)["pid"]) == ("completed", STEPS, None)
+    assert not [name for name in leftovers(run) if not name.startswith("prepared")]
+
+
+# ---- killed -----------------------------------------------------------------------------------------------------------
+
+def killed(run, times, seed):
+    said = subprocess.run([sys.executable, Path(__file__).with_name("killing.py"), run, str(times), str(seed)], capture_output=True, text=True, timeout=550)
+    assert said.returncode == 0, said.stderr
+    told = json.loads(said.stdout.splitlines()[-1])
+    assert told["code"] == 0, said.stderr
+    return told["killed"]
+
+
+def test_killed_six_times_it_ends_with_the_same_bytes(straight, ready, tmp_path):
+    run = copy(ready, tmp_path/"run")
+    moments = killed(run, 6, seed=1)
+    assert sum(bool(where) for where, _, _ in moments) >= 5 and any(half for _, _, half in moments), moments
+    same(run, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3])
+def test_killed_thirty_times_it_ends_with_the_same_bytes(straight, ready, tmp_path, seed):
+    run = copy(ready, tmp_path/"run")
+    change(run, save_steps=1)
+    moments = killed(run, 30, seed)
+    assert sum(bool(where) for where, _, _ in moments) >= 12 and sum(bool(half) for _, _, half in moments) >= 6, moments
+    change(run, save_steps=2)
+    same(run, straight)
+
+
+# ---- stopped ----------------------------------------------------------------------------------------------------------
+
+def goes_on(run, straight, result):
+    assert result.stopped and "resume=True goes on" in result.message and status(run)["state"] == "cancelled"
+    at = result.steps
+    assert checkpoints(run/"checkpoints")[-1].name == f"checkpoint-{at}" and (run/"lora_weights").exists()
+    assert trainer(run).train(show=False, resume=True).steps == STEPS - at
+    same(run, straight)
+
+
+def test_stop_from_another_thread(straight, ready, tmp_path):
+    run = copy(ready, tmp_path/"run")
+    mine = trainer(run)
+    result = mine.train(show=False, on_step=lambda step: step.step == 7 and threading.Thread(target=mine.stop).start())
+    assert 7 <= result.steps < STEPS
+    goes_on(run, straight, result)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_this_process(straight, ready, tmp_path, number):
+    run = copy(ready, tmp_path/"run")
+    before = signal.getsignal(number)
+    result = trainer(run).train(show=False, on_step=lambda step: step.step == 5 and os.kill(os.getpid(), number))
+    assert result.steps == 5 and signal.getsignal(number) == before
+    goes_on(run, straight, result)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 130), (signal.SIGINT, 130)])
+def test_a_signal_from_outside(straight, ready, tmp_path, number, code):
+    run = copy(ready, tmp_path/"run")
+    child = start(run, module="sage_finetune.trainer")
+    try:
+        while child.poll() is None and not (run/"checkpoints"/"checkpoint-4").exists(): time.sleep(0.002)
+        child.send_signal(number)
+        said, complained = child.communicate(timeout=60)
+    finally: child.kill()
+    assert child.returncode == code and "Traceback" not in complained, complained
+    assert "goes on" in status(run)["message"] and newest_checkpoint(run/"checkpoints")[1]["step"] == status(run)["step"] == len(metrics(run))
+    ended(start(run, "--resume", module="sage_finetune.trainer"))
+    same(run, straight)
+
+
+def test_the_second_interrupt_does_not_wait(straight, ready, tmp_path):
+    "In the middle of a step: the step before it is what is kept"
+    run = copy(ready, tmp_path/"run")
+
+    class Impatient(LoRATrainer):
+        def loss(self, batch):
+            if self.progress.step == 5 and self.model.training: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
+            return super().loss(batch)
+
+    with pytest.raises(KeyboardInterrupt): Impatient(read_meta(run).to_config()).train(show=False)
+    assert status(run)["state"] == "cancelled" and newest_checkpoint(run/"checkpoints")[1]["step"] == 5
+    assert trainer(run).train(show=False, resume=True).steps == STEPS - 5
+    same(run, straight)
+
+
+def test_an_error_in_the_loops_own_body(straight, ready, tmp_path):
+    "A loop that was broken off by an error, and whose variable still holds the run, gives way to the next one"
+    run, kept = copy(ready, tmp_path/"run"), None
+    kept = trainer(run).steps()
+    for step in kept:
+        if step.step == 3: break
+    assert trainer(run).train(show=False, resume=True).steps == STEPS - 2  # the iterator could not know that nobody would come back
+    same(run, straight)
+    with pytest.raises(RunError, match="gave .* up to another one"): next(kept)
+    same(run, straight)
+
+
+# ---- longer, or another run -------------------------------------------------------------------------------------------
+
+def test_a_finished_run_goes_on_for_more_epochs(straight, ready, tmp_path):
+    run = copy(straight, tmp_path/"run")
+    assert trainer(run).train(show=False, resume=True).steps == 0
+    change(run, num_train_epochs=6, save_steps=1, save_total_limit=3, logging_steps=1)
+    result = trainer(run).train(show=False, resume=True)
+    assert result.steps == 6 and [row["step"] for row in metrics(run)] == list(range(1, 37)) and adapter(run) != adapter(straight)
+    assert [path.name for path in checkpoints(run/"checkpoints")] == ["checkpoint-34", "checkpoint-35", "checkpoint-36"]
+
+
+@pytest.mark.parametrize("fields, says", [
+    (dict(seed=1), "seed: 42 then, 1 now"), (dict(per_device_train_batch_size=2), "per_device_train_batch_size: 4 then, 2 now"), (dict(learning_rate=1e-3), "learning_rate: 0.002 then, 0.001 now"),
+    (dict(lora=dict(r=4)), "lora: {'r': 8"), (dict(max_length=128), "max_length: 512 then, 128 now"), (dict(optim="sgd"), "optim: 'adamw_torch' then, 'sgd' now")])
+def test_what_must_not_change(straight, tmp_path, fields, says):
+    run = copy(straight, tmp_path/"run")
+    change(run, **fields)
+    kept = adapter(run), metrics(run)
+    with pytest.raises(RunError) as refused: trainer(run).train(show=False, resume=True)
+    assert says in str(refused.value) and "continue_from" in str(refused.value) and (adapter(run), metrics(run)) == kept
+
+
+def test_rows_that_were_edited(straight, tmp_path):
+    run = copy(straight, tmp_path/"run")
+    data = read_meta(run).dataset
+    content = json.loads(data.read_text())
+    content[3]["output"] = content[3]["output"].swapcase()
+    data.write_text(json.dumps(content))
+    with pytest.raises(RunError, match="the rows are others"): trainer(run).train(show=False, resume=True)
+
+
+def test_nothing_to_resume(tmp_path):
+    config = recipe(tmp_path, max_steps=2)
+    with pytest.raises(RunError, match="nothing to resume"): LoRATrainer(config).train(show=False, resume=True)
+    assert not config.output_dir.exists()
+    assert LoRATrainer(config).train(show=False, resume="auto").steps == 2
+    assert LoRATrainer(config).train(show=False, resume="auto").steps == 0
+
+
+def test_a_run_that_died_before_its_first_checkpoint(ready, straight, tmp_path):
+    run = copy(ready, tmp_path/"run")
+    (run/"metrics.jsonl").write_text('{"step": 1, "loss": 7}\n')
+    assert trainer(run).train(show=False, resume=True).steps == STEPS
+    same(run, straight)
+
+
+# ---- two at once ------------------------------------------------------------------------------------------------------
+
+def test_two_runs_into_one_folder(straight, ready, tmp_path):
+    "Both look at the same moment; one trains, the other says who"
+    run = copy(ready, tmp_path/"run")
+    children = [start(run, "--resume", "auto", module="sage_finetune.trainer") for _ in range(2)]
+    results = [(*child.communicate(timeout=120), child.returncode, child.pid) for child in children]
+    (winner, loser) = sorted(results, key=lambda result: result[2])
+    assert (winner[2], loser[2]) == (0, 2) and f"process {winner[3]}" in loser[1], results
+    same(run, straight)
+
+
+# ---- what breaks ------------------------------------------------------------------------------------------------------
+
+class Spoilt(LoRATrainer):
+    "Its loss is not a number behind step 5, in training or in evaluation"
+    in_training = True
+    def loss(self, batch): return super().loss(batch) * (float("nan") if self.progress.step == 5 and self.model.training == self.in_training else 1.)
+
+
+def test_a_loss_that_is_no_number(straight, ready, tmp_path):
+    run = copy(ready, tmp_path/"run")
+    with pytest.raises(RunError) as stopped: Spoilt(read_meta(run).to_config()).train(show=False)
+    assert "step 6 has loss nan" in str(stopped.value) and "Lower learning_rate" in str(stopped.value) and "examples are" in str(stopped.value)
+    assert status(run)["state"] == "failed" and newest_checkpoint(run/"checkpoints")[1]["step"] == 5
+    assert trainer(run).train(show=False, resume=True).steps == STEPS - 5
+    same(run, straight)
+
+
+class SpoiltEvaluation(Spoilt): in_training = False
+
+
+def test_a_held_out_loss_that_is_no_number(straight, ready, tmp_path):
+    run = copy(ready, tmp_path/"run")
+    with pytest.raises(RunError, match="held-out loss is nan after step 5.*step 5 of 30, which is saved"): SpoiltEvaluation(read_meta(run).to_config()).train(show=False)
+    assert len(metrics(run)) == 4 and trainer(run).train(show=False, resume=True).steps == STEPS - 4
+    same(run, straight)
+
+
+def test_a_folder_deleted_under_the_run(straight, ready, tmp_path):
+    run = copy(ready, tmp_path/"run")
+    def delete(step):
+        if step.step == 5: shutil.rmtree(run)
+    with pytest.raises(RunError, match="was deleted or replaced .*step 6 of 30, which is saved"): trainer(run).train(show=False, on_step=delete)
+    again = copy(ready, tmp_path/"again")
+    shutil.copytree(run/"checkpoints", again/"checkpoints")
+    assert trainer(again).train(show=False, resume=True).steps == STEPS - 5  # the sixth is in the adapter, but nobody had written it down
+    assert adapter(again) == adapter(straight)
+
+
+def test_a_disk_that_fills_up(straight, ready, tmp_path):
+    with mounted(tmp_path/"disk", "size=24m") as disk:
+        run, filler = copy(ready, disk/"run"), disk/"filler"
+        def fill(step):
+            if step.step == 5: filler.write_bytes(bytes(shutil.disk_usage(disk).free - 4096 * 8))
+        with pytest.raises(RunError, match="disk is full.*could not be saved"): trainer(run).train(show=False, on_step=fill)
+        assert newest_checkpoint(run/"checkpoints")[1]["step"] == 4
+        filler.unlink()
+        assert trainer(run).train(show=False, resume=True).steps == STEPS - 4
+        same(run, straight)
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------------
+
+HUNGRY = """
+import json, resource, sys
+import torch
+from sage_finetune.config import PresetConfigs
+from sage_finetune.trainer import LoRATrainer
+torch.set_num_threads(1)
+config = PresetConfigs.tiny(data_path=sys.argv[1], output_dir=sys.argv[2], eval_ratio=0., per_device_train_batch_size=16, num_train_epochs=1, packing=False, engine="plain", device="cpu", **json.loads(sys.argv[3]))
+trainer = LoRATrainer(config).setup()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+if float(sys.argv[4]): resource.setrlimit(resource.RLIMIT_AS, (used + int(float(sys.argv[4]) * 2**20),) * 2)
+try: result = trainer.train(show=False)
+except Exception as error: print(json.dumps(dict(error=f"{type(error).__name__}: {error}")))
+else: print(json.dumps(dict(losses=result.losses)))
+"""
+
+
+def hungry(folder, name, room=0., **fields):
+    content = [dict(instruction=f"Say {at}.", output=" ".join(["word"] * 300)) for at in range(48)]
+    said = subprocess.run([sys.executable, "-c", HUNGRY, write_rows(folder/"long.jsonl", content), folder/name, json.dumps(fields), str(room)], capture_output=True, text=True, timeout=300)
+    assert said.returncode == 0, said.stderr
+    return json.loads(said.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_memory_that_runs_out(tmp_path):
+    "The operating system refuses memory; with auto_batch the run goes on in smaller pieces to the same losses"
+    free = hungry(tmp_path, "free")["losses"]
+    told = hungry(tmp_path, "told", room=350)["error"]
+    assert "memory ran out in step 1 (examples" in told and "per_device_train_batch_size=8 with gradient_accumulation_steps=2" in told, told
+    assert status(tmp_path/"told")["state"] == "failed"
+    smaller = hungry(tmp_path, "smaller", room=350, auto_batch=True)
+    assert "losses" in smaller, smaller
+    assert smaller["losses"] == pytest.approx(free, rel=1e-4)
+    assert any("memory ran out, so batches are half as large" in row["note"] for row in metrics(tmp_path/"smaller"))
+
+
+# ---- evaluation, best and early stop ----------------------------------------------------------------------------------
+
+def held(tmp_path, **fields):
+    "The usual rows, evaluated on rows that contradict them, so that the held-out loss soon rises"
+    wrong = [dict(row, output="Purple, nothing but purple.") for row in rows(6)]
+    return recipe(tmp_path, eval_path=write_rows(tmp_path/"held.jsonl", wrong), eval_steps=2, num_train_epochs=8, **fields)
+
+
+def test_early_stopping_keeps_the_best(tmp_path):
+    flat = dict(lr_scheduler_type="constant", warmup_ratio=0.)
+    config = held(tmp_path/"long", early_stopping_patience=3, **flat)
+    result = LoRATrainer(config).train(show=False)
+    losses = [loss for _, loss in result.eval_losses]
+    lowest = losses.index(min(losses))
+    assert result.best == (losses[lowest], result.eval_losses[lowest][0]) and len(losses) - 1 - lowest == 3
+    assert result.stopped and "stopped early" in result.message and status(config.output_dir)["state"] == "completed"
+    short = held(tmp_path/"short", max_steps=result.best[1], **flat)
+    LoRATrainer(short).train(show=False)
+    assert adapter(config.output_dir) == adapter(short.output_dir)
+
+
+def test_killed_behind_the_best_it_still_finds_it(tmp_path):
+    straight = held(tmp_path/"straight", early_stopping_patience=3, save_steps=1)
+    whole = LoRATrainer(straight).train(show=False)
+    config = held(tmp_path/"cut", early_stopping_patience=3, save_steps=3)
+    for step in LoRATrainer(config).steps():
+        if step.step == whole.best[1] + 3: break
+    result = LoRATrainer(config).train(show=False, resume=True)
+    assert result.best == whole.best and adapter(config.output_dir) == adapter(straight.output_dir)
+
+
+@pytest.mark.parametrize("fields", [dict(early_stopping_patience=2), dict(load_best_model_at_end=True), dict(eval_prompts=["Which?"])])
+def test_nothing_to_evaluate_on(tmp_path, fields):
+    with pytest.raises(ConfigError, match=f"{next(iter(fields))} needs rows to evaluate on"): LoRATrainer(recipe(tmp_path, **fields)).train(show=False)
+
+
+def test_fixed_questions_are_answered_at_every_evaluation(tmp_path):
+    config = held(tmp_path, eval_prompts=["Which colour has lamp 1?", "Which colour has lamp 2?"])
+    result = LoRATrainer(config).train(show=False)
+    assert [step for step, _ in result.answers] == [step for step, _ in result.eval_losses]
+    assert [row["answers"] for row in metrics(config.output_dir) if row["eval_loss"] is not None] == [answers for _, answers in result.answers]
+    assert result.answers[0][1] != result.answers[-1][1] and result.answers[-1][1][0].startswith("Red")
+
+
+class Listener:
+    def __init__(self): self.heard = []
+    def on_begin(self, trainer): self.heard.append("begin")
+    def on_step(self, step): self.heard.append(step.step)
+    def on_end(self, result): self.heard.append(result.steps)
+
+
+def test_callbacks(tmp_path):
+    listener = Listener()
+    LoRATrainer(recipe(tmp_path, max_steps=3)).train(show=False, callbacks=[listener])
+    assert listener.heard == ["begin", 1, 2, 3, 3]
