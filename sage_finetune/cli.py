@@ -99,14 +99,23 @@ def quickstart_command(
 def run_command(
     run_dir: RunDir,
     resume: Annotated[bool, typer.Option(help='go on from the newest checkpoint')] = False,
-    overwrite: Annotated[bool, typer.Option(help='start anew and replace what an earlier run left')] = False
+    overwrite: Annotated[bool, typer.Option(help='start anew and replace what an earlier run left')] = False,
+    num_processes: Annotated[int, typer.Option(min=1, help='processes that share every step, one a graphics card')] = 1
 ):
-    "Train a prepared run folder."
-    from sage_finetune.runs import read_meta
+    "Train a prepared run folder. Ctrl-C ends it after the step that is being made, saved."
+    from sage_finetune.launch import run_here
+    from sage_finetune.runs import read_meta, read_status
     from sage_finetune.trainer import LoRATrainer
-    config = read_meta(run_dir).to_config()
-    config.overwrite_output_dir = overwrite or config.overwrite_output_dir
-    print(f'\n{LoRATrainer(config).train(resume=resume)}\n\nNext: sage-finetune merge {run_dir}')
+    if num_processes > 1:
+        code = run_here(run_dir, num_processes, resume, overwrite)
+        if code or read_status(run_dir).state == 'cancelled': raise typer.Exit(2 if code else 130)
+    else:
+        config = read_meta(run_dir).to_config()
+        config.overwrite_output_dir = overwrite or config.overwrite_output_dir
+        result = LoRATrainer(config).train(resume=resume)
+        print(f'\n{result}')
+        if result.stopped and read_status(run_dir).state == 'cancelled': raise typer.Exit(130)
+    print(f'\nNext: sage-finetune merge {run_dir}')
 
 # %% ../nbs/28_cli.ipynb #d5c3ef4d
 @app.command('list')

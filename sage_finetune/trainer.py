@@ -29,7 +29,7 @@ from .checkpoint import RunWriter, Stop, check_folder, checkpoints, differences,
 from .config import ConfigError, FinetuneError, RunError, TrainingConfig, folder_atomic
 from .data import packaged_held_out, prepare, report_line, report_parts
 from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
-from .model import attach_lora, count_parameters, load_base, load_tokenizer, free, make_optimizer, make_schedule, plan_precision, restore_adapter
+from .model import attach_lora, count_parameters, load_base, load_tokenizer, free, make_optimizer, make_schedule, pick_device, plan_precision, restore_adapter
 from .prompt import render, render_prompt, template_of
 from .runs import html_table, printable, read_meta, text_table
 from .tokens import visible
@@ -248,10 +248,17 @@ def make_accelerator(
     "A fresh accelerator. Raises `ConfigError` when the tool of `report_to` is not installed."
     tool = None if config.report_to == 'none' else config.report_to
     if tool and not importlib.util.find_spec(tool): raise ConfigError(f'report_to={tool!r}, but it is not installed. Run: pip install "sage-finetune[{tool}]"')
+    for kind in ('FSDP', 'DEEPSPEED'):
+        if os.environ.get(f'ACCELERATE_USE_{kind}', 'false') == 'true':
+            raise ConfigError(f'the launcher asks for {kind}, but here every process holds the whole model and they share the steps. Launch without it (accelerate launch --multi_gpu); a model that does not fit one card may in 4 bits: load_in_4bit=True.')
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    accelerator = Accelerator(mixed_precision='no' if precision == 'fp32' else precision, cpu=config.device == 'cpu', log_with=tool,
+    accelerator = Accelerator(mixed_precision='no' if precision == 'fp32' else precision, cpu=pick_device(config).type == 'cpu', log_with=tool,
                               project_config=ProjectConfiguration(str(config.output_dir), str(config.output_dir)))
-    if tool: accelerator.init_trackers('logs')
+    if int(os.environ.get('WORLD_SIZE', 1)) != accelerator.num_processes:
+        raise RunError(f'{os.environ["WORLD_SIZE"]} processes were started, but this one sees {accelerator.num_processes}, so each would train the whole by itself. Start them with torchrun, accelerate launch, or --num-processes.')
+    if tool:
+        config.log_dir.mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers('logs' if tool == 'tensorboard' else 'sage_finetune', init_kwargs=dict(wandb=dict(dir=str(config.log_dir), name=config.output_dir.name)))
     return accelerator
 
 # %% ../nbs/13_trainer.ipynb #ae0f010c
@@ -266,7 +273,7 @@ def main_first(
     "Let the first process go through a block of code before the others do."
     if int(os.environ.get('WORLD_SIZE', 1)) == 1: yield
     else:
-        with PartialState(cpu=config.device == 'cpu').main_process_first(): yield
+        with PartialState(cpu=pick_device(config).type == 'cpu').main_process_first(): yield
 
 class Bystander:
     "A `RunWriter` that writes nothing, for all processes but the first."
@@ -639,9 +646,12 @@ class LoRATrainer:
 
     def _checkpoint(self):
         "Write a checkpoint of the last whole step"
-        if self.saved and self.saved.name == f'checkpoint-{self.progress.step}': return
+        place = self.config.checkpoint_dir/f'checkpoint-{self.progress.step}'
+        if self.saved == place: return
         chances = [self._chance] if self.accelerator.num_processes == 1 else gather_object([self._chance])
-        if not is_main(): return
+        if not is_main():
+            self.saved = place  # all processes know it, or one would wait for the others
+            return
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         state = dict(identity=self.identity, progress=asdict(self.progress), chance=chances, optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=scaler)
         self.saved = save_checkpoint(self.config.checkpoint_dir, self.progress.step, self.model, state, self.config.save_total_limit)
@@ -660,6 +670,8 @@ class LoRATrainer:
     def _explained(self, error: BaseException, writer: RunWriter | Bystander) -> tuple[BaseException, str]:
         "An error as one to put right, where it is one, and the sentence for the run folder; what can be saved is saved"
         if _out_of_memory(error): error = self._memory_error(error)
+        if self.accelerator.num_processes > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in ('gloo', 'NCCL', 'Connection')):
+            error = RunError(f'another process of this run ended or cannot be reached ({str(error).strip().splitlines()[0][:160]}). What it said itself stands above.')
         if isinstance(error, KeyboardInterrupt): return error, self._rescue(writer, 'interrupted')
         said = f'{error}' if isinstance(error, FinetuneError) else f'{type(error).__name__}: {error}'
         after = self._rescue(writer, 'ended')
@@ -768,10 +780,10 @@ def main(
         config.overwrite_output_dir = asked.overwrite or config.overwrite_output_dir
         result = LoRATrainer(config).train(resume=asked.resume)
     except FinetuneError as error:
-        if is_main(): print(f'error: {printable(str(error))}', file=sys.stderr)
+        print(f'error: {printable(str(error))}' if is_main() else f'process {os.environ["RANK"]}: {printable(str(error))}', file=sys.stderr)
         return 2
     if is_main(): print(result)
-    return 130 if result.stopped and 'resume' in result.message else 0
+    return 130 if result.stopped and 'resume' in result.message and 'RANK' not in os.environ else 0  # torchrun would call it a failure
 
 # %% ../nbs/13_trainer.ipynb #63bb574b
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # the module, not this page
