@@ -489,9 +489,9 @@ class Leak(NamedTuple):
 def at_rest(
     model: torch.nn.Module # as it was before, afterwards
 ) -> Iterator[None]:
-    "No dropout for a while. 4-bit layers stay as they are: on a processor, bitsandbytes repacks resting ones for good, and they learn nothing afterwards."
+    "No dropout for a while. Quantised layers stay as they are: on a processor, bitsandbytes repacks resting 4-bit ones for good, and computes resting 8-bit ones in another way."
     modes = {module: module.training for module in model.modules()}
-    for module in modes: module.training = module.training and type(module).__name__ == 'Linear4bit'
+    for module in modes: module.training = module.training and type(module).__name__ in ('Linear4bit', 'Linear8bitLt')
     try: yield
     finally:
         for module, mode in modes.items(): module.training = mode

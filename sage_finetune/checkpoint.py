@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .config import RunError, TrainingConfig, folder_atomic, why_unwritable, write_json
+from .model import save_adapter
 from .runs import CONFIG, METRICS, STATUS, WORKING, process_gone, read_metrics, read_status, write_status
 
 # %% ../nbs/11_checkpoint.ipynb #853643f7
@@ -98,7 +99,7 @@ def save_checkpoint(
     "Write a checkpoint, then delete those beyond `keep`. Raises `RunError` when it cannot be written; the older ones are then still there."
     path = Path(folder)/f'checkpoint-{step}'
     with folder_atomic(path) as temp:
-        model.save_pretrained(temp)
+        save_adapter(model, temp, for_resume=True)
         write_state(temp/STATE, dict(state, step=step))
     for old in checkpoints(folder)[:-keep]: shutil.rmtree(old, ignore_errors=True)
     return path

@@ -246,7 +246,8 @@ def _looks_like(layer: nn.Module) -> Callable | None:
     name, frozen = type(layer).__name__, not any(p.requires_grad for p in layer.parameters())
     if hasattr(layer, '_hf_hook'): return None
     if 'RMSNorm' in name and frozen and hasattr(layer, 'weight') and (hasattr(layer, 'variance_epsilon') or hasattr(layer, 'eps')): return _lean_norm
-    return _lean_gate if name.endswith('MLP') and all(hasattr(layer, part) for part in ('gate_proj', 'up_proj', 'down_proj', 'act_fn')) else None
+    gated = name.endswith('MLP') and all(hasattr(layer, part) for part in ('gate_proj', 'up_proj', 'down_proj', 'act_fn'))
+    return _lean_gate if gated and layer.gate_proj.weight.is_floating_point() else None  # quantised weights have no gradient to try it with
 
 def _does_the_same(layer: nn.Module, forward: Callable) -> bool:
     "Whether another forward gives a layer's own output and gradient, tried on a few random tokens"
@@ -467,7 +468,7 @@ class Engine:
 
     def number_format(self) -> torch.autocast:
         "Mixed precision where adapters in 32 bits meet a 16-bit base in PEFT's own layers; lean ones need none"
-        count = sum(isinstance(layer, BaseTunerLayer) for layer in self.model.modules()) if self.dtype != torch.float32 else 0
+        count = sum(isinstance(layer, BaseTunerLayer) and hasattr(layer, 'lora_A') for layer in self.model.modules()) if self.dtype != torch.float32 else 0
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, self.dtype, enabled=self.lean.get('adapters', 0) < count)
 

@@ -29,7 +29,7 @@ from .checkpoint import RunWriter, Stop, check_folder, checkpoints, differences,
 from .config import ConfigError, FinetuneError, RunError, TrainingConfig, folder_atomic
 from .data import packaged_held_out, prepare, report_line, report_parts
 from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
-from .model import attach_lora, count_parameters, load_base, load_tokenizer, free, make_optimizer, make_schedule, pick_device, plan_precision, restore_adapter
+from .model import adapter_folder, attach_lora, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, pick_device, plan_precision, quiet, restore_adapter, run_tokenizer, save_adapter
 from .prompt import render, render_prompt, template_of
 from .runs import html_table, printable, read_meta, text_table
 from .tokens import visible
@@ -176,10 +176,11 @@ class Plan:
     precision: str # the number format and why
     engine: str # how a batch becomes a loss
     seconds: float # measured on one batch and scaled up
+    inherited: str = '' # the adapter the run continues
 
     def _rows(self) -> list[tuple]:
         "Names and values to show"
-        return [('model', f'{self.model}: {self.parameters}'), *self.data, ('held out', self.evaluation),
+        return [('model', f'{self.model}: {self.parameters}'), *[('adapter', self.inherited)] * bool(self.inherited), *self.data, ('held out', self.evaluation),
                 ('steps', f'{self.steps} steps of {self.batch}'), ('numbers', self.precision), ('engine', self.engine), ('time', f'about {clock(self.seconds)}')]
 
     def __str__(self): return text_table(('plan', ''), self._rows())
@@ -378,16 +379,19 @@ class LoRATrainer:
     ):
         self.config = copy.deepcopy(config).check()
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.accelerator = self.report = None
-        self.wish, self.progress, self.halvings, self.saved, self.message, self._note = Stop(), Progress(), 0, None, '', ''
+        self.wish, self.progress, self.halvings, self.saved, self.message, self.inherited, self._note = Stop(), Progress(), 0, None, '', '', ''
 
     def load_model_and_tokenizer(self):
         "Load the base model and its tokenizer into `model` and `tokenizer`."
         self.model, self.tokenizer = load_base(self.config)
 
     def apply_lora(self):
-        "Put the adapter beside the base."
-        self.model = attach_lora(self.model, self.config.lora, self.config.seed)
-        if self.config.gradient_checkpointing: self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        "Put the adapter beside the base: a fresh one, or the one that is continued."
+        if self.config.continue_from: self.model, self.inherited = continue_adapter(self.model, self.config.continue_from, self.config.lora)
+        else: self.model = attach_lora(self.model, self.config.lora, self.config.seed, self.tokenizer.convert_tokens_to_ids(self.config.new_tokens or []))
+        if self.config.gradient_checkpointing:
+            self.model.config.use_cache = False
+            with quiet(): self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
 
     def prepare_data(self):
         "Make `dataset` and `eval_dataset` (or None) from the config's files. Override it to bring data of your own."
@@ -431,7 +435,8 @@ class LoRATrainer:
             plan_precision(self.config)
         own = [name for name in ('load_model_and_tokenizer', 'prepare_data') if getattr(type(self), name) is getattr(LoRATrainer, name)]
         if self.dataset is None and len(own) == 2:  # with nothing overridden, rows are looked at before a large model is loaded
-            self.tokenizer = self.tokenizer or load_tokenizer(self.config.model_name, self.config.trust_remote_code)
+            if self.config.continue_from: adapter_folder(self.config.continue_from)
+            self.tokenizer = self.tokenizer or run_tokenizer(self.config)[0]
             with main_first(self.config): self.prepare_data()
         if self.model is None: self.load_model_and_tokenizer()
         if not hasattr(self.model, 'peft_config'): self.apply_lora()
@@ -498,7 +503,7 @@ class LoRATrainer:
         keep_memory(self.accelerator.device)
         try:
             while not self._over():
-                with self.wish.listening():
+                with self.wish.listening(), neftune(self.model, self.config.neftune_noise_alpha):
                     if (step := next(loop, None)) is None: break
                     self._complete(step, writer)
                 writer.waiting = True
@@ -600,7 +605,7 @@ class LoRATrainer:
         else:
             best, waited = (step.eval_loss, step.step), 0
             if self._keeps_best() and is_main():
-                with folder_atomic(self.config.checkpoint_dir/f'best-{step.step}') as temp: self.model.save_pretrained(temp)
+                with folder_atomic(self.config.checkpoint_dir/f'best-{step.step}') as temp: save_adapter(self.model, temp, for_resume=True)
         self.progress = replace(self.progress, best=best, waited=waited)
 
     def _keeps_best(self) -> bool: return self.config.load_best_model_at_end or self.config.early_stopping_patience is not None
@@ -711,7 +716,7 @@ class LoRATrainer:
         layout = f'packed, {share}' if self.packs else f'padded, {share} ({self.engine.packing.reason})'
         batch = f'{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} rows, {config.num_train_epochs} epochs; {layout}'
         return Plan(config.model_name, str(count_parameters(self.model)), data, f'{len(self.eval_dataset)} rows' if self.eval_dataset is not None else 'nothing',
-                    len(self.plan), batch, str(plan_precision(config)), f'{self.engine}; {self.compiling}', self._expected_seconds())
+                    len(self.plan), batch, str(plan_precision(config)), f'{self.engine}; {self.compiling}', self._expected_seconds(), self.inherited)
 
     def _expected_seconds(self) -> float:
         "The time of one forward and backward pass over the first batch, scaled to the tokens of the run"
@@ -753,7 +758,7 @@ class LoRATrainer:
         if not is_main(): return
         self.tokenizer.chat_template = self.tokenizer.chat_template or template_of(self.tokenizer)
         with folder_atomic(self.config.lora_dir) as temp:
-            self.model.save_pretrained(temp)
+            save_adapter(self.model, temp)
             self.tokenizer.save_pretrained(temp)
 
 # %% ../nbs/13_trainer.ipynb #afbc00b5

@@ -62,6 +62,7 @@ WITHOUT = """
 import sys
 class Without:
     def __init__(self, finder): self.finder = finder
+    def __getattr__(self, name): return getattr(self.finder, name)
     def find_spec(self, name, *more): return None if name.split(".")[0] in ("tensorboard", "wandb") else self.finder.find_spec(name, *more)
 sys.meta_path[:] = map(Without, sys.meta_path)
 from sage_finetune import LoRATrainer, PresetConfigs

@@ -346,3 +346,37 @@ def test_callbacks(tmp_path):
     listener = Listener()
     LoRATrainer(recipe(tmp_path, max_steps=3)).train(show=False, callbacks=[listener])
     assert listener.heard == ["begin", 1, 2, 3, 3]
+
+
+# ---- other ways to train, kept and gone on with -----------------------------------------------------------------------
+
+METHODS = [dict(lora=dict(use_rslora=True, use_dora=True)), dict(lora=dict(init_lora_weights="pissa", lora_dropout=0.1)), dict(lora=dict(modules_to_save=["lm_head"])),
+           dict(new_tokens=["lamp", "Which colour"]), dict(neftune_noise_alpha=5., loraplus_lr_ratio=8.), dict(optim="adafactor"), dict(optim="sgd", learning_rate=0.1), dict(load_in_4bit=True), dict(load_in_8bit=True)]
+
+
+@pytest.mark.parametrize("fields", METHODS, ids=lambda fields: ", ".join(f"{name}" for name in (fields.get("lora") or fields)))
+def test_every_way_to_train_is_resumed_to_the_same_bytes(tmp_path, fields):
+    whole, cut = (recipe(tmp_path/name, max_steps=6, save_steps=2, **fields) for name in ("whole", "cut"))
+    LoRATrainer(whole).train(show=False)
+    for step in LoRATrainer(cut).steps():
+        if step.step == 3: break
+    assert LoRATrainer(cut).train(show=False, resume=True).steps == 3
+    assert adapter(cut.output_dir) == adapter(whole.output_dir) and len({row["loss"] for row in metrics(whole.output_dir)}) == 6
+    assert [row["loss"] for row in metrics(cut.output_dir)] == [row["loss"] for row in metrics(whole.output_dir)]
+
+
+@pytest.mark.parametrize("fields", METHODS[:5], ids=lambda fields: ", ".join(f"{name}" for name in (fields.get("lora") or fields)))
+def test_an_old_adapter_goes_on_with_new_rows(tmp_path, fields):
+    first = recipe(tmp_path/"first", num_train_epochs=6, **fields)
+    before = LoRATrainer(first).train(show=False)
+    kept = {name: value for name, value in fields.items() if name == "neftune_noise_alpha"}
+    second = LoRATrainer(recipe(tmp_path/"second", continue_from=first.output_dir, num_train_epochs=1, warmup_ratio=0., learning_rate=1e-5, **kept))
+    after = second.train(show=False)
+    assert after.losses[0] < before.losses[0] / 4 and "goes on from" in str(second.describe()) and adapter(first.output_dir) != adapter(second.config.output_dir)
+    with pytest.raises(ConfigError, match="lora.r=3 .it has"): LoRATrainer(recipe(tmp_path/"third", continue_from=first.output_dir, lora=dict(r=3))).train(show=False)
+
+
+def test_no_adapter_to_continue(tmp_path):
+    from sage_finetune.config import ModelError
+    with pytest.raises(ModelError, match="there is no adapter in"): LoRATrainer(recipe(tmp_path, continue_from=tmp_path/"nowhere")).train(show=False)
+    assert not (tmp_path/"run"/"metrics.jsonl").exists()
