@@ -293,7 +293,7 @@ class TrainingConfig(Checked):
 
     @property
     def effective_batch_size(self) -> int:
-        "Rows behind each optimizer step of one process."
+        "Rows behind each optimizer step, however many processes share it."
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
     @property
     def checkpoint_dir(self) -> Path:

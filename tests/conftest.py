@@ -11,6 +11,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFL
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Threads of a matrix product that wait for each other sleep: on two busy cores spinning makes everything up to eight times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Several workers share the cores.
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1: os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 
 
 @pytest.fixture(scope="session")
