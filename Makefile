@@ -24,11 +24,11 @@ demo: $(VENV)/.runtime ## train the embedded model on the packaged example, comp
 
 test: $(VENV)/.dev ## run every notebook and every test
 	@echo "== test: pytest (notebooks, guards, end to end, the package in an empty environment)"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an empty environment, the Hub)
 	@echo "== test-fast: pytest -m 'not slow'"
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 bench: $(VENV)/.dev ## measure speed and memory against peers on this machine in under ten minutes (LONG=1: at full length)
 ifdef LONG

@@ -20,6 +20,8 @@ _home = {
     "health_report": "health",
     "load_base": "model",
     "attach_lora": "model",
+    "estimate_memory": "memory",
+    "measure_memory": "memory",
     "LoRATrainer": "trainer",
     "Step": "trainer",
     "TrainingResult": "trainer",
@@ -33,6 +35,9 @@ _home = {
     "Chat": "chat",
     "LossPlot": "plot",
     "plot_run": "plot",
+    "start_run": "launch",
+    "follow": "launch",
+    "stop_run": "launch",
     "quickstart": "demo",
 }
 __all__ = ["__version__", *_home]

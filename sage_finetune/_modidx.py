@@ -705,8 +705,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'sage_finetune/memory.py'),
                                       'sage_finetune.memory.MemoryEstimate._rows': ( 'memory.html#memoryestimate._rows',
                                                                                      'sage_finetune/memory.py'),
-                                      'sage_finetune.memory.MemoryEstimate.growth': ( 'memory.html#memoryestimate.growth',
-                                                                                      'sage_finetune/memory.py'),
                                       'sage_finetune.memory.MemoryEstimate.step': ( 'memory.html#memoryestimate.step',
                                                                                     'sage_finetune/memory.py'),
                                       'sage_finetune.memory.MemoryEstimate.total': ( 'memory.html#memoryestimate.total',

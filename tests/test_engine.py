@@ -264,6 +264,12 @@ def test_the_same_rows_are_the_same_step(tmp_path, folder_of, other, close):
     assert ours[-1].eval_loss == pytest.approx(theirs[-1].eval_loss, rel=close) and ours[-1].eval_loss > 0
 
 
+def test_dropout_does_not_hide_that_layers_are_alike(tmp_path, folder_of):
+    "In training it draws by chance, so a layer would not even equal itself"
+    kinds = [trainer_of(tmp_path/str(share), folder_of("Qwen2"), lora=dict(lora_dropout=share))[0].engine.lean for share in (0., 0.3)]
+    assert kinds[0] == kinds[1] and set(kinds[1]) == {"adapters", "gates", "norms"}
+
+
 def test_checkpointing_in_16_bits(tmp_path, folder_of):
     "Made twice is made the same: not a bit of the losses is another"
     runs = [trainer_of(tmp_path/str(on), folder_of("Qwen2"), bf16=True, fp16=None, max_steps=4, gradient_checkpointing=on)[0] for on in (False, True)]
