@@ -5,25 +5,27 @@
 # %% auto #0
 __all__ = ['STATE', 'FREE', 'write_state', 'read_state', 'random_state', 'set_random_state', 'checkpoints', 'save_checkpoint',
            'newest_checkpoint', 'identity', 'fingerprint_rows', 'fingerprint_base', 'differences', 'check_folder',
-           'holds_run', 'tidy', 'RunWriter', 'Stop']
+           'holds_run', 'tidy', 'RunWriter', 'Progress', 'Keeper', 'Stop']
 
 # %% ../nbs/11_checkpoint.ipynb #deedd413
 import errno, hashlib, json, os, random, re, shutil, signal, threading, time, warnings, weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from .config import RunError, TrainingConfig, folder_atomic, why_unwritable, write_json
-from .model import save_adapter
+from .model import restore_adapter, save_adapter
 from .runs import CONFIG, METRICS, STATUS, WORKING, process_gone, read_metrics, read_status, write_status
 
 # %% ../nbs/11_checkpoint.ipynb #853643f7
@@ -297,6 +299,128 @@ class RunWriter:
         if self.metrics: self.metrics.close()
         if self.lock: self.lock.release()
         _holders.pop(str(self.folder.resolve()), None)
+
+# %% ../nbs/11_checkpoint.ipynb #ac0c4fc3
+@dataclass
+class Progress:
+    "How far a run is; a part of every checkpoint."
+    step: int = 0 # optimizer steps done
+    seconds: float = 0. # time they took
+    best: tuple | None = None # (loss on held-out rows, step) where it was lowest
+    waited: int = 0 # evaluations since then
+    halvings: int = 0 # how often batches were halved because memory ran out
+    pending: dict | None = None # the last step, while it is not yet evaluated and written down
+
+    @property
+    def written_down(self) -> int:
+        "Steps that stand in the run folder's metrics."
+        return self.step - bool(self.pending)
+
+class Keeper:
+    "Knows the last whole step of a run, and can save it at any time."
+    def __init__(self,
+        config: TrainingConfig, # where and how often to save, what to keep
+        total: int, # steps of the whole run
+        model: Any, # with a trainable adapter
+        optimizer: torch.optim.Optimizer, # over the adapter
+        schedule: Any, # moves the learning rate
+        accelerator: Accelerator, # knows the other processes
+        about: dict # `identity` of the run
+    ):
+        self.config, self.total, self.model, self.optimizer, self.schedule, self.accelerator, self.about = config, total, model, optimizer, schedule, accelerator, about
+        self.progress, self.saved = Progress(), None
+        self.remember()
+
+    def remember(self,
+        **changes: Any # of the progress
+    ):
+        "A step is whole."
+        self.progress = replace(self.progress, **changes)
+        self._chance, self._versions = random_state(), self._written()
+
+    def _written(self) -> int:
+        "How often the adapter and the optimizer's memory were written to so far"
+        memory = (value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+        return sum(p._version for p in self.model.parameters() if p.requires_grad) + sum(value._version for value in memory)
+
+    @property
+    def untouched(self) -> bool:
+        "Whether adapter and optimizer are still those of the last whole step."
+        return self._written() == self._versions
+
+    def back_to_the_start_of_the_step(self):
+        "Let chance draw once more what it drew since the last whole step."
+        set_random_state(self._chance)
+
+    def save(self):
+        "Write a checkpoint of the last whole step; all processes have to call this. Raises `RunError` when it cannot be written."
+        place = self.config.checkpoint_dir/f'checkpoint-{self.progress.step}'
+        if self.saved == place: return
+        chances = [self._chance] if self.accelerator.num_processes == 1 else gather_object([self._chance])
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+            state = dict(identity=self.about, progress=asdict(self.progress), chance=chances, optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=scaler)
+            save_checkpoint(self.config.checkpoint_dir, self.progress.step, self.model, state, self.config.save_total_limit)
+            for old in self.config.checkpoint_dir.glob('best-*'):
+                if not self.progress.best or old != self.best_adapter: shutil.rmtree(old, ignore_errors=True)
+        self.saved = place  # all processes know it, or one would wait for the others
+
+    def restore(self,
+        path: Path, # a checkpoint
+        state: dict # what was read there
+    ):
+        "Put everything back as it was. Raises `RunError` naming what has changed since."
+        if changed := differences(state['identity'], self.about):
+            raise RunError(f'{self.config.output_dir} was begun with other settings, so going on would be another run: {"; ".join(changed)}. Put them back, or start anew in another output_dir; '
+                           f'to go on from its adapter with what is new, use continue_from={str(self.config.output_dir)!r} there.')
+        restore_adapter(self.model, path)
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.schedule.load_state_dict(state['schedule'])
+        rates = [rate * shape(self.schedule.last_epoch) for rate, shape in zip(self.schedule.base_lrs, self.schedule.lr_lambdas)]  # of a run that may have become longer
+        for group, rate in zip(self.optimizer.param_groups, rates): group['lr'] = rate
+        self.schedule._last_lr = rates
+        if self.accelerator.scaler is not None: self.accelerator.scaler.load_state_dict(state['scaler'])
+        set_random_state(state['chance'][self.accelerator.process_index])
+        self.saved = path
+        self.remember(**state['progress'])
+
+    @property
+    def wants_best(self) -> bool:
+        "Whether the best adapter is to be kept."
+        return self.config.load_best_model_at_end or self.config.early_stopping_patience is not None
+
+    @property
+    def best_adapter(self) -> Path:
+        "The folder of the best adapter so far."
+        return self.config.checkpoint_dir/f'best-{self.progress.best[1]}'
+
+    def judge(self,
+        loss: float # on the held-out rows, after the last whole step
+    ):
+        "Keep the adapter if it is the best so far and the best is wanted."
+        best, waited = self.progress.best, self.progress.waited + 1
+        if not best or loss < best[0]:
+            best, waited = (loss, self.progress.step), 0
+            if self.wants_best and self.accelerator.is_main_process:
+                with folder_atomic(self.config.checkpoint_dir/f'best-{self.progress.step}') as temp: save_adapter(self.model, temp, for_resume=True)
+        self.progress = replace(self.progress, best=best, waited=waited)
+
+    @property
+    def patience_is_over(self) -> bool:
+        "Whether the held-out loss has not fallen for too many evaluations."
+        return self.config.early_stopping_patience is not None and self.progress.waited >= self.config.early_stopping_patience
+
+    def rescue(self,
+        writer: Any, # of the run folder
+        why: str # "left", "interrupted" or "ended"
+    ) -> str: # a sentence
+        "Save the last whole step of a run that ends in an unforeseen way, if that can be done."
+        done = f'{why} after step {self.progress.step} of {self.total}'
+        if isinstance(writer, RunWriter) and not writer.is_open or not self.progress.step: return done
+        if self.accelerator.num_processes > 1 and why != 'left' or not self.untouched: return f'{done}; resume=True goes on from the last checkpoint'
+        try: self.save()
+        except RunError: return f'{done}; it could not be saved, so resume=True goes on from the checkpoint before'
+        return f'{done}, which is saved; resume=True goes on'
 
 # %% ../nbs/11_checkpoint.ipynb #7eea6362
 class Stop:

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Step', 'clock', 'Pace', 'count_tokens', 'sum_over_processes', 'sum_gradients', 'training_loop', 'check_finite',
-           'examples_of', 'Plan', 'TrainingResult', 'peak_memory_gb', 'make_accelerator', 'is_main', 'main_first',
-           'Bystander', 'prepare_run_data', 'data_remarks', 'lengths_of', 'answers_directly', 'load_batches',
-           'Progress', 'LoRATrainer', 'train_from_meta', 'main']
+           'examples_of', 'out_of_memory', 'memory_error', 'Plan', 'TrainingResult', 'peak_memory_gb',
+           'make_accelerator', 'is_main', 'main_first', 'Bystander', 'prepare_run_data', 'data_remarks', 'lengths_of',
+           'answers_directly', 'load_batches', 'LoRATrainer', 'train_from_meta', 'main']
 
 # %% ../nbs/13_trainer.ipynb #82ece352
-import argparse, contextlib, copy, importlib.util, math, os, re, shutil, sys, time
+import argparse, contextlib, copy, importlib.util, math, os, re, sys, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import ProjectConfiguration
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .batches import BatchPlan, PlannedStep, at_rest, collate, learnt_tokens, plan_batches
-from .checkpoint import RunWriter, Stop, check_folder, checkpoints, differences, identity, newest_checkpoint, random_state, save_checkpoint, set_random_state
+from .checkpoint import Keeper, Progress, RunWriter, Stop, check_folder, checkpoints, identity, newest_checkpoint
 from .config import ConfigError, FinetuneError, RunError, TrainingConfig, folder_atomic
 from .data import packaged_held_out, prepare, report_line, report_parts
 from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
@@ -163,6 +163,30 @@ def examples_of(
     "Which examples a step is made of, the first eight by number."
     rows = [row + 1 for lines in planned.micro_batches for line in lines for row in line]
     return ', '.join(map(str, rows[:8])) + (f' and {len(rows) - 8} more' if len(rows) > 8 else '')
+
+# %% ../nbs/13_trainer.ipynb #994263c4
+def out_of_memory(
+    error: BaseException # anything that was raised
+) -> bool:
+    "Whether an error means that memory ran out, of a card or of the machine."
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, Exception) and should_reduce_batch_size(error)
+
+def memory_error(
+    number: int, # of the step
+    planned: PlannedStep, # its rows
+    config: TrainingConfig, # what may be changed
+    batch: tuple[int, int], # rows at once and batches a step, as they are now
+    error: BaseException # what was raised
+) -> RunError: # to be raised instead
+    "Where memory ran out, and the ways out, the cheapest first."
+    size, accumulation = batch
+    ways = [f'per_device_train_batch_size={size // 2} with gradient_accumulation_steps={accumulation * 2} (the same gradient; auto_batch=True does it by itself)'] if size > 1 else []
+    if not config.gradient_checkpointing: ways.append('gradient_checkpointing=True (the same gradient, a quarter slower)')
+    if not config.load_in_4bit: ways.append('load_in_4bit=True' if config.load_in_8bit else 'load_in_8bit=True or load_in_4bit=True')
+    why = str(error).strip().splitlines()
+    told = RunError(f'memory ran out in step {number} (examples {examples_of(planned)}; {why[0][:160] if why else type(error).__name__}). The cheapest way out first: {"; ".join([*ways, f"a max_length below {config.max_length}"])}.')
+    told.__cause__ = error
+    return told
 
 # %% ../nbs/13_trainer.ipynb #4b681105
 @dataclass
@@ -353,21 +377,7 @@ def load_batches(
     return DataLoader(_Lines(dataset), sampler=micro_batches, batch_size=None, collate_fn=join, num_workers=workers, generator=torch.Generator().manual_seed(seed))
 
 # %% ../nbs/13_trainer.ipynb #9621a434
-@dataclass
-class Progress:
-    "How far a run is; a part of every checkpoint."
-    step: int = 0 # optimizer steps done
-    seconds: float = 0. # time they took
-    best: tuple | None = None # (loss on held-out rows, step) where it was lowest
-    waited: int = 0 # evaluations since then
-    halvings: int = 0 # how often batches were halved because memory ran out
-    pending: dict | None = None # the last step, while it is not yet evaluated and written down
-
 _CALL_SITE = re.compile(r'\[[^]]*\.(cc|cpp):\d+\] ?')  # where in a library's source something was said
-
-def _out_of_memory(error: BaseException) -> bool:
-    "Whether an error means that memory ran out, of a card or of the machine"
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, Exception) and should_reduce_batch_size(error)
 
 def _tell(listeners: list, what: str, told: Any):
     "Call the method of that name of everybody who has one"
@@ -380,7 +390,7 @@ class LoRATrainer:
     ):
         self.config = copy.deepcopy(config).check()
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.accelerator = self.report = None
-        self.wish, self.progress, self.halvings, self.saved, self.message, self.inherited, self._note = Stop(), Progress(), 0, None, '', '', ''
+        self.wish, self.keeper, self.halvings, self.message, self.inherited, self._note = Stop(), None, 0, '', '', ''
 
     def load_model_and_tokenizer(self):
         "Load the base model and its tokenizer into `model` and `tokenizer`."
@@ -501,7 +511,7 @@ class LoRATrainer:
         "Train, yielding every step; the run folder is written on the way. `break`, `stop()` and Ctrl-C end it after a whole step, saved."
         self.setup(resume)
         self._begin(resume)
-        writer = RunWriter(self.resolved_config(), len(self.plan), self._written_down() if resume else None) if is_main() else Bystander()
+        writer = RunWriter(self.resolved_config(), len(self.plan), self.progress.written_down if resume else None) if is_main() else Bystander()
         state, message, loop = 'cancelled', '', self._loop()
         keep_memory(self.accelerator.device)
         try:
@@ -513,7 +523,7 @@ class LoRATrainer:
                 yield step
                 writer.waiting = False
             state, message = self._ending()
-        except GeneratorExit: message = self._rescue(writer, 'left')
+        except GeneratorExit: message = self.keeper.rescue(writer, 'left')
         except (Exception, KeyboardInterrupt) as error:
             state = 'cancelled' if isinstance(error, KeyboardInterrupt) else 'failed'
             error, message = self._explained(error, writer)
@@ -525,6 +535,11 @@ class LoRATrainer:
             if self.config.report_to != 'none': self.accelerator.end_training()
             writer.close(state, message)
 
+    @property
+    def progress(self) -> Progress:
+        "How far the run is."
+        return self.keeper.progress if self.keeper else Progress()
+
     def stop(self):
         "End the run after the step that is being made, saved; may be called from any thread."
         self.wish()
@@ -532,32 +547,15 @@ class LoRATrainer:
     def _begin(self, resume: bool | str):
         "Start at the first step, or where the newest checkpoint is"
         torch.manual_seed(self.config.seed + self.accelerator.process_index)  # dropout draws from here on
-        self.progress, self.saved = Progress(), None
-        self.identity = identity(self.resolved_config(), self.dataset, self.model, self.accelerator.num_processes)
+        about = identity(self.resolved_config(), self.dataset, self.model, self.accelerator.num_processes)
+        self.keeper = Keeper(self.config, len(self.plan), self.model, self.optimizer, self.schedule, self.accelerator, about)
         found = newest_checkpoint(self.config.checkpoint_dir) if resume else None
-        if found: self._restore(*found)
-        self._remember()
-
-    def _written_down(self) -> int:
-        "Steps that stand in the run folder's metrics"
-        return self.progress.step - bool(self.progress.pending)
-
-    def _restore(self, path: Path, state: dict):
-        "Put everything back as it was when a checkpoint was written"
-        changed = differences(state['identity'], self.identity)
-        if changed: raise RunError(f'{self.config.output_dir} was begun with other settings, so going on would be another run: {"; ".join(changed)}. Put them back, or start anew in another output_dir; '
-                                   f'to go on from its adapter with what is new, use continue_from={str(self.config.output_dir)!r} there.')
-        restore_adapter(self.model, path)
-        self.optimizer.load_state_dict(state['optimizer'])
-        self.schedule.load_state_dict(state['schedule'])
-        rates = [rate * shape(self.schedule.last_epoch) for rate, shape in zip(self.schedule.base_lrs, self.schedule.lr_lambdas)]  # of a run that may have become longer
-        for group, rate in zip(self.optimizer.param_groups, rates): group['lr'] = rate
-        self.schedule._last_lr = rates
-        if self.accelerator.scaler is not None: self.accelerator.scaler.load_state_dict(state['scaler'])
-        self.progress = Progress(**state['progress'])
-        if self.halvings != self.progress.halvings: self.halvings = self.progress.halvings; self._draw_plan()
-        self.saved, self._note = path, f'resumed after step {self.progress.step}'
-        set_random_state(state['chance'][self.accelerator.process_index])
+        if not found: return
+        self.keeper.restore(*found)
+        self._note = f'resumed after step {self.progress.step}'
+        if self.halvings != self.progress.halvings:
+            self.halvings = self.progress.halvings
+            self._draw_plan()
 
     def _loop(self) -> Iterator[Step]:
         "The steps still to come; where memory runs out and `auto_batch` allows it, the step is made again from smaller batches"
@@ -569,10 +567,10 @@ class LoRATrainer:
                 yield from training_loop(self.part, batches, self.loss, self.model, self.optimizer, self.schedule, self.accelerator, self.config.max_grad_norm, self.progress.step, self.progress.seconds)
                 return
             except Exception as error:
-                if not (self.config.auto_batch and _out_of_memory(error) and self.accelerator.num_processes == 1 and self._untouched() and self._halve()): raise
+                if not (self.config.auto_batch and out_of_memory(error) and self.accelerator.num_processes == 1 and self.keeper.untouched and self._halve()): raise
             self.optimizer.zero_grad()
             free()
-            set_random_state(self._chance)
+            self.keeper.back_to_the_start_of_the_step()
 
     def _halve(self) -> bool:
         "Half as many rows at once and twice as many batches a step: the same gradient in less memory; whether that is possible"
@@ -590,112 +588,48 @@ class LoRATrainer:
     def _complete(self, step: Step, writer: RunWriter | Bystander):
         "What belongs to a step besides its gradient: it is evaluated, written down and saved where that is due"
         step.note, self._note = step.note or self._note, ''
-        self.progress = replace(self.progress, step=step.step, seconds=step.seconds, halvings=self.halvings, pending=asdict(step))
-        self._remember()
+        self.keeper.remember(step=step.step, seconds=step.seconds, halvings=self.halvings, pending=asdict(step))
         if self._evaluation_due(step.step):
             step.eval_loss = self.evaluate()
             if not math.isfinite(step.eval_loss): raise RunError(f'the held-out loss is {step.eval_loss} after step {step.step}. Train in 32 bits (fp16=False, bf16=False), or look at the rows that are held out.')
             if self.config.eval_prompts and is_main(): step.answers = self.answers(self.config.eval_prompts)
         writer.add(step)
         if self.config.report_to != 'none': self.accelerator.log({name: value for name, value in asdict(step).items() if isinstance(value, (int, float))}, step=step.step)
-        if step.eval_loss is not None: self._judge(step)
+        if step.eval_loss is not None: self.keeper.judge(step.eval_loss)
         self.progress.pending = None
-        if step.step % self.config.save_steps == 0: self._checkpoint()
-
-    def _judge(self, step: Step):
-        "Keep the adapter if it is the best so far and the best is wanted"
-        if self.progress.best and step.eval_loss >= self.progress.best[0]: best, waited = self.progress.best, self.progress.waited + 1
-        else:
-            best, waited = (step.eval_loss, step.step), 0
-            if self._keeps_best() and is_main():
-                with folder_atomic(self.config.checkpoint_dir/f'best-{step.step}') as temp: save_adapter(self.model, temp, for_resume=True)
-        self.progress = replace(self.progress, best=best, waited=waited)
-
-    def _keeps_best(self) -> bool: return self.config.load_best_model_at_end or self.config.early_stopping_patience is not None
-    def _best_adapter(self) -> Path: return self.config.checkpoint_dir/f'best-{self.progress.best[1]}'
-
-    def _patience_is_over(self) -> bool:
-        "Whether the held-out loss has not fallen for too many evaluations"
-        return self.config.early_stopping_patience is not None and self.progress.waited >= self.config.early_stopping_patience
+        if step.step % self.config.save_steps == 0: self.keeper.save()
 
     def _over(self) -> bool:
         "Whether the run ends before its last step; all processes agree on it"
         wished, = sum_over_processes(self.accelerator, int(bool(self.wish)))
         if wished: self.wish()
-        return bool(wished) or self._patience_is_over()
+        return bool(wished) or self.keeper.patience_is_over
 
     def _ending(self) -> tuple[str, str]:
         "Save what the run has come to; its state and a sentence"
         done, total, said, trouble = self.progress.step, len(self.plan), [], None
-        try: self._checkpoint()
+        try: self.keeper.save()
         except RunError as error: trouble = error  # the adapter is smaller and may still find room
-        ended = done == total or self._patience_is_over()
+        ended = done == total or self.keeper.patience_is_over
         if not ended: said.append(f'{self.wish.why} after step {done} of {total}; resume=True goes on')
         elif done < total: said.append(f'stopped early at step {done} of {total}: {self.config.early_stopping_patience} evaluations without a lower held-out loss')
-        if ended and self._keeps_best() and self.progress.best[1] < done:
-            restore_adapter(self.model, self._best_adapter())
+        if ended and self.keeper.wants_best and self.progress.best[1] < done:
+            restore_adapter(self.model, self.keeper.best_adapter)
             said.append(f'the adapter is that of step {self.progress.best[1]}, where the held-out loss was lowest')
         self.save_model()
         self.message = '; '.join([*said, *[f'{trouble}'] * bool(trouble)])
         return ('completed' if ended else 'cancelled'), self.message
 
-    def _remember(self):
-        "What is needed to save this very state although the next step has begun"
-        self._chance, self._versions = random_state(), self._written()
-
-    def _written(self) -> int:
-        "How often the adapter and the optimizer's memory were written to so far"
-        memory = (value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-        return sum(p._version for p in self.model.parameters() if p.requires_grad) + sum(value._version for value in memory)
-
-    def _untouched(self) -> bool:
-        "Whether adapter and optimizer are still those of the last whole step"
-        return self._written() == self._versions
-
-    def _checkpoint(self):
-        "Write a checkpoint of the last whole step"
-        place = self.config.checkpoint_dir/f'checkpoint-{self.progress.step}'
-        if self.saved == place: return
-        chances = [self._chance] if self.accelerator.num_processes == 1 else gather_object([self._chance])
-        if not is_main():
-            self.saved = place  # all processes know it, or one would wait for the others
-            return
-        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        state = dict(identity=self.identity, progress=asdict(self.progress), chance=chances, optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=scaler)
-        self.saved = save_checkpoint(self.config.checkpoint_dir, self.progress.step, self.model, state, self.config.save_total_limit)
-        for old in self.config.checkpoint_dir.glob('best-*'):
-            if not self.progress.best or old.name != self._best_adapter().name: shutil.rmtree(old, ignore_errors=True)
-
-    def _rescue(self, writer: RunWriter | Bystander, why: str) -> str:
-        "Save the last whole step of a run that ends in an unforeseen way, if it can be saved; a sentence"
-        done = f'{why} after step {self.progress.step} of {len(self.plan)}'
-        if isinstance(writer, RunWriter) and not writer.is_open or not self.progress.step: return done
-        if self.accelerator.num_processes > 1 and why != 'left' or not self._untouched(): return f'{done}; resume=True goes on from the last checkpoint'
-        try: self._checkpoint()
-        except RunError: return f'{done}; it could not be saved, so resume=True goes on from the checkpoint before'
-        return f'{done}, which is saved; resume=True goes on'
-
     def _explained(self, error: BaseException, writer: RunWriter | Bystander) -> tuple[BaseException, str]:
         "An error as one to put right, where it is one, and the sentence for the run folder; what can be saved is saved"
-        if _out_of_memory(error): error = self._memory_error(error)
+        if out_of_memory(error): error = memory_error(self.progress.step + 1, self.part[min(self.progress.step, len(self.part) - 1)], self.config, self._batch(), error)
         if self.accelerator.num_processes > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in ('gloo', 'NCCL', 'Connection')):
             error = RunError(f'another process of this run ended or cannot be reached ({_CALL_SITE.sub("", str(error).strip().splitlines()[0])[:80]}). What it said itself stands above.')
-        if isinstance(error, KeyboardInterrupt): return error, self._rescue(writer, 'interrupted')
+        if isinstance(error, KeyboardInterrupt): return error, self.keeper.rescue(writer, 'interrupted')
         said = f'{error}' if isinstance(error, FinetuneError) else f'{type(error).__name__}: {error}'
-        after = self._rescue(writer, 'ended')
+        after = self.keeper.rescue(writer, 'ended')
         if isinstance(error, FinetuneError): error.args = (f'{error} The run {after}.',)
         return error, f'{said} The run {after}.'
-
-    def _memory_error(self, error: BaseException) -> RunError:
-        "Memory ran out: where, and the cheapest way out"
-        number, config = self.progress.step + 1, self.config
-        planned, (size, accumulation) = self.part[min(number, len(self.part)) - 1], self._batch()
-        ways = [f'per_device_train_batch_size={size // 2} with gradient_accumulation_steps={accumulation * 2} (the same gradient; auto_batch=True does it by itself)'] if size > 1 else []
-        if not config.gradient_checkpointing: ways.append('gradient_checkpointing=True (the same gradient, a quarter slower)')
-        if not config.load_in_4bit: ways.append('load_in_4bit=True' if config.load_in_8bit else 'load_in_8bit=True or load_in_4bit=True')
-        told = RunError(f'memory ran out in step {number} (examples {examples_of(planned)}; {str(error).strip().splitlines()[0][:160]}). The cheapest way out first: {"; ".join([*ways, f"a max_length below {config.max_length}"])}.')
-        told.__cause__ = error
-        return told
 
     @torch.no_grad()
     def answers(self,
