@@ -971,6 +971,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sage_finetune.runs.Runs.__str__': ('runs.html#runs.__str__', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs.Runs._repr_html_': ('runs.html#runs._repr_html_', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs.Status': ('runs.html#status', 'sage_finetune/runs.py'),
+                                    'sage_finetune.runs.Status.__repr__': ('runs.html#status.__repr__', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs.Status.__str__': ('runs.html#status.__str__', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs.Status._repr_html_': ('runs.html#status._repr_html_', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs._find': ('runs.html#_find', 'sage_finetune/runs.py'),

@@ -150,7 +150,7 @@ def write_meta(
 STATES = ('pending', 'queued', 'preparing', 'training', 'completed', 'failed', 'cancelled')
 WORKING = ('preparing', 'training')
 
-@dataclass
+@dataclass(repr=False)
 class Status:
     "How a run is doing, as it said itself"
     state: str = 'pending' # one of `STATES`
@@ -162,7 +162,10 @@ class Status:
     host: str = '' # machine the process runs on
 
     def __str__(self): return f'{self.state} {self.step}/{self.total}' + (f': {self.message}' if self.message else '')
-    def _repr_html_(self): return html_table(('', ''), self.__dict__.items(), caption='status')
+    def __repr__(self): return f'Status({self})'
+    def _repr_html_(self):
+        "Where the machine is this one, its name says nothing"
+        return html_table(('', ''), [(name, value) for name, value in self.__dict__.items() if name != 'host' or value != platform.node()], caption='status')
 
 # %% ../nbs/10_runs.ipynb #c562261a
 def write_status(

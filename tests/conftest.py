@@ -1,5 +1,6 @@
 "Tests run offline and leave the home folder alone"
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,12 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Several workers share the cores.
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1: os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hears_interrupts():
+    "A shell starts background jobs deaf to Ctrl-C, and so would be everything they start"
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
