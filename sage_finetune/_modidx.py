@@ -987,6 +987,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sage_finetune.runs.read_metrics': ('runs.html#read_metrics', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs.read_status': ('runs.html#read_status', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs.run_info': ('runs.html#run_info', 'sage_finetune/runs.py'),
+                                    'sage_finetune.runs.still_works': ('runs.html#still_works', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs.text_table': ('runs.html#text_table', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs.write_meta': ('runs.html#write_meta', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs.write_status': ('runs.html#write_status', 'sage_finetune/runs.py')},

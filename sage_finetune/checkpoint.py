@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .config import RunError, TrainingConfig, folder_atomic, why_unwritable, write_json
 from .model import restore_adapter, save_adapter
-from .runs import CONFIG, METRICS, STATUS, WORKING, process_gone, read_metrics, read_status, write_status
+from .runs import CONFIG, METRICS, STATUS, process_gone, read_metrics, read_status, still_works, write_status
 
 # %% ../nbs/11_checkpoint.ipynb #853643f7
 def write_state(
@@ -177,7 +177,7 @@ def check_folder(
 ) -> list[str]: # names an earlier run left there
     "Refuse a run folder that is in use, holds another run, or cannot be written to. Raises `RunError`."
     folder, status = config.output_dir, read_status(config.output_dir)
-    if status.state in WORKING and not process_gone(status) and status.pid != os.getpid(): raise RunError(_in_use(folder))
+    if still_works(status) and status.pid != os.getpid(): raise RunError(_in_use(folder))
     left = [name for name in (METRICS, 'checkpoints', 'lora_weights', 'merged_model') if (folder/name).exists()]
     if left and not resume and not config.overwrite_output_dir:
         raise RunError(f'{folder} already holds a run ({", ".join(left)}). Choose another output_dir, go on with it by resume=True, or replace it by overwrite_output_dir=True.')

@@ -104,17 +104,11 @@ def run_command(
 ):
     "Train a prepared run folder. Ctrl-C ends it after the step that is being made, saved."
     from sage_finetune.launch import run_here
-    from sage_finetune.runs import read_meta, read_status
-    from sage_finetune.trainer import LoRATrainer
-    if num_processes > 1:
-        code = run_here(run_dir, num_processes, resume, overwrite)
-        if code or read_status(run_dir).state == 'cancelled': raise typer.Exit(2 if code else 130)
-    else:
-        config = read_meta(run_dir).to_config()
-        config.overwrite_output_dir = overwrite or config.overwrite_output_dir
-        result = LoRATrainer(config).train(resume=resume)
-        print(f'\n{result}')
-        if result.stopped and read_status(run_dir).state == 'cancelled': raise typer.Exit(130)
+    from sage_finetune.runs import read_status
+    from sage_finetune.trainer import train_from_meta
+    if num_processes == 1: print(f'\n{train_from_meta(run_dir, overwrite, resume=resume)}')
+    elif run_here(run_dir, num_processes, resume, overwrite): raise typer.Exit(2)
+    if read_status(run_dir).state == 'cancelled': raise typer.Exit(130)
     print(f'\nNext: sage-finetune merge {run_dir}')
 
 # %% ../nbs/28_cli.ipynb #d5c3ef4d

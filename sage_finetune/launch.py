@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from .config import ConfigError, RunError
-from .runs import METRICS, WORKING, printable, process_gone, read_meta, read_metrics, read_status
+from .runs import printable, process_gone, read_meta, read_metrics, read_status, still_works
 
 # %% ../nbs/20_launch.ipynb #15031a90
 LOG = 'train.log'
@@ -50,7 +50,7 @@ def start_run(
 ) -> subprocess.Popen: # the process; it outlives this one
     "Train a run folder in the background. Raises `RunError` when it is no prepared run or is being trained already."
     folder, status = read_meta(run_dir).output_dir, read_status(run_dir)
-    if status.state in WORKING and not process_gone(status): raise RunError(f'{folder} is in use: process {status.pid} trains there. Watch it with follow({str(run_dir)!r}), or end it with stop_run.')
+    if still_works(status): raise RunError(f'{folder} is in use: process {status.pid} trains there. Watch it with follow({str(run_dir)!r}), or end it with stop_run.')
     with open(folder/LOG, 'ab') as said:
         return subprocess.Popen(train_command(folder, num_processes, resume, overwrite), stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True, env=_surroundings(num_processes))
 
@@ -97,8 +97,7 @@ def follow(
 def _has_ended(run_dir: str | Path, process: subprocess.Popen | None) -> bool:
     "Whether nobody works on a run any more"
     if process: return process.poll() is not None
-    status = read_status(run_dir)
-    return status.state not in WORKING or process_gone(status)
+    return not still_works(read_status(run_dir))
 
 def _last_words(run_dir: str | Path, count: int = 3) -> str:
     "The sentence a run ended with, or the last lines it printed"
@@ -114,7 +113,7 @@ def stop_run(
 ) -> bool: # False when nobody was training it
     "Ask whoever trains a run to finish the step, save and end."
     status = read_status(run_dir)
-    if status.state not in WORKING or process_gone(status) or not status.pid: return False
+    if not still_works(status) or not status.pid: return False
     try: os.kill(status.pid, signal.SIGTERM)
     except ProcessLookupError: return False
     return True

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'RUN_FOLDERS', 'TASK_NAMES', 'STATES', 'WORKING', 'RUN_COLUMNS', 'printable',
            'text_table', 'html_table', 'Meta', 'read_meta', 'write_meta', 'Status', 'write_status', 'read_status',
-           'process_gone', 'read_metrics', 'RunInfo', 'run_info', 'Runs', 'list_runs']
+           'process_gone', 'still_works', 'read_metrics', 'RunInfo', 'run_info', 'Runs', 'list_runs']
 
 # %% ../nbs/10_runs.ipynb #1fd28dcd
 import json, os, platform, unicodedata
@@ -204,6 +204,12 @@ def process_gone(
         return process.create_time() > datetime.fromisoformat(status.updated).timestamp() + 60 # the number was given out again
     except psutil.NoSuchProcess: return True
     except (psutil.AccessDenied, TypeError, ValueError): return False
+
+def still_works(
+    status: Status # as read from a run folder
+) -> bool:         # True also where it is not certain
+    "Whether a process works on the run."
+    return status.state in WORKING and not process_gone(status)
 
 # %% ../nbs/10_runs.ipynb #e85376b7
 def read_metrics(

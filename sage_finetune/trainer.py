@@ -32,7 +32,7 @@ from .engine import compile_decision, compile_layers, hand_back, keep_memory, lo
 from .memory import TOKENS_AT_ONCE
 from .model import adapter_folder, attach_lora, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, pick_device, plan_precision, quiet, restore_adapter, run_tokenizer, save_adapter
 from .prompt import render, render_prompt, template_of
-from .runs import html_table, printable, read_meta, text_table
+from .runs import html_table, printable, read_meta, read_status, text_table
 from .tokens import visible
 
 # %% ../nbs/13_trainer.ipynb #7a2d7e38
@@ -701,10 +701,13 @@ class LoRATrainer:
 # %% ../nbs/13_trainer.ipynb #afbc00b5
 def train_from_meta(
     run_dir: str | Path, # a prepared run folder
+    overwrite: bool = False, # replace what an earlier run left there, also where its config does not ask for it
     **options: Any # what `LoRATrainer.train` takes
 ) -> TrainingResult: # what was done and where it is
     "Train what a run folder's `finetune_meta.json` describes. Raises `RunError` when it is not a prepared run."
-    return LoRATrainer(read_meta(run_dir).to_config()).train(**options)
+    config = read_meta(run_dir).to_config()
+    config.overwrite_output_dir = overwrite or config.overwrite_output_dir
+    return LoRATrainer(config).train(**options)
 
 # %% ../nbs/13_trainer.ipynb #e0bfcaf0
 def main(
@@ -718,14 +721,12 @@ def main(
     try: asked = parser.parse_args(arguments)
     except SystemExit as done: return done.code
     try:
-        config = read_meta(asked.run_dir).to_config()
-        config.overwrite_output_dir = asked.overwrite or config.overwrite_output_dir
-        result = LoRATrainer(config).train(resume=asked.resume)
+        result = train_from_meta(asked.run_dir, asked.overwrite, resume=asked.resume)
     except FinetuneError as error:
         print(f'error: {printable(str(error))}' if is_main() else f'process {os.environ["RANK"]}: {printable(str(error))}', file=sys.stderr)
         return 2
     if is_main(): print(result)
-    return 130 if result.stopped and 'resume' in result.message and 'RANK' not in os.environ else 0  # torchrun would call it a failure
+    return 130 if read_status(asked.run_dir).state == 'cancelled' and 'RANK' not in os.environ else 0  # torchrun would call it a failure
 
 # %% ../nbs/13_trainer.ipynb #63bb574b
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # the module, not this page
