@@ -203,6 +203,35 @@ def test_two_runs_into_one_folder(straight, ready, tmp_path):
     same(run, straight)
 
 
+RACE = """
+import sys, time
+from pathlib import Path
+from sage_finetune.checkpoint import RunWriter
+from sage_finetune.config import PresetConfigs, RunError
+print("ready", flush=True)
+begin, held = float(sys.stdin.readline()), []
+for turn in range(20):
+    while time.time() < begin + turn / 10: pass
+    try: held.append(RunWriter(PresetConfigs.tiny(output_dir=Path(sys.argv[1])/str(turn)), total=1))
+    except RunError: print("refused", flush=True)
+    else: print("holds it", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_twenty_races_for_a_folder(tmp_path):
+    "Two processes take a new folder in the same instant, again and again: one has it, never both"
+    racers = [subprocess.Popen([sys.executable, "-c", RACE, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        for racer in racers: assert racer.stdout.readline() == "ready\n"
+        begin = time.time() + 0.5
+        for racer in racers: print(begin, file=racer.stdin, flush=True)
+        told = [[racer.stdout.readline().strip() for _ in range(20)] for racer in racers]
+    finally:
+        for racer in racers: racer.kill(); racer.communicate()
+    assert [sorted(pair) for pair in zip(*told)] == [["holds it", "refused"]] * 20
+
+
 # ---- what breaks ------------------------------------------------------------------------------------------------------
 
 class Spoilt(LoRATrainer):
