@@ -23,7 +23,9 @@ PACKAGE = "sage_finetune"
 # Who may import a library, and why. A library that is named here may be imported by nobody else.
 # (Below `if TYPE_CHECKING:` anybody may: a type beside a parameter is for readers and never runs.)
 MAY_IMPORT = {
-    "ipywidgets": {"widgets": "the forms; everything else also works in a terminal"},
+    "ipywidgets": {
+        "panel": "what all panels share; everything below it also works in a terminal",
+        "form": "the dials", "data_panel": "the rows", "train_panel": "the run", "chat_panel": "the talk", "widgets": "all of them in one place"},
     "matplotlib": {"plot": "the pictures; a run on a server needs none"},
     "typer": {"cli": "the command line; the library is used without it"},
     "transformers": {
