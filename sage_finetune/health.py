@@ -347,12 +347,13 @@ class Survey:
 def survey(
     dataset: Dataset, # columns `input_ids` and `labels`
     tokenizer: 'PreTrainedTokenizerBase', # what it was made with
-    max_length: int | None = None # longest row that is learnt
+    max_length: int | None = None, # longest row that is learnt
+    show: bool = True # a progress bar where it takes long
 ) -> Survey: # all that is needed for the findings
     "Measure every row, in one pass and little memory."
     (stop, special), codes, total = _stops(tokenizer), token_codes(tokenizer), len(dataset)
     kept = set(np.linspace(0, total - 1, min(total, NEAR_ROWS)).astype(int).tolist())
-    measured, tables, cut, bar = [], [], [], tqdm(total=total, desc='health', unit=' rows', delay=2, leave=False)
+    measured, tables, cut, bar = [], [], [], tqdm(total=total, desc='health', unit=' rows', delay=2, leave=False, **({} if show else dict(disable=True)))
     for place, example in enumerate(read_examples(dataset, tokenizer), 1):
         measured.append(measure(example, stop, special))
         if place - 1 in kept: cut.append((place - 1, *shingles(example, codes)))
@@ -751,23 +752,24 @@ def health_report(
     dataset: Any, # a prepared data set, or what `prepare_dataset` takes: a file, rows, a Dataset of rows
     evaluation: Any = None, # the held-out rows, likewise
     max_length: int | None = None, # longest row that is learnt; None: as the data set was prepared
-    tokenizer: 'PreTrainedTokenizerBase | None' = None # what the ids were made with; None: the data set's own
+    tokenizer: 'PreTrainedTokenizerBase | None' = None, # what the ids were made with; None: the data set's own
+    show: bool = True # a progress bar where it takes long
 ) -> HealthReport: # shows itself, saves itself as JSON
     "Look at a data set before it is trained on. Raises `DataError` for data without rows, `ConfigError` without a tokenizer."
     tokenizer = tokenizer or getattr(dataset, 'tokenizer', None)
     if tokenizer is None: raise ConfigError('tokenizer is None, and the data set does not know its own. Pass tokenizer=, the one of the model.')
-    dataset = _prepared(dataset, tokenizer, max_length)
+    dataset = _prepared(dataset, tokenizer, max_length, show)
     limit = max_length or getattr(dataset, 'max_length', None)
-    measured = survey(dataset, tokenizer, limit)
-    if evaluation is not None: measured.evaluation = survey(_prepared(evaluation, tokenizer, max_length), tokenizer, limit)
+    measured = survey(dataset, tokenizer, limit, show)
+    if evaluation is not None: measured.evaluation = survey(_prepared(evaluation, tokenizer, max_length, show), tokenizer, limit, show)
     return HealthReport(sorted((check(measured) for check in CHECKS), key=lambda finding: -LEVELS.index(finding.level)))
 
-def _prepared(data: Any, tokenizer: Any, max_length: int | None) -> Dataset:
+def _prepared(data: Any, tokenizer: Any, max_length: int | None, show: bool) -> Dataset:
     "The data with ids and labels, prepared now if it is not yet"
     names = getattr(data, 'column_names', None)
     if isinstance(names, dict): raise DataError(f'this holds several data sets ({", ".join(names)}). Pass one of them, and another as evaluation.')
     if names is None or 'input_ids' not in names:
-        data = prepare_dataset(data, tokenizer, **(dict(max_length=max_length) if max_length else {}))
+        data = prepare_dataset(data, tokenizer, show=show, **(dict(max_length=max_length) if max_length else {}))
     elif 'labels' not in names: raise DataError('the data set has input_ids but no labels, so what is learnt is unknown. Make it with prepare_dataset.')
     if not len(data): raise DataError('the data set has no rows. Prepare one with prepare_dataset.')
     return data

@@ -53,6 +53,8 @@ _STYLE = '''<style>
 .jp-OutputArea-child:has(.sage-left-NUMBER),.jp-OutputArea-child:has(.sage-left-NUMBER)+.jp-OutputArea-child:has(.jp-RenderedImage){display:none}
 </style>'''
 
+_NO_WIDGET = '<style>.jp-OutputArea-child:not(:has(.sage)):has(+.jp-OutputArea-child .sage-left-NUMBER){display:none}</style>'
+
 # %% ../nbs/22_panel.ipynb #f24843ea
 class Ticker:
     "A thread that does something every so often, until it is stopped, the action says False, or its owner is gone."
@@ -89,9 +91,13 @@ def released(
     error: BaseException | None # any
 ) -> BaseException | None: # the same, and those behind it, without the frames they went through
     "An exception that no longer holds the variables of every function it passed: a model, a batch."
-    if error is None: return None
-    error.__traceback__ = None
-    for behind in (error.__cause__, error.__context__): released(behind)
+    waiting, seen = [error], set()  # causes can form a ring
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen: continue
+        seen.add(id(one))
+        one.__traceback__ = None
+        waiting += [one.__cause__, one.__context__]
     return error
 
 # %% ../nbs/22_panel.ipynb #74e4ef73
@@ -105,6 +111,7 @@ class Panel:
     ):
         Panel._count += 1
         self.failure, self.trace, self._shown, self._number = None, '', [], f'{id(self):x}-{Panel._count}'
+        self.inside = None  # the panel this one is a part of
         self.problem = marked(W.HTML(), 'sage-problem')
         self.box = marked(W.VBox([W.HTML(_STYLE.replace('NUMBER', self._number)), *children, self.problem]), 'sage', f'sage-{self.name}')
 
@@ -121,7 +128,7 @@ class Panel:
     def _static(self) -> list[dict]:
         "The outputs behind the live one, as they are now"
         png = self.static_png()
-        page = {'text/html': f'<div class="sage-left-{self._number}">{self.static_html()}</div>', 'text/plain': repr(self)}
+        page = {'text/html': f'{_NO_WIDGET.replace("NUMBER", self._number)}<div class="sage-left-{self._number}">{self.static_html()}</div>', 'text/plain': repr(self)}
         return [page, {'image/png': png, 'text/plain': ''} if png else {'text/plain': ''}]
 
     def _ipython_display_(self):
@@ -138,6 +145,7 @@ class Panel:
         parts = self._static()
         for handles in self._shown:
             for handle, part in zip(handles, parts): handle.update(part, raw=True)
+        if self.inside: self.inside.leave()
 
     def guarded(self,
         action: Callable, # what to do
