@@ -7,7 +7,7 @@ __all__ = ['run_config', 'open_run', 'MergeReport', 'logits_of', 'verify_merge',
 
 # %% ../nbs/14_export.ipynb #7478948b
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -43,7 +43,8 @@ def _need_adapter(config: TrainingConfig):
 def open_run(
     run_dir: str | Path, # a run folder that was trained
     merged: bool = False, # the merged model instead of base and adapter
-    device: str = 'auto' # where to compute
+    device: str = 'auto', # where to compute
+    load: Callable = load_base # makes base and tokenizer of a config; somebody who has the base already may hand it over
 ) -> tuple: # the model, ready to answer, and its tokenizer
     "Load what a run has made. Raises `RunError` or `ModelError` when it is not there."
     config = run_config(run_dir)
@@ -52,7 +53,7 @@ def open_run(
     if merged: config.model_name, config.load_in_8bit, config.load_in_4bit = str(config.merged_dir.absolute()), False, False
     else: _need_adapter(config)
     config.fp16, config.bf16 = (None, None) if config.fp16 and device != 'cuda' else (config.fp16, config.bf16)
-    model, tokenizer = load_base(config)
+    model, tokenizer = load(config)
     return (model if merged else load_adapter(model, config.lora_dir)).eval(), tokenizer
 
 # %% ../nbs/14_export.ipynb #2bf83bc0

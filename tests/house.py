@@ -36,16 +36,16 @@ MAY_IMPORT = {
         "chat": "streams answers: generation's streamer and stopping criteria are the library's",
         "tiny": "makes the embedded model: a Qwen2 from nothing and its tokenizer, which `model` then loads like any other"},
     "tokenizers": {"tiny": "trains the embedded model's vocabulary"},
-    "peft": {"model": "attaches, saves and merges adapters"},
+    "peft": {"model": "attaches, saves and merges adapters", "chat": "turns an adapter down and up with the library's own switch"},
     "bitsandbytes": {"model": "8-bit and 4-bit weights, 8-bit optimizer"},
 }
 # Libraries that come with one of the requirements and may be imported as they are.
-COMES_WITH = {"tokenizers": "transformers", "huggingface_hub": "transformers", "numpy": "transformers", "jinja2": "torch", "tqdm": "transformers",
+COMES_WITH = {"tokenizers": "transformers", "huggingface_hub": "transformers", "numpy": "transformers", "jinja2": "torch", "tqdm": "transformers", "packaging": "transformers",
     "psutil": "accelerate", "click": "typer", "rich": "typer", "IPython": "ipywidgets", "pandas": "datasets", "pyarrow": "datasets", "yaml": "transformers"}
 # Not there on every computer: imported inside a function, where its absence can be said in a sentence.
 EXTRAS = {"tensorboard", "wandb"}
 # These import no torch: a form, a prompt, a run folder or a corpus is looked at, and the command line helps, without waiting seconds.
-LIGHT = ("config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "world", "cli")
+LIGHT = ("config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "diagnosis", "panel", "form", "world", "cli")
 COPIED = ("nbs", PACKAGE, "tests", "benchmarks", ".ci", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "README.md",
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
 
