@@ -17,9 +17,6 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from peft.helpers import rescale_adapter_scale
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper, TextIteratorStreamer, TopPLogitsWarper
 
@@ -27,7 +24,10 @@ from .config import Checked, ConfigError, DataError, ModelError, TrainingConfig,
 from .data import to_messages
 from .export import open_run, run_config
 from .files import load_training_data
-from .model import load_base
+from .model import load_base  # first: it keeps bitsandbytes quiet, which peft loads
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from .prompt import render, render_prompt, stop_ids
 from .runs import html_table, text_table
 from .tokens import token_texts

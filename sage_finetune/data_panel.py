@@ -141,14 +141,14 @@ class DataPanel(Panel):
         self._progress, self._messages, self._tokens, self._health = (marked(W.HTML(), f'sage-{name}') for name in ('status', 'messages', 'tokens', 'health'))
         self._lengths, self._where = image('sage-lengths'), W.HTML()
         self._row = marked(W.BoundedIntText(value=1, min=1, max=1, description='row', layout=W.Layout(width='160px')), 'sage-row')
-        self._side = marked(W.Dropdown(options=['training'], description='of', layout=W.Layout(width='200px')), 'sage-split')
+        self._side = marked(W.Dropdown(options=['training'], description='in', layout=W.Layout(width='200px')), 'sage-split')
         for field in (self._row, self._side): field.style.description_width = '30px'
         self._row.observe(lambda change: self.guarded(self.show, change['new'] - 1), 'value')
         self._side.observe(lambda change: self.guarded(self._turn_to), 'value')
         step = lambda label, by, hint, css: self.button(label, by, hint, css=css)
-        self._controls = fields_row(step('◀ previous', self.previous, 'the row before', 'sage-previous'), step('next ▶', self.next, 'the row after', 'sage-next'), self._row, self._side,
+        self._controls = fields_row(step('◀ previous', self.previous, 'the row before', 'sage-previous'), step('next ▶', self.next, 'the row after', 'sage-next'), self._row, self._where, self._side,
             step('random', self.random, 'any row', 'sage-random'), step('longest', self.longest, 'the longest row; again: the next longest', 'sage-longest'),
-            step('read again', self.read_again, 'when the file was changed', 'sage-read'), self._where)
+            step('read again', self.read_again, 'when the file was changed', 'sage-read'))
 
     @property
     def config(self) -> TrainingConfig:
@@ -248,7 +248,7 @@ class DataPanel(Panel):
         held = config.eval_path or packaged_held_out(config.data_path) if self._side.value == 'held out' else None
         self._sample = source_row(config, held or config.data_path, example, self.tokenizer) or decoded_row(example, self.tokenizer)
         self._messages.value, self._tokens.value = messages_html(self._sample), tokens_html([self.dataset.example(number)])
-        self._where.value = f'of {len(self.dataset):,}'
+        self._where.value = f'of {len(self.dataset):,} rows'
         if not self.thread: self.leave()
 
     def _there(self) -> bool:

@@ -352,7 +352,7 @@ class RunFigure:
         frame = title, way.label, tuple(names.values()), across, *limits
         if frame == self.frame: return
         for axes, limit in zip(self.axes, limits): axes.set(xlim=across, ylim=limit)
-        self.axes[0].legend(names.keys(), names.values(), frameon=False, loc='upper right', fontsize=9)
+        self.axes[0].legend(names.keys(), names.values(), frameon=False, loc='best', fontsize=9)  # where the fewest lines are below it
         write(self.axes[0].set_title('', loc='left', y=1., pad=8, fontsize=10.5), title, int(self.figure.get_figwidth() * 11) - 14)
         self.axes[-1].set_xlabel(way.label, fontsize=9)
         self.canvas.draw()  # without the lines, which are animated
