@@ -22,11 +22,11 @@ demo: $(VENV)/.runtime ## train the embedded model on the packaged example, comp
 	@echo "== demo: sage-finetune demo"
 	@$(BIN)/sage-finetune demo
 
-test: $(VENV)/.dev ## run every notebook and every test
+test: $(VENV)/.dev ## run every notebook and every test (those in a browser need Chromium; its pictures are in _screens/)
 	@echo "== test: pytest (notebooks, guards, end to end, the package in an empty environment)"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an empty environment, the Hub)
+test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an empty environment, the Hub, the browser, Colab's versions)
 	@echo "== test-fast: pytest -m 'not slow'"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
@@ -72,8 +72,8 @@ wheel: $(VENV)/.dev ## build the sdist and the wheel into dist/
 	@$(BIN)/python -m build
 
 clean: ## remove what was built (the environment stays)
-	@echo "== clean: build dist _docs _proc and caches"
-	@rm -rf build dist _docs _proc *.egg-info .pytest_cache .hypothesis
+	@echo "== clean: build dist _docs _proc _screens and caches"
+	@rm -rf build dist _docs _proc _screens *.egg-info .pytest_cache .hypothesis
 	@find sage_finetune tests nbs .ci -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

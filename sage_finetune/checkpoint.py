@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .config import RunError, TrainingConfig, folder_atomic, why_unwritable, write_json
+from .config import RunError, TrainingConfig, folder_atomic, why_unwritable, write_atomic, write_json
 from .model import restore_adapter, save_adapter
 from .runs import CONFIG, METRICS, STATUS, process_gone, read_metrics, read_status, still_works, write_status
 
@@ -223,7 +223,7 @@ def tidy(
     "Remove what a killed process left half-written; where it had just put an old folder aside, bring that back."
     for left in [*Path(folder).glob('.*.*'), *Path(folder).glob('checkpoints/.*.*')]:
         name = left.name[1:].rpartition('.')[0]
-        if name not in (CONFIG, STATUS, 'lora_weights') and not re.fullmatch(r'(checkpoint|best)-\d+', name): continue  # not ours
+        if name not in (CONFIG, STATUS, METRICS, 'lora_weights') and not re.fullmatch(r'(checkpoint|best)-\d+', name): continue  # not ours
         if left.suffix == '.old' and not (left.parent/name).exists(): left.rename(left.parent/name)
         elif left.is_dir(): shutil.rmtree(left, ignore_errors=True)
         else: left.unlink(missing_ok=True)
@@ -250,9 +250,8 @@ class RunWriter:
         for name in left if resumed_at is None else (): shutil.rmtree(self.folder/name) if (self.folder/name).is_dir() else (self.folder/name).unlink()
         kept = [row for row in read_metrics(self.folder) if row.get('step', 0) <= self.last]  # without what a killed run wrote after its last checkpoint
         write_json(self.folder/CONFIG, self.config.to_dict())
-        try:
-            (self.folder/METRICS).write_text(''.join(json.dumps(row) + '\n' for row in kept))
-            self.metrics = open(self.folder/METRICS, 'ab', buffering=0)  # a line is on its way to the disk as soon as it is written
+        write_atomic(self.folder/METRICS, ''.join(json.dumps(row) + '\n' for row in kept))  # a kill in this moment must not cost the curve
+        try: self.metrics = open(self.folder/METRICS, 'ab', buffering=0)  # a line is on its way to the disk as soon as it is written
         except OSError as error: raise RunError(why_unwritable(self.folder/METRICS, error)) from error
         write_status(self.folder, 'training', self.last, self.total)
 
@@ -410,6 +409,21 @@ class Keeper:
         "Whether the held-out loss has not fallen for too many evaluations."
         return self.config.early_stopping_patience is not None and self.progress.waited >= self.config.early_stopping_patience
 
+    def finish(self,
+        why: str = '' # somebody wanted it to end before its last step
+    ) -> tuple[bool, str]: # whether the run has ended for good, and a sentence
+        "Save what a run has come to, and go back to the best adapter where that is wanted."
+        done, said, trouble = self.progress.step, [], None
+        try: self.save()
+        except RunError as error: trouble = error  # the adapter is smaller and may still find room
+        ended = done == self.total or self.patience_is_over
+        if not ended: said.append(f'{why} after step {done} of {self.total}; resume=True goes on')
+        elif done < self.total: said.append(f'stopped early at step {done} of {self.total}: {self.config.early_stopping_patience} evaluations without a lower held-out loss')
+        if ended and self.wants_best and self.progress.best[1] < done:
+            restore_adapter(self.model, self.best_adapter)
+            said.append(f'the adapter is that of step {self.progress.best[1]}, where the held-out loss was lowest')
+        return ended, '; '.join([*said, *[f'{trouble}'] * bool(trouble)])
+
     def rescue(self,
         writer: Any, # of the run folder
         why: str # "left", "interrupted" or "ended"
@@ -446,4 +460,4 @@ class Stop:
     def _hear(self, number: int, frame: Any):
         "What a signal does"
         if self and number == signal.SIGINT: raise KeyboardInterrupt
-        self('interrupted' if number == signal.SIGINT else 'told to end by the system (SIGTERM)')
+        self('interrupted' if number == signal.SIGINT else 'told to end (SIGTERM)')

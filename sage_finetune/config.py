@@ -41,6 +41,7 @@ def write_atomic(
             os.fsync(file.fileno())
         os.chmod(temp, 0o666 & ~_umask())
         os.replace(temp, path)
+        _keep_names(path.parent)
     except OSError as error:
         if temp: Path(temp).unlink(missing_ok=True)
         raise RunError(why_unwritable(path, error)) from error
@@ -52,6 +53,14 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+def _keep_names(folder: Path):
+    "Force onto the disk which names a folder holds; else a power cut may bring back the old ones, or leave a new file without a name"
+    try: handle = os.open(folder, os.O_RDONLY)
+    except OSError: return  # Windows opens no folder, and keeps names by itself
+    try: os.fsync(handle)
+    except OSError: pass  # some network disks cannot; what was written is whole all the same
+    finally: os.close(handle)
 
 def why_unwritable(
     path: str | Path, # what could not be written
@@ -88,6 +97,7 @@ def folder_atomic(
         _settle(temp)
         if path.exists(): old = path.rename(temp.with_suffix('.old'))
         temp.rename(path)
+        _keep_names(path.parent)  # before the old one goes
         if old: shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:  # Ctrl-C too: no half folder is left behind
         if old and not path.exists(): old.rename(path)
@@ -98,12 +108,14 @@ def folder_atomic(
         raise
 
 def _settle(folder: Path):
-    "Force a folder's files onto the disk and give them the permissions of ordinary files"
+    "Force a folder's files and their names onto the disk and give them the permissions of ordinary files"
     os.chmod(folder, 0o777 & ~_umask())
     for file in folder.rglob('*'):
+        if file.is_dir(): _keep_names(file)
         if not file.is_file(): continue
         os.chmod(file, 0o666 & ~_umask())
         with open(file, 'rb') as handle: os.fsync(handle.fileno())
+    _keep_names(folder)
 
 # %% ../nbs/00_config.ipynb #42d0c11e
 def dial(

@@ -46,7 +46,8 @@ _STYLE = '''<style>
 .sage .widget-html-content{line-height:1.4;color:var(--jp-ui-font-color1,inherit);overflow-wrap:anywhere}
 .sage .widget-label,.sage .widget-readout{color:var(--jp-ui-font-color1,inherit)}
 .sage table{border-collapse:collapse;max-width:100%}
-.sage td,.sage th{padding:2px 8px;text-align:left;vertical-align:top}
+.sage td,.sage th{padding:2px 8px;text-align:left;vertical-align:top;overflow-wrap:break-word}
+.sage td:first-child,.sage th:first-child{white-space:nowrap}
 .sage img{max-width:100%;height:auto;object-fit:contain}
 .sage button:focus-visible,.sage input:focus-visible,.sage select:focus-visible,.sage textarea:focus-visible{outline:2px solid var(--jp-brand-color1,#1976d2);outline-offset:1px}
 .sage-left-NUMBER{display:none}
@@ -210,7 +211,7 @@ def fields_row(
     *widgets: W.Widget # from left to right
 ) -> W.HBox:
     "Widgets side by side; where the page is narrow, below each other."
-    return W.HBox(widgets, layout=W.Layout(flex_flow='row wrap', align_items='flex-end'))
+    return W.HBox(widgets, layout=W.Layout(flex_flow='row wrap', align_items='center'))
 
 def heading(
     text: str # a few words
@@ -222,4 +223,4 @@ def image(
     css: str # a class of its own
 ) -> W.Image:
     "A place for a PNG, empty at first."
-    return marked(W.Image(value=_EMPTY, format='png', layout=W.Layout(max_width='100%')), css)
+    return marked(W.Image(value=_EMPTY, format='png', layout=W.Layout(max_width='100%', align_self='flex-start')), css)  # not stretched to the panel's width: it would blur

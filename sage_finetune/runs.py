@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'RUN_FOLDERS', 'TASK_NAMES', 'STATES', 'WORKING', 'RUN_COLUMNS', 'printable',
-           'text_table', 'html_table', 'Meta', 'read_meta', 'write_meta', 'Status', 'write_status', 'read_status',
-           'process_gone', 'still_works', 'read_metrics', 'RunInfo', 'run_info', 'Runs', 'list_runs']
+           'text_table', 'html_table', 'Meta', 'read_object', 'read_meta', 'write_meta', 'Status', 'write_status',
+           'read_status', 'process_gone', 'still_works', 'MetricsTail', 'read_metrics', 'RunInfo', 'run_info', 'Runs',
+           'list_runs']
 
 # %% ../nbs/10_runs.ipynb #1fd28dcd
-import json, os, platform, unicodedata
+import io, json, os, platform, unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from html import escape
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
 from .config import FinetuneError, RunError, TrainingConfig, write_json
+from .files import _HUB_NAME, _PACKED, _READERS
 
 # %% ../nbs/10_runs.ipynb #b2874ab8
 META, STATUS, METRICS, CONFIG = 'finetune_meta.json', 'status.json', 'metrics.jsonl', 'training_config.json'
@@ -87,17 +90,20 @@ class Meta:
 def _find(folder: Path, text: str | None) -> Path | None:
     "A path of the meta file, as it stands, relative to the folder, or by its last name beside the meta file"
     if not text: return None
-    if _is_packaged(text) and not (folder/text).exists(): return Path(text)
     path, beside = folder/text, folder/text.replace('\\', '/').rstrip('/').rpartition('/')[2]
+    if _has_name(text) and not path.exists() and not beside.exists(): return Path(text)
     return beside if not path.exists() and beside.exists() else path
 
-def _is_packaged(text: str) -> bool:
-    "Whether this is the bare name of a packaged data set, like example, and no path"
-    return text.isidentifier() and not Path(text).exists()
+def _has_name(text: str) -> bool:
+    "Whether this is the name of a packaged data set, like example, or of one on the Hub, like owner/name:split, and no path"
+    on_hub = _HUB_NAME.fullmatch(text) and Path(text).suffix.lower() not in (*_READERS, *_PACKED)
+    return bool(text.isidentifier() or on_hub) and not Path(text).exists()
 
-def _read_object(path: Path) -> dict:
-    "The JSON object in a file, or a `RunError` that says what is there instead"
-    try: content = json.loads(path.read_text(encoding='utf-8-sig'))
+def read_object(
+    path: str | Path # a file of a run folder
+) -> dict:           # as it stands there
+    "The JSON object in a file. Raises `RunError` that says what is there instead."
+    try: content = json.loads(Path(path).read_text(encoding='utf-8-sig'))
     except (OSError, ValueError) as error:
         raise RunError(f'{path} cannot be read ({error}). Restore it from a copy, or prepare the run anew in another folder.') from error
     if isinstance(content, dict): return content
@@ -112,7 +118,7 @@ def read_meta(
     if not folder.is_dir(): raise RunError(f'there is no run folder {run_dir}. `sage-finetune list` shows those there are.')
     path = folder/META
     if not path.exists(): raise RunError(f'{run_dir} holds no {META}, so it is not a prepared run. Prepare one with `sage-finetune quickstart`.')
-    content = _read_object(path)
+    content = read_object(path)
     known = {name: content.get(name) for name in Meta.__dataclass_fields__}
     bad = [name for name in ('task_type', 'model', 'dataset') if not known[name]]
     bad += [name for name, value in known.items() if value is not None and not isinstance(value, str)]
@@ -139,7 +145,7 @@ def write_meta(
     if task_type not in TASK_NAMES: raise RunError(f"there is no task {task_type!r}. There are: {', '.join(TASK_NAMES)}.")
     folder = Path(output_dir).absolute()
     def short(path):
-        if _is_packaged(str(path)): return str(path)
+        if _has_name(str(path)): return str(path)
         full = Path(path).absolute()
         return full.relative_to(folder).as_posix() if full.is_relative_to(folder) else str(full)
     content = dict(task_type=task_type, model=model, framework=framework, format=format, dataset=short(dataset))
@@ -160,6 +166,7 @@ class Status:
     message: str = '' # one sentence for the reader
     updated: str = '' # when this was written, UTC
     host: str = '' # machine the process runs on
+    processes: int = 1 # that share every step, one of them writes this
 
     def __str__(self): return f'{self.state} {self.step}/{self.total}' + (f': {self.message}' if self.message else '')
     def __repr__(self): return f'Status({self})'
@@ -178,7 +185,7 @@ def write_status(
     "Say how the run is doing; while it works, the pid of this process is noted. Raises `RunError` for an unknown state."
     if state not in STATES: raise RunError(f"there is no state {state!r}. There are: {', '.join(STATES)}.")
     status = Status(state, os.getpid() if state in WORKING else None, step, total, message,
-                    datetime.now(timezone.utc).isoformat(timespec='seconds'), platform.node())
+                    datetime.now(timezone.utc).isoformat(timespec='seconds'), platform.node(), int(os.environ.get('WORLD_SIZE', 1)))
     return write_json(Path(run_dir)/STATUS, status.__dict__)
 
 def read_status(
@@ -187,7 +194,7 @@ def read_status(
     "Read how a run is doing. Raises `RunError` when the file is broken."
     path = Path(run_dir)/STATUS
     if not path.exists(): return Status()
-    content = _read_object(path)
+    content = read_object(path)
     status = Status(**{name: content.get(name, default) for name, default in Status().__dict__.items()})
     if status.state in STATES: return status
     raise RunError(f"{path} says state {status.state!r}; there are: {', '.join(STATES)}. Delete the file and run again.")
@@ -212,20 +219,51 @@ def still_works(
     return status.state in WORKING and not process_gone(status)
 
 # %% ../nbs/10_runs.ipynb #e85376b7
+class MetricsTail:
+    "What a run measures, each row once, as it comes; nothing is read twice, and no row is kept."
+    def __init__(self,
+        run_dir: str | Path # run folder, there already or not
+    ):
+        self.path, self.restarted = Path(run_dir)/METRICS, False
+        self._forget()
+
+    def _forget(self): self.place, self.lines, self.last = 0, 0, b''  # bytes and lines that were read, and the last of them
+
+    def read(self,
+        at_most: int | None = None # rows; None: all there are
+    ) -> list[dict]: # one dict a step, oldest first
+        "The rows that are new; `restarted` says that the file was cut or replaced meanwhile, so that they are its first. Raises `RunError` for a broken line that is not the last."
+        try: file = open(self.path, 'rb')
+        except (FileNotFoundError, NotADirectoryError): file = io.BytesIO()
+        with file:
+            file.seek(self.place - len(self.last))
+            self.restarted = file.read(len(self.last)) != self.last
+            if self.restarted: self._forget()
+            file.seek(self.place)
+            return list(islice(self._rows(file), at_most))
+
+    def _rows(self, file: BinaryIO) -> Iterator[dict]:
+        "Line by line; one that is no object stays unread while nothing stands behind it"
+        for line in file:
+            row = _object(line)
+            if row is None and line.strip():
+                if any(later.strip() for later in file): raise RunError(f'{self.path}, line {self.lines + 1}, is not a JSON object. Delete that line and read again.')
+                return
+            self.place, self.lines, self.last = self.place + len(line), self.lines + line.endswith(b'\n'), line if row is not None else self.last + line
+            if row is not None: yield row
+
+def _object(line: bytes) -> dict | None:
+    "The JSON object a line holds"
+    try: row = json.loads(line)
+    except ValueError: return None
+    return row if isinstance(row, dict) else None
+
+# %% ../nbs/10_runs.ipynb #de5a0dda
 def read_metrics(
     run_dir: str | Path # run folder
 ) -> list[dict]:        # one dict a step, oldest first
     "Read what a run measured; an unfinished last line is left out. Raises `RunError` for a broken line before that."
-    path = Path(run_dir)/METRICS
-    if not path.exists(): return []
-    lines, found = path.read_bytes().split(b'\n'), []
-    for number, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try: row = json.loads(line)
-        except ValueError: row = None
-        if isinstance(row, dict): found.append(row)
-        elif any(later.strip() for later in lines[number:]): raise RunError(f'{path}, line {number}, is not a JSON object. Delete that line and read again.')
-    return found
+    return MetricsTail(run_dir).read()
 
 # %% ../nbs/10_runs.ipynb #0e8f7606
 @dataclass
@@ -281,7 +319,7 @@ def _task_and_model(folder: Path) -> tuple:
     if (folder/META).exists():
         meta = read_meta(folder)
         return meta.task_type, meta.model
-    if (folder/CONFIG).exists(): return '', str(_read_object(folder/CONFIG).get('model_name', ''))
+    if (folder/CONFIG).exists(): return '', str(read_object(folder/CONFIG).get('model_name', ''))
     return '', ''
 
 # %% ../nbs/10_runs.ipynb #a27ac52f

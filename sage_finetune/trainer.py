@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Step', 'clock', 'Pace', 'count_tokens', 'sum_over_processes', 'sum_gradients', 'training_loop', 'check_finite',
-           'examples_of', 'out_of_memory', 'memory_error', 'Plan', 'TrainingResult', 'peak_memory_gb',
+           'examples_of', 'out_of_memory', 'memory_error', 'Plan', 'pass_seconds', 'TrainingResult', 'peak_memory_gb',
            'make_accelerator', 'is_main', 'main_first', 'Bystander', 'prepare_run_data', 'data_remarks', 'lengths_of',
-           'answers_directly', 'load_batches', 'LoRATrainer', 'train_from_meta', 'main']
+           'answers_directly', 'load_batches', 'Batching', 'evaluation_due', 'mean_loss', 'likeliest_answers', 'adapt',
+           'plainly', 'Audience', 'LoRATrainer', 'Run', 'train_from_meta', 'main']
 
 # %% ../nbs/13_trainer.ipynb #82ece352
 import argparse, contextlib, copy, importlib.util, math, os, re, sys, time
@@ -29,8 +30,8 @@ from .checkpoint import Keeper, Progress, RunWriter, Stop, check_folder, checkpo
 from .config import ConfigError, FinetuneError, RunError, TrainingConfig, folder_atomic
 from .data import packaged_held_out, prepare, report_line, report_parts
 from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
-from .memory import TOKENS_AT_ONCE
-from .model import adapter_folder, attach_lora, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, pick_device, plan_precision, quiet, restore_adapter, run_tokenizer, save_adapter
+from .memory import fitting, line_layout, whole_room
+from .model import adapter_folder, attach_lora, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, pick_device, plan_precision, quiet, run_tokenizer, save_adapter
 from .prompt import render, render_prompt, template_of
 from .runs import html_table, printable, read_meta, read_status, text_table
 from .tokens import visible
@@ -174,19 +175,27 @@ def out_of_memory(
 def memory_error(
     number: int, # of the step
     planned: PlannedStep, # its rows
-    config: TrainingConfig, # what may be changed
-    batch: tuple[int, int], # rows at once and batches a step, as they are now
-    error: BaseException # what was raised
+    config: TrainingConfig, # of the run, with the rows at once and batches a step as they are now
+    error: BaseException, # what was raised
+    room: float | None = None, # bytes the whole run may take; None: nobody knows
+    **options: Any # what `fitting` takes: lengths, device, seconds
 ) -> RunError: # to be raised instead
-    "Where memory ran out, and the ways out, the cheapest first."
-    size, accumulation = batch
+    "Where memory ran out, and the ways out, the cheapest first: those that are predicted to fit, or, where nothing can be predicted, all there are."
+    try: ways = [f'{fix}' for fix in fitting(config, room, **options)] if room else []
+    except Exception: ways = []  # who looks for a remedy must not be the next to fail
+    why = str(error).strip().splitlines()
+    said = f'Predicted to fit, the cheapest first: {"; ".join(ways)}' if ways else f'The cheapest way out first: {"; ".join(_usual_ways(config))}'
+    told = RunError(f'memory ran out in step {number} (examples {examples_of(planned)}; {why[0][:160] if why else type(error).__name__}). {said}.')
+    told.__cause__ = error
+    return told
+
+def _usual_ways(config: TrainingConfig) -> list[str]:
+    "What takes less, the cheapest first"
+    size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     ways = [f'per_device_train_batch_size={size // 2} with gradient_accumulation_steps={accumulation * 2} (the same gradient; auto_batch=True does it by itself)'] if size > 1 else []
     if not config.gradient_checkpointing: ways.append('gradient_checkpointing=True (the same gradient, a quarter slower)')
     if not config.load_in_4bit: ways.append('load_in_4bit=True' if config.load_in_8bit else 'load_in_8bit=True or load_in_4bit=True')
-    why = str(error).strip().splitlines()
-    told = RunError(f'memory ran out in step {number} (examples {examples_of(planned)}; {why[0][:160] if why else type(error).__name__}). The cheapest way out first: {"; ".join([*ways, f"a max_length below {config.max_length}"])}.')
-    told.__cause__ = error
-    return told
+    return [*ways, f'a max_length below {config.max_length}']
 
 # %% ../nbs/13_trainer.ipynb #4b681105
 @dataclass
@@ -210,6 +219,21 @@ class Plan:
 
     def __str__(self): return text_table(('plan', ''), self._rows())
     def _repr_html_(self): return html_table(('plan', ''), self._rows())
+
+def pass_seconds(
+    batch: dict, # what `collate` makes
+    loss: Callable, # batch -> its loss
+    optimizer: torch.optim.Optimizer, # its gradients are thrown away
+    accelerator: Accelerator # goes back
+) -> float:
+    "The time of one pass there and back."
+    with torch.random.fork_rng():
+        for _ in range(2):  # the first warms up
+            began = time.perf_counter()
+            accelerator.backward(loss(batch))
+            optimizer.zero_grad()
+            if torch.cuda.is_available(): torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 # %% ../nbs/13_trainer.ipynb #eb0c89c1
 @dataclass
@@ -376,21 +400,160 @@ def load_batches(
     join = lambda lines: collate(lines, pad_id, packed)
     return DataLoader(_Lines(dataset), sampler=micro_batches, batch_size=None, collate_fn=join, num_workers=workers, generator=torch.Generator().manual_seed(seed))
 
-# %% ../nbs/13_trainer.ipynb #9621a434
+# %% ../nbs/13_trainer.ipynb #484c09b3
+class Batching:
+    "How the rows of a run become steps."
+    def __init__(self,
+        config: TrainingConfig, # rows at once, batches a step, epochs, seed
+        lengths: Any, # of the rows, in tokens
+        packing: str = 'none', # how the engine keeps packed rows apart: "samples" are read one by one, "none" are not packed
+        device: str = 'cpu', # where
+        share: tuple[int, int] = (0, 1) # the number of this process, and how many there are
+    ):
+        self.config, self.lengths, self.share, self.packs, self.few = config, lengths, share, packing != 'none', packing == 'samples' and device == 'cpu'
+        self.draw()
+
+    def draw(self,
+        halvings: int = 0 # how often memory ran out
+    ):
+        "Draw up the plan of the run, and this process's part of it."
+        self.halvings, config = halvings, self.config
+        self.plan = plan_batches(self.lengths, *self.batch, config.num_train_epochs, config.seed, **self.layout, max_steps=config.max_steps)
+        self.part = self.plan if self.share[1] == 1 else self.plan.shard(*self.share)
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        "Rows at once and batches a step, after halving."
+        size, accumulation = self.config.per_device_train_batch_size, self.config.gradient_accumulation_steps
+        for _ in range(self.halvings): size, accumulation = (size // 2, accumulation * 2) if size % 2 == 0 else (size, accumulation)
+        return size, accumulation
+
+    @property
+    def layout(self) -> dict:
+        "How lines are put together."
+        return line_layout(self.config, self.packs, self.few, self.halvings)
+
+    def once(self,
+        lengths: Any # of other rows
+    ) -> list: # micro-batches
+        "Other rows, put together in the same way, each once."
+        size = self.config.per_device_train_batch_size
+        return list(plan_batches(lengths, size, math.ceil(len(lengths) / size), **self.layout).micro_batches())
+
+    def halve(self,
+        done: int # steps
+    ) -> bool: # False where the next step stays as it is: then nothing is changed
+        "Half as many rows at once and twice as many batches a step: the same gradient in less memory."
+        before = self.part[done].micro_batches
+        self.draw(self.halvings + 1)
+        if self.part[done].micro_batches != before: return True
+        self.draw(self.halvings - 1)
+        return False
+
+    def __str__(self):
+        size, accumulation = self.batch
+        return f'{size} × {accumulation} rows a step, at most {self.layout["batch_tokens"] or size * self.config.max_length:,} tokens at once'
+
+# %% ../nbs/13_trainer.ipynb #dfa5f480
+def evaluation_due(
+    plan: BatchPlan, # of the run
+    done: int, # steps
+    every: int | None # steps; None: at the end of each epoch
+) -> bool:
+    "Whether the held-out rows are looked at now; after the last step they always are."
+    if done == len(plan): return True
+    return done % every == 0 if every else plan[done].epoch != plan[done - 1].epoch
+
+@torch.no_grad()
+def mean_loss(
+    batches: Iterable[dict], # of this process
+    loss: Callable, # batch -> its loss, summed over its learnt tokens
+    accelerator: Accelerator # knows the other processes
+) -> float: # in nats
+    "Mean loss over the learnt tokens of all processes' batches."
+    total, learnt = 0., 0
+    for batch in batches: total, learnt = total + loss(batch).item(), learnt + learnt_tokens(batch['labels'])
+    total, learnt = sum_over_processes(accelerator, total, learnt)
+    return total / max(learnt, 1)
+
+@torch.no_grad()
+def likeliest_answers(
+    questions: list[str], # each asked by itself
+    model: Any, # with its adapter
+    tokenizer: Any, # of it
+    max_new_tokens: int = 64 # an answer ends here at the latest
+) -> list[str]: # as many
+    "What a model says, taking the likeliest token each time."
+    said = []
+    for question in questions:
+        ids = torch.tensor([render_prompt([dict(role='user', content=question)], tokenizer)], device=model.device)
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        said.append(tokenizer.decode(made[0, ids.shape[1]:], skip_special_tokens=True))
+    return said
+
+# %% ../nbs/13_trainer.ipynb #753d90f0
+def adapt(
+    model: Any, # the base
+    config: TrainingConfig, # `lora`, `continue_from`, `gradient_checkpointing`
+    tokenizer: Any # of the base
+) -> tuple[Any, str]: # the model with its adapter, and the adapter it continues, in words
+    "Put the adapter beside the base: a fresh one, or the one that is continued."
+    old, inherited = config.continue_from, ''
+    if old and not old.expanduser().exists() and (own := checkpoints(config.checkpoint_dir)): old = own[-1]  # a resumed run no longer needs it
+    if old: model, inherited = continue_adapter(model, old, config.lora)
+    else: model = attach_lora(model, config.lora, config.seed, tokenizer.convert_tokens_to_ids(config.new_tokens or []))
+    if config.gradient_checkpointing:
+        model.config.use_cache = False
+        with quiet(): model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    return model, inherited
+
+def plainly(
+    error: BaseException, # that ended a run
+    processes: int = 1 # of the run
+) -> BaseException: # one to put right, where it is one
+    "What another process's end looks like from here, said as what it is; other errors as they are."
+    if processes == 1 or not isinstance(error, RuntimeError) or not any(word in str(error) for word in ('gloo', 'NCCL', 'Connection')): return error
+    return RunError(f'another process of this run ended or cannot be reached ({_CALL_SITE.sub("", str(error).strip().splitlines()[0])[:80]}). What it said itself stands above.')
+
 _CALL_SITE = re.compile(r'\[[^]]*\.(cc|cpp):\d+\] ?')  # where in a library's source something was said
 
-def _tell(listeners: list, what: str, told: Any):
-    "Call the method of that name of everybody who has one"
-    for listener in listeners: getattr(listener, what, lambda told: None)(told)
+# %% ../nbs/13_trainer.ipynb #52b08ddf
+class Audience:
+    "All who are told about a run."
+    def __init__(self,
+        show: bool = True, # print a line every `every` steps
+        every: int = 10, # steps
+        questions: list[str] | None = None, # those that are answered at evaluations
+        on_step: Callable[[Step], Any] | None = None, # called with every step
+        callbacks: Iterable[Any] = () # objects with any of: `on_begin(trainer)`, `on_step(step)`, `on_evaluate(step)`, `on_end(result)`
+    ): self.show, self.every, self.questions, self.on_step, self.callbacks = show, every, questions or [], on_step, list(callbacks)
 
+    def hear(self,
+        what: str, # name of a method
+        told: Any # its argument
+    ):
+        "Call the method of that name of everybody who has one."
+        for listener in self.callbacks: getattr(listener, what, lambda told: None)(told)
+
+    def see(self,
+        step: Step # what happened
+    ):
+        "Tell everybody about a step."
+        if self.show and (step.step % self.every == 0 or step.step in (1, step.total) or step.note): print(step, flush=True)
+        for question, answer in zip(self.questions, step.answers) if self.show and step.answers else (): print(printable(f'    {question} → {answer}'), flush=True)
+        if self.on_step: self.on_step(step)
+        self.hear('on_step', step)
+        if step.eval_loss is not None: self.hear('on_evaluate', step)
+
+# %% ../nbs/13_trainer.ipynb #9621a434
 class LoRATrainer:
     "Trains an adapter: `LoRATrainer(config).train()`."
     def __init__(self,
         config: TrainingConfig # every dial of the run; it is copied, so later changes to it have no effect here
     ):
         self.config = copy.deepcopy(config).check()
-        self.model = self.tokenizer = self.dataset = self.eval_dataset = self.accelerator = self.report = None
-        self.wish, self.keeper, self.halvings, self.message, self.inherited, self._note = Stop(), None, 0, '', '', ''
+        self.model = self.tokenizer = self.dataset = self.eval_dataset = self.accelerator = self.report = self.batching = self.run = None
+        self.wish, self.inherited = Stop(), ''
 
     def load_model_and_tokenizer(self):
         "Load the base model and its tokenizer into `model` and `tokenizer`."
@@ -398,13 +561,7 @@ class LoRATrainer:
 
     def apply_lora(self):
         "Put the adapter beside the base: a fresh one, or the one that is continued."
-        old = self.config.continue_from
-        if old and not old.expanduser().exists() and (own := checkpoints(self.config.checkpoint_dir)): old = own[-1]  # a resumed run no longer needs it
-        if old: self.model, self.inherited = continue_adapter(self.model, old, self.config.lora)
-        else: self.model = attach_lora(self.model, self.config.lora, self.config.seed, self.tokenizer.convert_tokens_to_ids(self.config.new_tokens or []))
-        if self.config.gradient_checkpointing:
-            self.model.config.use_cache = False
-            with quiet(): self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        self.model, self.inherited = adapt(self.model, self.config, self.tokenizer)
 
     def prepare_data(self):
         "Make `dataset` and `eval_dataset` (or None) from the config's files. Override it to bring data of your own."
@@ -415,29 +572,12 @@ class LoRATrainer:
         config = self.config
         self.engine = pick_engine(self.model, config.packing, config.max_length, plan_precision(config).dtype, config.engine)
         self.accelerator = make_accelerator(config, plan_precision(config).name)
-        self._draw_plan()
+        self.batching = Batching(config, lengths_of(self.dataset), self.engine.packing.name, self.accelerator.device.type, (self.accelerator.process_index, self.accelerator.num_processes))
         compiled, self.compiling = compile_decision(config.torch_compile, count_parameters(self.model).total, self.plan.tokens, self.accelerator.device.type)
         if compiled: compile_layers(self.engine)
         optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(optimizer, config, len(self.plan))
         self.optimizer = self.accelerator.prepare(optimizer)
-
-    def _draw_plan(self):
-        "The plan of the run, and this process's part of it"
-        config, (size, accumulation) = self.config, self._batch()
-        self.plan = plan_batches(lengths_of(self.dataset), size, accumulation, config.num_train_epochs, config.seed, **self._layout(), max_steps=config.max_steps)
-        self.part = self.plan if self.accelerator.num_processes == 1 else self.plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
-
-    def _batch(self) -> tuple[int, int]:
-        "Rows at once and batches a step, after halving"
-        size, accumulation = self.config.per_device_train_batch_size, self.config.gradient_accumulation_steps
-        for _ in range(self.halvings): size, accumulation = (size // 2, accumulation * 2) if size % 2 == 0 else (size, accumulation)
-        return size, accumulation
-
-    def _layout(self) -> dict:
-        "How lines are put together; samples read one by one may come in pieces of any size, and small ones need less memory"
-        few = self.engine.packing.name == 'samples' and self.accelerator.device.type == 'cpu'
-        return dict(packing=self.packs, max_length=self.config.max_length, batch_tokens=max(TOKENS_AT_ONCE // 2**self.halvings, self.config.max_length) if few else None)
 
     def setup(self,
         resume: bool | str = False # the run folder is meant to hold a run; "auto": it may
@@ -455,16 +595,23 @@ class LoRATrainer:
         if not hasattr(self.model, 'peft_config'): self.apply_lora()
         if self.dataset is None:
             with main_first(self.config): self.prepare_data()
-        if self.eval_dataset is None:
-            wants = [name for name in ('early_stopping_patience', 'load_best_model_at_end', 'eval_prompts') if getattr(self.config, name)]
-            if wants: raise ConfigError(f'{wants[0]} needs rows to evaluate on, and none are held out. Set eval_ratio above 0, or name a file of them: eval_path.')
+        wants = [name for name in ('early_stopping_patience', 'load_best_model_at_end', 'eval_prompts') if getattr(self.config, name) and self.eval_dataset is None]
+        if wants: raise ConfigError(f'{wants[0]} needs rows to evaluate on, and none are held out. Set eval_ratio above 0, or name a file of them: eval_path.')
         if self.accelerator is None: self.setup_trainer()
         return self
 
     @property
+    def plan(self) -> BatchPlan:
+        "Every step of the run."
+        return self.batching.plan
+    @property
     def packs(self) -> bool:
         "Whether rows are laid one behind the other."
-        return self.engine.packing.name != 'none'
+        return self.batching.packs
+    @property
+    def progress(self) -> Progress:
+        "How far the run is."
+        return self.run.keeper.progress if self.run else Progress()
 
     def _batches(self, dataset: Any, micro_batches: Any) -> DataLoader:
         "Tensors for micro-batches of lines of row numbers"
@@ -482,22 +629,17 @@ class LoRATrainer:
         "The loss of one batch, summed over its learnt tokens. Override it to train towards something else, with `self.logits(batch)`."
         return self.engine.loss({name: value.to(self.accelerator.device) for name, value in batch.items()})
 
-    def _evaluation_due(self, number: int) -> bool:
-        "Whether the held-out rows are looked at after this step"
-        if self.eval_dataset is None: return False
-        if number == len(self.plan): return True
-        return number % self.config.eval_steps == 0 if self.config.eval_steps else self.plan[number].epoch != self.plan[number - 1].epoch
-
-    @torch.no_grad()
     def evaluate(self) -> float: # in nats
         "Mean loss over the learnt tokens of the held-out rows."
-        size, lengths, total, learnt = self.config.per_device_train_batch_size, lengths_of(self.eval_dataset), 0., 0
-        plan = plan_batches(lengths, size, math.ceil(len(lengths) / size), **self._layout())
-        mine = list(plan.micro_batches())[self.accelerator.process_index::self.accelerator.num_processes]
-        with at_rest(self.model):
-            for batch in self._batches(self.eval_dataset, mine): total, learnt = total + self.loss(batch).item(), learnt + learnt_tokens(batch['labels'])
-        total, learnt = sum_over_processes(self.accelerator, total, learnt)
-        return total / max(learnt, 1)
+        mine = self.batching.once(lengths_of(self.eval_dataset))[self.accelerator.process_index::self.accelerator.num_processes]
+        with at_rest(self.model): return mean_loss(self._batches(self.eval_dataset, mine), self.loss, self.accelerator)
+
+    def answers(self,
+        questions: list[str], # each asked by itself
+        max_new_tokens: int = 64 # an answer ends here at the latest
+    ) -> list[str]: # as many
+        "What the model says now, taking the likeliest token each time."
+        with at_rest(self.model), self.engine.number_format(): return likeliest_answers(questions, self.model, self.tokenizer, max_new_tokens)
 
     def resolved_config(self) -> TrainingConfig:
         "The config with everything that was chosen for it written in."
@@ -510,19 +652,85 @@ class LoRATrainer:
     ) -> Iterator[Step]:
         "Train, yielding every step; the run folder is written on the way. `break`, `stop()` and Ctrl-C end it after a whole step, saved."
         self.setup(resume)
-        self._begin(resume)
-        writer = RunWriter(self.resolved_config(), len(self.plan), self.progress.written_down if resume else None) if is_main() else Bystander()
+        self.run = Run(self, resume)
+        yield from self.run.steps()
+
+    def stop(self):
+        "End the run after the step that is being made, saved; may be called from any thread."
+        self.wish()
+
+    def describe(self) -> Plan:
+        "What the run is going to do; measures one batch to say how long it takes."
+        if self.accelerator is None: self.setup()
+        config, data = self.config, data_remarks(self.report) if self.report else [('data', f'{len(self.dataset)} examples')]
+        share = f'{1. if self.engine.packing.name == "samples" else self.plan.useful:.0%} of the work is text'
+        layout = f'packed, {share}' if self.packs else f'padded, {share} ({self.engine.packing.reason})'
+        batch = f'{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} rows, {config.num_train_epochs} epochs; {layout}'
+        first = next(iter(self._batches(self.dataset, self.batching.part[0].micro_batches[:1])))
+        seconds = pass_seconds(first, self.loss, self.optimizer, self.accelerator) * self.plan.tokens / count_tokens([first])[0]
+        return Plan(config.model_name, str(count_parameters(self.model)), data, f'{len(self.eval_dataset)} rows' if self.eval_dataset is not None else 'nothing',
+                    len(self.plan), batch, str(plan_precision(config)), f'{self.engine}; {self.compiling}', seconds, self.inherited)
+
+    def train(self,
+        show: bool = True, # print the plan and a line every `logging_steps`
+        resume: bool | str = False, # go on from the newest checkpoint in the run folder; "auto": if there is one
+        on_step: Callable[[Step], Any] | None = None, # called with every step, for plots and the like
+        callbacks: Iterable[Any] = () # objects with any of: `on_begin(trainer)`, `on_step(step)`, `on_evaluate(step)`, `on_end(result)`
+    ) -> TrainingResult: # what was done and where it is
+        "Train to the end and save the adapter. Raises `FinetuneError` for what you can put right."
+        self.setup(resume)
+        if show and is_main(): print(self.describe(), flush=True)
+        audience, result = Audience(show and is_main(), self.config.logging_steps, self.config.eval_prompts, on_step, callbacks), TrainingResult(self.config.output_dir)
+        with contextlib.closing(self.steps(resume)) as steps, self.wish.listening():
+            audience.hear('on_begin', self)
+            for step in steps:
+                result.add(step)
+                audience.see(step)
+        result.peak_memory_gb, result.message, result.best, result.stopped = peak_memory_gb(), self.run.message, self.progress.best, self.progress.step < len(self.plan)
+        audience.hear('on_end', result)
+        return result
+
+    def save_model(self):
+        "Write adapter, tokenizer and chat template (also a plain one) to `lora_weights`, whole or not at all."
+        if not is_main(): return
+        self.tokenizer.chat_template = self.tokenizer.chat_template or template_of(self.tokenizer)
+        with folder_atomic(self.config.lora_dir) as temp:
+            save_adapter(self.model, temp)
+            self.tokenizer.save_pretrained(temp)
+
+# %% ../nbs/13_trainer.ipynb #64b011d1
+class Run:
+    "The steps of a trainer that is set up, and what belongs to each."
+    def __init__(self,
+        trainer: LoRATrainer, # set up
+        resume: bool | str = False # go on from the newest checkpoint in the run folder; "auto": if there is one
+    ):
+        self.trainer, self.config, self.accelerator, self.batching, self.wish = trainer, trainer.config, trainer.accelerator, trainer.batching, trainer.wish
+        self.resume, self.message, self.note = resume, '', ''
+        torch.manual_seed(self.config.seed + self.accelerator.process_index)  # dropout draws from here on
+        about = identity(trainer.resolved_config(), trainer.dataset, trainer.model, self.accelerator.num_processes)
+        self.keeper = Keeper(self.config, len(trainer.plan), trainer.model, trainer.optimizer, trainer.schedule, self.accelerator, about)
+        if not (found := newest_checkpoint(self.config.checkpoint_dir) if resume else None): return
+        self.keeper.restore(*found)
+        self.note = f'resumed after step {self.keeper.progress.step}'
+        if self.batching.halvings != self.keeper.progress.halvings: self.batching.draw(self.keeper.progress.halvings)
+
+    def steps(self) -> Iterator[Step]:
+        "One after the other, the run folder is written on the way."
+        writer = RunWriter(self.trainer.resolved_config(), self.keeper.total, self.keeper.progress.written_down if self.resume else None) if is_main() else Bystander()
         state, message, loop = 'cancelled', '', self._loop()
         keep_memory(self.accelerator.device)
         try:
             while not self._over():
-                with self.wish.listening(), neftune(self.model, self.config.neftune_noise_alpha):
+                with self.wish.listening(), neftune(self.trainer.model, self.config.neftune_noise_alpha):
                     if (step := next(loop, None)) is None: break
                     self._complete(step, writer)
                 writer.waiting = True
                 yield step
                 writer.waiting = False
-            state, message = self._ending()
+            ended, self.message = self.keeper.finish(self.wish.why)
+            self.trainer.save_model()
+            state, message = 'completed' if ended else 'cancelled', self.message
         except GeneratorExit: message = self.keeper.rescue(writer, 'left')
         except (Exception, KeyboardInterrupt) as error:
             state = 'cancelled' if isinstance(error, KeyboardInterrupt) else 'failed'
@@ -535,168 +743,57 @@ class LoRATrainer:
             if self.config.report_to != 'none': self.accelerator.end_training()
             writer.close(state, message)
 
-    @property
-    def progress(self) -> Progress:
-        "How far the run is."
-        return self.keeper.progress if self.keeper else Progress()
-
-    def stop(self):
-        "End the run after the step that is being made, saved; may be called from any thread."
-        self.wish()
-
-    def _begin(self, resume: bool | str):
-        "Start at the first step, or where the newest checkpoint is"
-        torch.manual_seed(self.config.seed + self.accelerator.process_index)  # dropout draws from here on
-        about = identity(self.resolved_config(), self.dataset, self.model, self.accelerator.num_processes)
-        self.keeper = Keeper(self.config, len(self.plan), self.model, self.optimizer, self.schedule, self.accelerator, about)
-        found = newest_checkpoint(self.config.checkpoint_dir) if resume else None
-        if not found: return
-        self.keeper.restore(*found)
-        self._note = f'resumed after step {self.progress.step}'
-        if self.halvings != self.progress.halvings:
-            self.halvings = self.progress.halvings
-            self._draw_plan()
-
-    def _loop(self) -> Iterator[Step]:
-        "The steps still to come; where memory runs out and `auto_batch` allows it, the step is made again from smaller batches"
-        while True:
-            try:
-                batches = iter(self._batches(self.dataset, self.part.micro_batches(self.progress.step)))
-                self.model.train()
-                if self.progress.pending: yield Step(**self.progress.pending)  # its gradient is in the adapter already
-                yield from training_loop(self.part, batches, self.loss, self.model, self.optimizer, self.schedule, self.accelerator, self.config.max_grad_norm, self.progress.step, self.progress.seconds)
-                return
-            except Exception as error:
-                if not (self.config.auto_batch and out_of_memory(error) and self.accelerator.num_processes == 1 and self.keeper.untouched and self._halve()): raise
-            self.optimizer.zero_grad()
-            free()
-            self.keeper.back_to_the_start_of_the_step()
-
-    def _halve(self) -> bool:
-        "Half as many rows at once and twice as many batches a step: the same gradient in less memory; whether that is possible"
-        before, here = self.part[self.progress.step].micro_batches, self.progress.step
-        self.halvings += 1
-        self._draw_plan()
-        if self.part[here].micro_batches == before:
-            self.halvings -= 1
-            self._draw_plan()
-            return False
-        size, accumulation = self._batch()
-        self._note = f'memory ran out, so batches are half as large from here on ({size} × {accumulation} rows a step, at most {self._layout()["batch_tokens"] or size * self.config.max_length:,} tokens at once)'
-        return True
-
-    def _complete(self, step: Step, writer: RunWriter | Bystander):
-        "What belongs to a step besides its gradient: it is evaluated, written down and saved where that is due"
-        step.note, self._note = step.note or self._note, ''
-        self.keeper.remember(step=step.step, seconds=step.seconds, halvings=self.halvings, pending=asdict(step))
-        if self._evaluation_due(step.step):
-            step.eval_loss = self.evaluate()
-            if not math.isfinite(step.eval_loss): raise RunError(f'the held-out loss is {step.eval_loss} after step {step.step}. Train in 32 bits (fp16=False, bf16=False), or look at the rows that are held out.')
-            if self.config.eval_prompts and is_main(): step.answers = self.answers(self.config.eval_prompts)
-        writer.add(step)
-        if self.config.report_to != 'none': self.accelerator.log({name: value for name, value in asdict(step).items() if isinstance(value, (int, float))}, step=step.step)
-        if step.eval_loss is not None: self.keeper.judge(step.eval_loss)
-        self.progress.pending = None
-        if step.step % self.config.save_steps == 0: self.keeper.save()
-
     def _over(self) -> bool:
         "Whether the run ends before its last step; all processes agree on it"
         wished, = sum_over_processes(self.accelerator, int(bool(self.wish)))
         if wished: self.wish()
         return bool(wished) or self.keeper.patience_is_over
 
-    def _ending(self) -> tuple[str, str]:
-        "Save what the run has come to; its state and a sentence"
-        done, total, said, trouble = self.progress.step, len(self.plan), [], None
-        try: self.keeper.save()
-        except RunError as error: trouble = error  # the adapter is smaller and may still find room
-        ended = done == total or self.keeper.patience_is_over
-        if not ended: said.append(f'{self.wish.why} after step {done} of {total}; resume=True goes on')
-        elif done < total: said.append(f'stopped early at step {done} of {total}: {self.config.early_stopping_patience} evaluations without a lower held-out loss')
-        if ended and self.keeper.wants_best and self.progress.best[1] < done:
-            restore_adapter(self.model, self.keeper.best_adapter)
-            said.append(f'the adapter is that of step {self.progress.best[1]}, where the held-out loss was lowest')
-        self.save_model()
-        self.message = '; '.join([*said, *[f'{trouble}'] * bool(trouble)])
-        return ('completed' if ended else 'cancelled'), self.message
+    def _loop(self) -> Iterator[Step]:
+        "The steps still to come; where memory runs out and `auto_batch` allows it, the step is made again from smaller batches"
+        while True:
+            try:
+                batches = iter(self.trainer._batches(self.trainer.dataset, self.batching.part.micro_batches(self.keeper.progress.step)))
+                self.trainer.model.train()
+                if self.keeper.progress.pending: yield Step(**self.keeper.progress.pending)  # its gradient is in the adapter already
+                one = self.trainer
+                yield from training_loop(self.batching.part, batches, one.loss, one.model, one.optimizer, one.schedule, self.accelerator, self.config.max_grad_norm, self.keeper.progress.step, self.keeper.progress.seconds)
+                return
+            except Exception as error:
+                if not (self.config.auto_batch and out_of_memory(error) and self.accelerator.num_processes == 1 and self.keeper.untouched and self.batching.halve(self.keeper.progress.step)): raise
+            self.note = f'memory ran out, so batches are half as large from here on ({self.batching})'
+            self.trainer.optimizer.zero_grad()
+            free()
+            self.keeper.back_to_the_start_of_the_step()
+
+    def _complete(self, step: Step, writer: RunWriter | Bystander):
+        "What belongs to a step besides its gradient: it is evaluated, written down and saved where that is due"
+        step.note, self.note = step.note or self.note, ''
+        self.keeper.remember(step=step.step, seconds=step.seconds, halvings=self.batching.halvings, pending=asdict(step))
+        if self.trainer.eval_dataset is not None and evaluation_due(self.trainer.plan, step.step, self.config.eval_steps):
+            step.eval_loss = self.trainer.evaluate()
+            if not math.isfinite(step.eval_loss): raise RunError(f'the held-out loss is {step.eval_loss} after step {step.step}. Train in 32 bits (fp16=False, bf16=False), or look at the rows that are held out.')
+            if self.config.eval_prompts and is_main(): step.answers = self.trainer.answers(self.config.eval_prompts)
+        writer.add(step)
+        if self.config.report_to != 'none': self.accelerator.log({name: value for name, value in asdict(step).items() if isinstance(value, (int, float))}, step=step.step)
+        if step.eval_loss is not None: self.keeper.judge(step.eval_loss)
+        self.keeper.progress.pending = None
+        if step.step % self.config.save_steps == 0: self.keeper.save()
 
     def _explained(self, error: BaseException, writer: RunWriter | Bystander) -> tuple[BaseException, str]:
         "An error as one to put right, where it is one, and the sentence for the run folder; what can be saved is saved"
-        if out_of_memory(error): error = memory_error(self.progress.step + 1, self.part[min(self.progress.step, len(self.part) - 1)], self.config, self._batch(), error)
-        if self.accelerator.num_processes > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in ('gloo', 'NCCL', 'Connection')):
-            error = RunError(f'another process of this run ended or cannot be reached ({_CALL_SITE.sub("", str(error).strip().splitlines()[0])[:80]}). What it said itself stands above.')
         if isinstance(error, KeyboardInterrupt): return error, self.keeper.rescue(writer, 'interrupted')
+        after, error = self.keeper.rescue(writer, 'ended'), self._memory_error(error) if out_of_memory(error) else plainly(error, self.accelerator.num_processes)
         said = f'{error}' if isinstance(error, FinetuneError) else f'{type(error).__name__}: {error}'
-        after = self.keeper.rescue(writer, 'ended')
         if isinstance(error, FinetuneError): error.args = (f'{error} The run {after}.',)
         return error, f'{said} The run {after}.'
 
-    @torch.no_grad()
-    def answers(self,
-        questions: list[str], # each asked by itself
-        max_new_tokens: int = 64 # an answer ends here at the latest
-    ) -> list[str]: # as many
-        "What the model says now, taking the likeliest token each time."
-        said = []
-        with at_rest(self.model), self.engine.number_format():
-            for question in questions:
-                ids = torch.tensor([render_prompt([dict(role='user', content=question)], self.tokenizer)], device=self.accelerator.device)
-                made = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id)
-                said.append(self.tokenizer.decode(made[0, ids.shape[1]:], skip_special_tokens=True))
-        return said
-
-    def describe(self) -> Plan:
-        "What the run is going to do; measures one batch to say how long it takes."
-        if self.accelerator is None: self.setup()
-        config, data = self.config, data_remarks(self.report) if self.report else [('data', f'{len(self.dataset)} examples')]
-        share = f'{1. if self.engine.packing.name == "samples" else self.plan.useful:.0%} of the work is text'
-        layout = f'packed, {share}' if self.packs else f'padded, {share} ({self.engine.packing.reason})'
-        batch = f'{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} rows, {config.num_train_epochs} epochs; {layout}'
-        return Plan(config.model_name, str(count_parameters(self.model)), data, f'{len(self.eval_dataset)} rows' if self.eval_dataset is not None else 'nothing',
-                    len(self.plan), batch, str(plan_precision(config)), f'{self.engine}; {self.compiling}', self._expected_seconds(), self.inherited)
-
-    def _expected_seconds(self) -> float:
-        "The time of one forward and backward pass over the first batch, scaled to the tokens of the run"
-        batch = next(iter(self._batches(self.dataset, self.part[0].micro_batches[:1])))
-        with torch.random.fork_rng():
-            for _ in range(2):  # the first pass warms up
-                began = time.perf_counter()
-                self.accelerator.backward(self.loss(batch))
-                self.optimizer.zero_grad()
-                if torch.cuda.is_available(): torch.cuda.synchronize()
-        return (time.perf_counter() - began) * self.plan.tokens / int((batch['segments'] > 0).sum())
-
-    def train(self,
-        show: bool = True, # print the plan and a line every `logging_steps`
-        resume: bool | str = False, # go on from the newest checkpoint in the run folder; "auto": if there is one
-        on_step: Callable[[Step], Any] | None = None, # called with every step, for plots and the like
-        callbacks: Iterable[Any] = () # objects with any of: `on_begin(trainer)`, `on_step(step)`, `on_evaluate(step)`, `on_end(result)`
-    ) -> TrainingResult: # what was done and where it is
-        "Train to the end and save the adapter. Raises `FinetuneError` for what you can put right."
-        self.setup(resume)
-        show, listeners = show and is_main(), list(callbacks)
-        if show: print(self.describe(), flush=True)
-        result = TrainingResult(self.config.output_dir)
-        with contextlib.closing(self.steps(resume)) as steps, self.wish.listening():
-            _tell(listeners, 'on_begin', self)
-            for step in steps:
-                result.add(step)
-                if show and (step.step % self.config.logging_steps == 0 or step.step in (1, step.total) or step.note): print(step, flush=True)
-                for question, answer in zip(self.config.eval_prompts, step.answers) if show and step.answers else (): print(printable(f'    {question} → {answer}'), flush=True)
-                if on_step: on_step(step)
-                _tell(listeners, 'on_step', step)
-                if step.eval_loss is not None: _tell(listeners, 'on_evaluate', step)
-        result.peak_memory_gb, result.message, result.best, result.stopped = peak_memory_gb(), self.message, self.progress.best, self.progress.step < len(self.plan)
-        _tell(listeners, 'on_end', result)
-        return result
-
-    def save_model(self):
-        "Write adapter, tokenizer and chat template (also a plain one) to `lora_weights`, whole or not at all."
-        if not is_main(): return
-        self.tokenizer.chat_template = self.tokenizer.chat_template or template_of(self.tokenizer)
-        with folder_atomic(self.config.lora_dir) as temp:
-            save_adapter(self.model, temp)
-            self.tokenizer.save_pretrained(temp)
+    def _memory_error(self, error: BaseException) -> RunError:
+        "Where memory ran out, and what would have been enough"
+        size, accumulation = self.batching.batch
+        config, device = replace(self.config, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation), self.accelerator.device.type
+        planned = self.batching.part[min(self.keeper.progress.step, len(self.batching.part) - 1)]
+        return memory_error(self.keeper.progress.step + 1, planned, config, error, whole_room(device), lengths=self.trainer.plan.lengths, device=device)
 
 # %% ../nbs/13_trainer.ipynb #afbc00b5
 def train_from_meta(

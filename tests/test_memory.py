@@ -1,17 +1,21 @@
 "What a run takes: parts counted exactly, the whole beside a process that trains"
 import copy
 import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from helpers import recipe
+from sage_finetune import memory
+from sage_finetune.batches import plan_batches
 from sage_finetune.config import ConfigError, ModelError, TrainingConfig
 from sage_finetune.engine import _ChunkedLoss
-from sage_finetune.memory import MemoryCount, _HeadSteps, _state_bytes, advice, cheapest_fix, empty_model, estimate_memory, fits, longest_lines, measure_memory, size_text
+from sage_finetune.memory import MemoryCount, _HeadSteps, _state_bytes, advice, cheapest_fix, empty_model, estimate_memory, fits, fitting, longest_lines, measure_memory, size_text
 from sage_finetune.model import attach_lora, load_base, make_optimizer
-from sage_finetune.trainer import LoRATrainer
+from sage_finetune.trainer import LoRATrainer, memory_error
 
 
 def folder(path, **changes):
@@ -134,7 +138,7 @@ import datasets, torch
 ctypes.CDLL(None).mallopt(-3, 262144)  # large tensors lie apart: a heap without holes
 from sage_finetune.config import TrainingConfig
 from sage_finetune.memory import estimate_memory, peak_growth
-from sage_finetune.trainer import LoRATrainer
+from sage_finetune.trainer import LoRATrainer, memory_error
 dials = json.loads(sys.argv[1])
 trainer = LoRATrainer(TrainingConfig(output_dir=tempfile.mkdtemp(), device="cpu", **dials))
 rows = [[7] * dials["max_length"]] * 8
@@ -169,3 +173,67 @@ def test_a_process_takes_what_was_predicted_but_for_the_holes(tmp_path, shape, d
     assert done.returncode == 0, done.stderr
     measured, predicted = map(int, done.stdout.split())
     assert measured > 300 * 2**20 and predicted == pytest.approx(measured, rel=0.1)
+
+
+MANY = dict(num_hidden_layers=11, hidden_size=64, intermediate_size=256)
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(model_type="llama"), dict(model_type="gemma2", head_dim=16)], ids=["qwen2", "llama", "of two kinds"])
+@pytest.mark.parametrize("dials", [dict(), dict(gradient_checkpointing=True), dict(load_in_4bit=True, packing=False), dict(max_length=32, gradient_accumulation_steps=1, per_device_train_batch_size=1, lora=dict(r=256))],
+    ids=["auto", "checkpointing", "4 bits padded", "gradients larger than activations"])
+def test_a_few_layers_stand_for_all(tmp_path, monkeypatch, shape, dials):
+    "Whichever moment is the fullest; where the layers are of two kinds, all are rehearsed anyway"
+    config = TrainingConfig(model_name=folder(tmp_path/"model", **MANY | shape), bf16=True, **dict(max_length=128) | dials)
+    rehearsed, hollow = [], memory._hollow
+    monkeypatch.setattr(memory, "_hollow", lambda *given: rehearsed.append(hollow(*given)[1]) or hollow(*given))
+    few = estimate_memory(config, device="cuda").parts
+    assert set(rehearsed) == ({0} if "head_dim" in shape else {8, 7})
+    memory._counted.cache_clear()
+    monkeypatch.setattr(memory, "FEW", 100)
+    assert few == estimate_memory(config, device="cuda").parts
+
+
+def test_targets_chosen_by_their_number(tmp_path):
+    "An adapter on one layer only is not drawn out to all"
+    config = TrainingConfig(model_name=folder(tmp_path/"model", **MANY), lora=dict(target_modules=["layers.9.self_attn.q_proj"]), max_length=64)
+    one = 4 * config.lora.r * (64 + 64)
+    assert estimate_memory(config, device="cuda").parts["adapter"] == one
+
+
+def test_what_was_counted_is_remembered_until_the_model_changes(tmp_path):
+    config = TrainingConfig(model_name=folder(tmp_path/"model"), max_length=64)
+    first = estimate_memory(config)
+    before = memory._counted.cache_info().misses
+    first.parts["weights"] = 0  # what somebody does with an answer does not change the next one
+    again = estimate_memory(config, learning_rate=1e-3, num_train_epochs=9)
+    assert memory._counted.cache_info().misses == before and again.parts["weights"] > 0
+    folder(tmp_path/"model", vocab_size=8000)
+    os.utime(tmp_path/"model"/"config.json", (1, 1))
+    assert estimate_memory(config).parts["weights"] > again.parts["weights"]
+
+
+def test_a_hub_that_does_not_answer_is_said_at_once(monkeypatch):
+    "The library would try for a minute"
+    monkeypatch.setattr(memory.constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(ModelError, match="nobody/nothing.*does not answer.*network"): estimate_memory(TrainingConfig(model_name="nobody/nothing"))
+    assert time.monotonic() - began < 15
+
+
+def test_fixes_are_looked_for_within_their_time(tmp_path):
+    config = TrainingConfig(model_name=folder(tmp_path/"model"), per_device_train_batch_size=8, packing=False, bf16=True, max_length=448)
+    assert fitting(config, 1e9, seconds=0., device="cuda") == []
+    whole = estimate_memory(config, device="cuda").total
+    assert fitting(config, 2 * whole, device="cuda") == []  # it should have fitted: the estimate knows nothing of what happened
+    fixes = fitting(config, 0.85 * whole, seconds=300, device="cuda")
+    assert fixes and all(fits(fix.estimate, 0.85 * whole) for fix in fixes) and fixes[0].changes == cheapest_fix(config, 0.85 * whole, device="cuda")[1]
+
+
+def test_out_of_memory_names_what_would_have_fitted(tmp_path):
+    config = TrainingConfig(model_name=folder(tmp_path/"model"), per_device_train_batch_size=8, packing=False, bf16=True, max_length=448)
+    planned, whole = plan_batches([448] * 8, 8)[0], estimate_memory(config, device="cuda").total
+    said = str(memory_error(1, planned, config, MemoryError("none"), room=0.85 * whole, device="cuda", seconds=300))
+    fixes = fitting(config, 0.85 * whole, seconds=300, device="cuda")
+    assert "Predicted to fit" in said and all(str(fix) in said for fix in fixes)
+    usual = [str(memory_error(1, planned, config, MemoryError("none"), **given)) for given in (dict(), dict(room=2 * whole, device="cuda"), dict(room=1., lengths="no lengths", device="cuda"))]
+    assert all("per_device_train_batch_size=4 with gradient_accumulation_steps=32" in one and "Predicted" not in one for one in usual)

@@ -7,12 +7,12 @@ import time
 
 import psutil
 import pytest
-from helpers import adapter, change, copy, ended, metrics, prepared, start, status, write_rows
+from helpers import adapter, change, copy, ended, metrics, prepared, start, status, tree, write_rows
 
 from sage_finetune.checkpoint import newest_checkpoint
 from sage_finetune.config import RunError
-from sage_finetune.launch import follow, start_run, stop_run, train_command
-from sage_finetune.runs import read_meta, read_status
+from sage_finetune.launch import attached, follow, last_launch, log_lines, start_run, stop_run, train_command
+from sage_finetune.runs import read_meta, read_status, still_works
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +127,116 @@ def test_a_background_process_that_is_killed(ready, tmp_path):
     process.kill()
     process.wait()
     with pytest.raises(RunError, match="is gone.*goes on from its last checkpoint"): list(steps)
+
+
+# ---- one start after another in the same folder ----------------------------------------------------------------------
+
+def elsewhere(code, run):
+    "A line of Python in a kernel of its own, which knows nothing but the folder"
+    head = "import sys, json; from sage_finetune.launch import attached, follow, start_run, stop_run; run = sys.argv[1]; "
+    return subprocess.Popen([sys.executable, "-c", head + code, str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def halfway(ready):
+    "The run, stopped by itself after six of its eighteen steps, with a sentence of that in the log"
+    run = copy(ready, ready.parent/"halfway")
+    process = start_run(run)
+    for row in follow(run, process):
+        if row["step"] == 5: stop_run(run)
+    assert process.wait() == 130 and read_status(run).state == "cancelled" and len(metrics(run)) < 18
+    return run
+
+
+def test_whoever_follows_at_once_waits_for_the_beginning(halfway, tmp_path):
+    "With the process, without it, and from another kernel: nobody takes the end of the run before for the end of this one"
+    run = copy(halfway, tmp_path/"run")
+    process = start_run(run, resume=True)
+    assert attached(run).state == "preparing" and attached(run).pid == process.pid and still_works(attached(run))
+    other = elsewhere("print(json.dumps([row['step'] for row in follow(run)]))", run)
+    assert [row["step"] for row in follow(run)] == list(range(1, 19))
+    assert [row["step"] for row in follow(run, process)] == list(range(1, 19)) and process.returncode == 0
+    assert ended(other).split("\n")[0] == str(list(range(1, 19)))
+
+
+def test_rows_that_a_new_run_replaces_are_not_taken_for_its_own(halfway, tmp_path):
+    run = copy(halfway, tmp_path/"run")
+    old = [row["seconds"] for row in metrics(run)]
+    new = [row["seconds"] for row in follow(run, start_run(run, overwrite=True))]
+    assert len(new) == 18 and not set(old) & set(new)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_process_that_is_refused_at_the_door(halfway, tmp_path, known):
+    "Its own sentence is said, not that of the run before; the run is as it was"
+    run = copy(halfway, tmp_path/"run")
+    (run/"status.json").write_text((run/"status.json").read_text().replace('"cancelled"', '"failed"').replace("SIGTERM", "an old sentence"))
+    before = tree(run)
+    process = start_run(run)  # neither resume nor overwrite
+    rows = []
+    with pytest.raises(RunError, match="already holds a run .*resume=True") as told:
+        for row in follow(run, process if known else None): rows.append(row["step"])
+    assert "an old sentence" not in str(told.value) and rows == [row["step"] for row in metrics(run)]
+    assert attached(run).state == "failed" and "already holds a run" in attached(run).message
+    after = {name: content for name, content in tree(run).items() if name not in ("launch.json", "train.log")}
+    assert after == {name: content for name, content in before.items() if name not in ("launch.json", "train.log")}
+
+
+def test_last_words_are_those_of_the_last_start(halfway, tmp_path):
+    "A sentence of an earlier start is not repeated when a later process is killed"
+    run = copy(halfway, tmp_path/"run")
+    with open(run/"train.log", "a") as log: log.write("error: an old sentence")
+    process = start_run(run, resume=True)
+    steps = follow(run, process)
+    next(steps)
+    process.kill()
+    with pytest.raises(RunError, match="is gone.*It said last: .*goes on from its last checkpoint") as told: list(steps)
+    assert "an old sentence" not in str(told.value) and not any("old sentence" in line or "=====" in line for line in log_lines(run))
+    said = (run/"train.log").read_text()
+    marks = [line for line in said.splitlines() if line.startswith("===== ")]
+    assert len(marks) == 2 and all(" UTC: python -m sage_finetune.trainer " in line for line in marks) and "--resume" in marks[1] and said.index("an old sentence") < said.index(marks[1])
+
+
+def test_the_log_holds_no_secret(halfway, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_not_for_the_file")
+    run = copy(halfway, tmp_path/"run")
+    with pytest.raises(RunError): list(follow(run, start_run(run)))
+    assert not [path for path in run.rglob("*") if path.is_file() and b"hf_not_for_the_file" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_stopped_before_it_began(halfway, tmp_path, count):
+    "Start and Stop, one click after the other: nothing is left behind, nothing is an error, and the run goes on from where it was"
+    run = copy(halfway, tmp_path/"run")
+    process = start_run(run, num_processes=count, resume=True)
+    with pytest.raises(RunError, match="in use"): start_run(run, resume=True)
+    assert stop_run(run)
+    assert [row["step"] for row in follow(run, process)] == [row["step"] for row in metrics(run)]
+    assert attached(run).state == "cancelled" and not still_works(attached(run)) and not stop_run(run)
+    assert last_launch(run).stopped and "before it began" in attached(run).message
+
+
+def test_who_trains_it(halfway, ready, tmp_path):
+    "Somebody who comes later learns from the folder in how many processes it is trained, and may end it"
+    run = copy(ready, tmp_path/"run")
+    process = start_run(run, num_processes=2)
+    asks = "status = attached(run); print(json.dumps([status.state, status.pid, status.processes]))"
+    assert ended(elsewhere(asks, run)).split() == ['["preparing",', f"{process.pid},", "2]"]
+    steps = follow(run, process)
+    next(steps)
+    found = attached(run)
+    assert (found.state, found.processes) == ("training", 2) and found.pid in [worker.pid for worker in workers(process)]
+    assert "true" in ended(elsewhere("print(json.dumps(stop_run(run)))", run))
+    list(steps)
+    assert attached(run).state == "cancelled"
+
+
+def test_a_run_on_another_machine_is_left_alone(halfway, tmp_path):
+    "The number of its process may be anybody's here"
+    run, bystander = copy(halfway, tmp_path/"run"), subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (run/"status.json").write_text((run/"status.json").read_text().replace('"cancelled"', '"training"').replace('"pid": null', f'"pid": {bystander.pid}').replace(f'"host": "{read_status(run).host}"', '"host": "elsewhere"'))
+        with pytest.raises(RunError, match="on elsewhere. Stop it there"): stop_run(run)
+        with pytest.raises(RunError, match="in use"): start_run(run, resume=True)
+        assert bystander.poll() is None
+    finally: bystander.kill()

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from sage_finetune.config import RunError, TrainingConfig
-from sage_finetune.runs import STATES, list_runs, process_gone, read_meta, read_metrics, read_status, run_info, write_meta, write_status
+from sage_finetune.runs import STATES, MetricsTail, list_runs, process_gone, read_meta, read_metrics, read_status, run_info, write_meta, write_status
 
 SAGE = dict(task_type="code", model="Qwen/Qwen2.5-Coder-7B-Instruct", framework="llama-factory", format="alpaca", dataset="/home/ada/out/code/training_data_code_alpaca.json",
             config="/home/ada/out/code/llama-factory_config.json", output_dir="/home/ada/out/code", code_root="/home/ada/SAGE")
@@ -85,6 +85,15 @@ def test_a_packaged_data_set_keeps_its_name(tmp_path, monkeypatch):
     assert read_meta(tmp_path/"run").dataset == tmp_path/"run"/"example"
 
 
+@pytest.mark.parametrize("name", ["ada/questions", "ada/questions-1.5:train"])
+def test_a_data_set_on_the_hub_keeps_its_name(tmp_path, name):
+    "And a folder of that name, beside the meta file or where one stands, is a folder"
+    write_meta(tmp_path/"run", "custom", "tiny", name)
+    assert str(read_meta(tmp_path/"run").dataset) == name
+    (tmp_path/"run"/name).mkdir(parents=True)
+    assert read_meta(tmp_path/"run").dataset == tmp_path/"run"/name
+
+
 def test_two_files_that_name_different_models(tmp_path):
     run = folder_with(tmp_path/"run", finetune_meta__json=SAGE)
     TrainingConfig(model_name="tiny").save(run/"training_config.json")
@@ -156,6 +165,88 @@ def test_a_last_line_cut_inside_a_letter(tmp_path):
 def test_a_broken_line_in_the_middle_is_said(tmp_path):
     (tmp_path/"metrics.jsonl").write_text('{"step": 1}\n{"st{"step": 2}\n{"step": 3}\n')
     with pytest.raises(RunError, match="line 2, is not a JSON object"): read_metrics(tmp_path)
+
+
+def lines(*steps, run=1): return "".join(json.dumps(dict(step=step, seconds=step / 7 + run)) + "\n" for step in steps)
+
+
+def read_on(tail): return [row["step"] for row in tail.read()]
+
+
+def test_a_tail_reads_what_was_appended(tmp_path):
+    tail, path = MetricsTail(tmp_path/"run"), tmp_path/"run"/"metrics.jsonl"
+    assert read_on(tail) == [] and not tail.restarted
+    path.parent.mkdir()
+    path.write_text(lines(1, 2))
+    assert read_on(tail) == [1, 2] and read_on(tail) == []
+    with open(path, "a") as file: file.write(lines(3, 4) + lines(5)[:9])
+    assert read_on(tail) == [3, 4] and read_on(tail) == []
+    with open(path, "a") as file: file.write(lines(5)[9:])
+    assert read_on(tail) == [5] and not tail.restarted
+
+
+def test_a_tail_opens_the_file_at_its_end(tmp_path, monkeypatch):
+    "A look costs what is new, not what there is"
+    (tmp_path/"metrics.jsonl").write_text(lines(*range(50_000)))
+    tail, parsed, loads = MetricsTail(tmp_path), [], json.loads
+    assert len(tail.read()) == 50_000
+    monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
+    with open(tmp_path/"metrics.jsonl", "a") as file: file.write(lines(50_000))
+    assert read_on(tail) == [50_000] and len(parsed) == 1
+
+
+@pytest.mark.parametrize("cut", range(0, 130, 7))
+def test_wherever_the_writer_is_interrupted(tmp_path, cut):
+    "All looks together give every row once, also where a line ends without its line break and where letters take several bytes"
+    text = (lines(1, 2) + "\n" + json.dumps(dict(step=3, note="é😀"), ensure_ascii=False) + "\n" + lines(4)).encode()
+    (tmp_path/"metrics.jsonl").write_bytes(text[:cut])
+    tail = MetricsTail(tmp_path)
+    first = read_on(tail)
+    assert first == [row["step"] for row in read_metrics(tmp_path)]
+    with open(tmp_path/"metrics.jsonl", "ab") as file: file.write(text[cut:])
+    assert first + read_on(tail) == [1, 2, 3, 4] and not tail.restarted
+
+
+@pytest.mark.parametrize("after", [lines(1, 2), "", lines(1, 2) + lines(3, 4, run=2), lines(1, 2) + lines(3, 4, 5, 6, 7, run=2), lines(1, run=2), None])
+def test_a_file_that_was_cut_or_replaced(tmp_path, after):
+    "A resumed run cuts off what came after its checkpoint, and may have written more than that since; the rows begin anew, once"
+    path, tail = tmp_path/"metrics.jsonl", MetricsTail(tmp_path)
+    path.write_text(lines(1, 2, 3, 4, 5))
+    assert read_on(tail) == [1, 2, 3, 4, 5]
+    if after is None: path.unlink()
+    else: path.write_text(after)
+    assert read_on(tail) == [row["step"] for row in read_metrics(tmp_path)] and tail.restarted
+    with open(path, "a") as file: file.write(lines(9))
+    assert read_on(tail) == [9] and not tail.restarted
+
+
+def test_a_file_that_was_cut_where_the_tail_stands(tmp_path):
+    "Nobody has to draw anew what is still true"
+    path, tail = tmp_path/"metrics.jsonl", MetricsTail(tmp_path)
+    path.write_text(lines(1, 2))
+    read_on(tail)
+    new = tmp_path/"other"
+    new.write_text(lines(1, 2, 3))
+    os.replace(new, path)
+    assert read_on(tail) == [3] and not tail.restarted
+
+
+def test_a_tail_and_a_broken_line(tmp_path):
+    "At the end it may still become whole; before others it is said, again and again until somebody mends it"
+    path, tail = tmp_path/"metrics.jsonl", MetricsTail(tmp_path)
+    path.write_text(lines(1) + "\n" + '{"st\n')
+    assert read_on(tail) == [1]
+    with open(path, "a") as file: file.write(lines(2))
+    for _ in range(2):
+        with pytest.raises(RunError, match="line 3, is not a JSON object"): tail.read()
+    path.write_text(lines(1) + "\n" + lines(2))
+    assert read_on(tail) == [2] and not tail.restarted
+
+
+def test_a_tail_in_portions(tmp_path):
+    (tmp_path/"metrics.jsonl").write_text(lines(*range(1, 8)))
+    tail = MetricsTail(tmp_path)
+    assert [[row["step"] for row in tail.read(at_most=3)] for _ in range(4)] == [[1, 2, 3], [4, 5, 6], [7], []]
 
 
 # ---- lists ------------------------------------------------------------------------------------------------------------

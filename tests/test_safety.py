@@ -1,4 +1,5 @@
 "A run loses nothing: killed, stopped, out of disk, out of memory, without its folder, begun twice, or gone on with as something else"
+import errno
 import json
 import os
 import resource
@@ -12,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import adapter, change, copy, ended, leftovers, metrics, mounted, prepared, recipe, rows, start, status, write_rows
+from helpers import adapter, change, copy, ended, file_limit, leftovers, metrics, mounted, prepared, recipe, rows, start, status, write_rows
 
-from sage_finetune.checkpoint import checkpoints, newest_checkpoint
-from sage_finetune.config import ConfigError, RunError
+from sage_finetune.checkpoint import RunWriter, checkpoints, newest_checkpoint
+from sage_finetune.config import ConfigError, RunError, folder_atomic, write_atomic
 from sage_finetune.runs import read_meta
 from sage_finetune.trainer import LoRATrainer
 
@@ -409,3 +410,56 @@ def test_no_adapter_to_continue(tmp_path):
     from sage_finetune.config import ModelError
     with pytest.raises(ModelError, match="there is no adapter in"): LoRATrainer(recipe(tmp_path, continue_from=tmp_path/"nowhere")).train(show=False)
     assert not (tmp_path/"run"/"metrics.jsonl").exists()
+
+
+# ---- names on the disk ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def events(monkeypatch):
+    "What is forced onto the disk, and what is renamed, in order; the system does it all the same"
+    seen, sync, rename = [], os.fsync, os.rename
+    def watch(name, function):
+        def both(*paths):
+            done = function(*paths)
+            seen.append((name, Path(paths[1]).name))
+            return done
+        monkeypatch.setattr(os, name, both)
+    monkeypatch.setattr(os, "fsync", lambda handle: (seen.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).name)), sync(handle))[1])
+    for name, function in (("rename", rename), ("replace", os.replace)): watch(name, function)
+    return seen
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks the system what a handle is open for")
+def test_a_new_name_reaches_the_disk_too(tmp_path, events):
+    "First what stands in a file, then its name, then the folder that holds the name; before that an old folder is not deleted"
+    write_atomic(tmp_path/"run"/"status.json", "{}")
+    assert [what for what, _ in events] == ["sync", "replace", "sync"] and events[-1] == ("sync", "run")
+    for _ in range(2):
+        with folder_atomic(tmp_path/"run"/"model") as temp:
+            (temp/"part").mkdir()
+            (temp/"part"/"weights").write_text("all")
+            events.clear()
+    names = [name for what, name in events if what == "sync"]
+    assert {"weights", "part"} < set(names) and events[-2:] == [("rename", "model"), ("sync", "run")]
+
+
+def test_a_disk_that_cannot_sync_a_folder(tmp_path, monkeypatch):
+    "Some network disks refuse it; the file is written all the same"
+    sync = os.fsync
+    def refuse(handle):
+        if Path(f"/proc/self/fd/{handle}").is_dir(): raise OSError(errno.EINVAL, "Invalid argument")
+        sync(handle)
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert write_atomic(tmp_path/"note.json", "{}").read_text() == "{}"
+
+
+def test_a_curve_survives_a_disk_that_fills_up_at_a_resume(tmp_path):
+    "What a killed run wrote after its checkpoint is cut off, in a new file that takes the place of the old one only when it is whole"
+    config = recipe(tmp_path)
+    config.output_dir.mkdir()
+    (config.output_dir/"metrics.jsonl").write_text("".join(json.dumps(dict(step=step, note="x" * 200)) + "\n" for step in range(1, 101)))
+    before = (config.output_dir/"metrics.jsonl").read_bytes()
+    with file_limit(10_000), pytest.raises(RunError, match="disk is full"): RunWriter(config, 100, resumed_at=90)
+    assert (config.output_dir/"metrics.jsonl").read_bytes() == before and leftovers(config.output_dir) == []
+    RunWriter(config, 100, resumed_at=90).close("cancelled")
+    assert len(metrics(config.output_dir)) == 90
