@@ -43,6 +43,7 @@ _home = {
     "start_run": "launch",
     "follow": "launch",
     "stop_run": "launch",
+    "attached": "launch",
     "doctor": "diagnosis",
     "free": "diagnosis",
     "ConfigForm": "form",

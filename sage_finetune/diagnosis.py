@@ -312,8 +312,8 @@ def from_hub(
 ) -> list[str]: # names, such as "model Qwen/Qwen2.5-0.5B"; empty when all is here
     "What a run would have to download before it can start."
     if config is None: return []
-    paths = [str(path) for path in (config.data_path, config.eval_path) if path]
-    return [f'model {config.model_name}'] * (not _is_here(config.model_name)) + [f'data {path}' for path in paths if _on_hub(path)]
+    from sage_finetune.files import is_hub_name
+    return [f'model {config.model_name}'] * (not _is_here(config.model_name)) + [f'data {path}' for path in (config.data_path, config.eval_path) if path and is_hub_name(path)]
 
 def _is_here(model_name: str) -> bool:
     "Whether a model need not be downloaded; one whose folder is missing is somebody else's concern"
@@ -321,11 +321,6 @@ def _is_here(model_name: str) -> bool:
     try: found = find_model(model_name)
     except FinetuneError: return True
     return Path(found).is_dir() or isinstance(try_to_load_from_cache(found, 'config.json'), str)
-
-def _on_hub(path: str) -> bool:
-    "Whether this is the name of a data set on the Hub"
-    from sage_finetune.files import _HUB_NAME, _READERS
-    return bool(_HUB_NAME.fullmatch(path)) and not Path(path).exists() and Path(path).suffix.lower() not in _READERS
 
 # %% ../nbs/21_diagnosis.ipynb #00bb51fe
 def _hub(config: TrainingConfig | None, online: bool) -> Iterator[Look]:

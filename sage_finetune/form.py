@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ipywidgets as W
 
 from .config import PRESETS, ConfigError, DataError, FinetuneError, LoRAConfig, PresetConfigs, TrainingConfig, _allowed, help_phrases, preset, suggest_preset, write_atomic
-from .files import _HUB_NAME, iter_rows, packaged, packaged_held_out, source_size
+from .files import is_hub_name, iter_rows, packaged, packaged_held_out, source_size
 from .panel import Panel, fields_row, heading, line_html, marked, shown_text
 from .runs import CONFIG, METRICS, STATUS, html_table, printable, read_status
 
@@ -332,7 +332,7 @@ def count_rows(
 ) -> RowCount | None: # None where that takes longer: a data set on the Hub, a folder of very many
     "Count rows. Raises `DataError` when there are none."
     path, bad, rows, until = Path(data_path), [], 0, time.monotonic() + seconds
-    if not path.exists() and path.suffix.lower() not in _ENDINGS and _HUB_NAME.fullmatch(str(data_path)): return None
+    if is_hub_name(data_path): return None
     if path.is_dir() and any(time.monotonic() > until for _ in os.walk(path)): return None  # somebody typed the beginning of a path
     for raw in iter_rows(path, bad.append):
         rows += 1

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import psutil
 
 from .config import FinetuneError, RunError, TrainingConfig, write_json
-from .files import _HUB_NAME, _PACKED, _READERS
+from .files import is_hub_name
 
 # %% ../nbs/10_runs.ipynb #b2874ab8
 META, STATUS, METRICS, CONFIG = 'finetune_meta.json', 'status.json', 'metrics.jsonl', 'training_config.json'
@@ -96,8 +96,7 @@ def _find(folder: Path, text: str | None) -> Path | None:
 
 def _has_name(text: str) -> bool:
     "Whether this is the name of a packaged data set, like example, or of one on the Hub, like owner/name:split, and no path"
-    on_hub = _HUB_NAME.fullmatch(text) and Path(text).suffix.lower() not in (*_READERS, *_PACKED)
-    return bool(text.isidentifier() or on_hub) and not Path(text).exists()
+    return is_hub_name(text) or text.isidentifier() and not Path(text).exists()
 
 def read_object(
     path: str | Path # a file of a run folder

@@ -22,6 +22,15 @@ def hears_interrupts():
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def stays_here():
+    "A test that leaves another working folder behind would break those after it"
+    here = os.getcwd()
+    yield
+    there, _ = os.getcwd(), os.chdir(here)
+    assert there == here, f"the test left {there} as working folder"
+
+
 @pytest.fixture(scope="session")
 def root():
     "The project's folder"

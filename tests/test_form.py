@@ -317,13 +317,17 @@ def test_an_ended_process_is_said_and_replaced(live):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere there are no copies')
-def test_a_copy_that_is_killed_is_said():
+def test_a_copy_that_is_killed_is_said(tmp_path):
     import psutil
     form = ConfigForm()
     assert form.wait()
-    form.config = PresetConfigs.tiny(max_length=2**20, per_device_train_batch_size=64, engine='plain')
-    while not (copies := psutil.Process(MEMORY.process.pid).children()): time.sleep(0.005)
-    os.kill(copies[0].pid, signal.SIGKILL)
+    deep = dict(model_type='gemma2', hidden_size=128, num_hidden_layers=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=512, vocab_size=4000)  # its layers are not alike, so it takes long
+    (tmp_path/'config.json').write_text(json.dumps(deep))
+    copies = psutil.Process(MEMORY.process.pid).children
+    earlier = {copy.pid for copy in copies()}  # one that has answered may still be about to end
+    form.config = PresetConfigs.tiny(model_name=str(tmp_path))
+    while not (later := {copy.pid for copy in copies()} - earlier): time.sleep(0.005)
+    os.kill(later.pop(), signal.SIGKILL)
     assert form.wait() and 'was ended (9)' in form.memory.view.value
 
 

@@ -187,16 +187,20 @@ def test_an_unknown_x_axis_is_refused():
     with pytest.raises(ConfigError, match="by='day'.*step, epoch, tokens, seconds"): draw_run(run_of(3), by="day")
 
 
-def test_a_redraw_of_ten_thousand_points_takes_less_than_60_milliseconds():
-    "Processor time of the fastest tenth: neighbours on the machine slow down even that, threefold; the run goes on between two redraws"
-    rows = run_of(10_400, every=10)
-    curve, spent = filled(rows[:10_000]), []
-    for at in range(10_000, 10_400, 20):
+def redraw(count):
+    "Processor time of the fastest redraw of a run that goes on, with so many steps behind it"
+    rows, spent = run_of(count + 200, every=10), []
+    curve = filled(rows[:count])
+    for at in range(count, count + 200, 20):
         for row in rows[at:at + 20]: curve.add(row)
         start = time.process_time()
         draw_run(curve, "live")
         spent.append(time.process_time() - start)
-    assert sorted(spent)[len(spent) // 10] < 0.06, spent
+    return min(spent)
+
+
+def test_a_redraw_of_ten_thousand_points_costs_little_more_than_one_of_five_hundred():
+    assert redraw(10_000) < 4 * redraw(500)
 
 
 def test_one_thread_adds_while_others_draw():
@@ -324,8 +328,8 @@ def test_runs_are_compared_by_what_one_asks_for(tmp_path):
         with pytest.raises(ConfigError, match="labels=.* for 2 runs"): compare_runs([one, two], labels=labels)
 
 
-def test_folders_of_the_same_name_are_told_apart(tmp_path):
-    os.chdir(tmp_path)
+def test_folders_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     here = [tmp_path/"a"/"run", tmp_path/"b"/"run"]
     assert short_names(here) == ["a/run", "b/run"] and short_names([here[0]]) == ["run"]
     assert len(set(short_names([*here, here[0]]))) == 3
