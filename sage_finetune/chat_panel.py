@@ -442,7 +442,7 @@ class ChatPanel(Panel):
         "End the answer that is being given and take the panel off the page."
         self.stop()
         self.join(10)
-        for widget in list(_family(self.box)): widget.close()
+        super().close()
 
     # ---- the thread ----------------------------------------------------------------------------------------------------------
 
@@ -565,12 +565,6 @@ class ChatPanel(Panel):
         "The conversation as a table."
         rows = ''.join(f'<tr><th style="text-align:left">{html.escape(who)}</th><td style="text-align:left">{shown_text(said)}</td><td><small>{html.escape(note)}</small></td></tr>' for who, said, note in self._rows())
         return f'<table><caption>chat with {html.escape(self.partner.title)}</caption>{rows}</table>' + (self.shift._repr_html_() if self.shift else '')
-
-def _family(widget: W.Widget) -> Iterator[W.Widget]:
-    "A widget and all that it is made of"
-    yield widget
-    for part in (*getattr(widget, 'children', ()), getattr(widget, 'layout', None), getattr(widget, 'style', None)):
-        if isinstance(part, W.Widget): yield from _family(part)
 
 _CLICKS = {'chat.reset()': 'Clear', 'chat.edit(number, text)': 'Edit', 'chat.correct(number, text)': 'chat.correct', 'max_new_tokens': 'Longest answer'}
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONGER', 'RUN_STATES', 'BUSY', 'Again', 'RunSummary', 'short_path', 'RunWatch', 'settled', 'make_run', 'go_on_with',
-           'changes', 'Lesson', 'fingerprint', 'named', 'never_stopped', 'RunControl', 'said_by', 'pace_line',
-           'standing_line', 'proof_lines', 'TrainPanel']
+           'changes', 'Lesson', 'fingerprint', 'named', 'never_stopped', 'RunControl', 'pace_line', 'standing_line',
+           'proof_lines', 'TrainPanel']
 
 # %% ../nbs/25_train_panel.ipynb #6c629e68
 import atexit, hashlib, os, platform, shutil, signal, subprocess, tempfile, threading, time, weakref
@@ -21,10 +21,10 @@ import ipywidgets as W
 import psutil
 
 from .checkpoint import FREE, STATE, check_folder, checkpoints, holds_run
-from .config import ConfigError, FinetuneError, RunError, TrainingConfig, write_atomic
+from .config import ConfigError, RunError, TrainingConfig, write_atomic
 from .launch import LOG, attached, follow, last_launch, log_lines, start_run, stop_run, train_command
 from .model import free
-from .panel import Panel, Ticker, fields_row, image, line_html, marked, released, shown_text
+from .panel import Panel, Ticker, fields_row, image, line_html, marked, released, said_by, shown_text
 from .plot import Curve, draw_run
 from .runs import CONFIG, META, METRICS, STATUS, WORKING, MetricsTail, Status, html_table, printable, read_meta, read_status, still_works, text_table, write_meta
 from .trainer import clock, train_from_meta
@@ -478,12 +478,6 @@ class RunControl:
 
 _KILLED = ' It was ended by force (SIGKILL): by somebody, or by the system because memory ran out; a smaller batch or max_length needs less.'
 
-def said_by(
-    error: BaseException # any
-) -> str: # as it is told to a reader
-    "The sentence of an error; its kind too, where it is none of ours."
-    return f'{error}' if isinstance(error, FinetuneError) else f'{type(error).__name__}: {error}'
-
 def _in_a_kernel(status: Status) -> bool:
     "Whether the process that trains is a notebook's, which a signal would end"
     if status.pid == os.getpid(): return True
@@ -631,7 +625,7 @@ class TrainPanel(Panel):
     def close(self):
         "Close the window and its widgets; the run goes on."
         self._rest(wait=2)
-        for widget in _within(self.box): widget.close()
+        super().close()
 
     # ---- looking
 
@@ -721,7 +715,3 @@ class TrainPanel(Panel):
         return '\n'.join([standing_line(self.control), *red, *(text for _, text in proof_lines(self.control)), str(self.summary)])
 
 BUSY = ('starting', 'training', 'stopping')
-
-def _within(widget: W.Widget) -> list[W.Widget]:
-    "A widget and all in it"
-    return [inner for child in getattr(widget, 'children', ()) for inner in _within(child)] + [widget]

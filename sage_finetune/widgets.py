@@ -15,7 +15,7 @@ from .config import ConfigError, RunError, TrainingConfig
 from .data_panel import DataPanel
 from .form import ConfigForm
 from .panel import Panel, fields_row, line_html, marked
-from .runs import list_runs, read_meta, read_status, still_works
+from .runs import WORKING, list_runs, read_meta, read_status
 from .train_panel import BUSY, TrainPanel
 
 # %% ../nbs/27_widgets.ipynb #ea5a66c9
@@ -27,7 +27,7 @@ def run_at_work(
 ) -> Path | None: # a run folder; None when nobody works there
     "The run somebody is working on; of several, the one that was heard of last."
     if not Path(folder).is_dir(): return None
-    found = [run.folder for run in list_runs(folder) if run.state != 'unreadable' and still_works(read_status(run.folder))]
+    found = [run.folder for run in list_runs(folder) if run.state in WORKING]  # a process that is gone shows as failed
     return max(found, key=lambda run: read_status(run).updated, default=None)
 
 # %% ../nbs/27_widgets.ipynb #1f1d86d0

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +38,23 @@ def recipe(folder, **overrides):
     data = overrides.pop("data_path", None) or write_rows(folder/"rows.jsonl")
     fields = dict(data_path=data, output_dir=folder/"run", eval_ratio=0., per_device_train_batch_size=4, num_train_epochs=2, device="cpu")
     return PresetConfigs.tiny(**fields | overrides)
+
+
+def trained(folder):
+    "A trainer that has learnt the rows above"
+    from sage_finetune import LoRATrainer
+    trainer = LoRATrainer(recipe(folder, num_train_epochs=4))
+    result = trainer.train(show=False)
+    assert result.losses[-1] < result.losses[0]
+    return trainer
+
+
+def until(true, seconds=300):
+    "Wait for something"
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
 
 
 def prepared(folder, **fields):

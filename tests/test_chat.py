@@ -8,9 +8,9 @@ import weakref
 
 import pytest
 import torch
-from helpers import copy, file_limit, recipe
+from helpers import copy, file_limit, trained
 
-from sage_finetune import LoRAConfig, LoRATrainer, PresetConfigs, load_training_data, merge, to_messages
+from sage_finetune import LoRAConfig, PresetConfigs, load_training_data, merge, to_messages
 from sage_finetune.chat import Chat, Sampling, SideBySide, adapter_strength, answers, compare, forget_models, generate, shared_model, token_shift
 from sage_finetune.config import ConfigError, DataError, RunError
 from sage_finetune.export import open_run
@@ -23,10 +23,7 @@ NASTY = "<img src=x onerror=alert(1)>\x1b[31m & שלום, 色 \"ü\" 🙂\nsecon
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A trained run"
-    trainer = LoRATrainer(recipe(tmp_path_factory.mktemp("chat"), num_train_epochs=4))
-    result = trainer.train(show=False)
-    assert result.losses[-1] < result.losses[0]
-    return trainer.config.output_dir
+    return trained(tmp_path_factory.mktemp("chat")).config.output_dir
 
 
 @pytest.fixture(scope="module")

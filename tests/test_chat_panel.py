@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import recipe, rows, write_rows
+from helpers import recipe, rows, until, write_rows
 
 from sage_finetune.chat import forget_models, shared_model
 from sage_finetune.chat_panel import ChatPanel, Growing, TalkView, Turn, strength_words, turns_html
@@ -66,14 +66,6 @@ def say(panel, text):
     assert panel.join(60)
 
 
-def until(true, seconds=60):
-    "Wait for something"
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
-
-
 def shown(panel): return html.unescape(re.sub("<[^>]*>", " ", panel.talk.past.value + panel.talk.live.value))
 
 
@@ -81,7 +73,7 @@ def growing(panel):
     "An answer that has begun and will not end for a while"
     typed(panel, "Hello!")
     panel.controls.send.click()
-    until(lambda: panel.talk.draws > 3)
+    until(lambda: panel.talk.draws > 3, 60)
 
 
 # ---- asking -----------------------------------------------------------------------------------------------------------
@@ -266,7 +258,7 @@ def test_the_strength_moved_while_an_answer_grows(panels):
     panel = panels(**RAMBLING)
     growing(panel)
     panel.controls.strength.value = 0.3
-    until(lambda: panel.chat.strength == 0.3 and panel.talk.draws > 3)
+    until(lambda: panel.chat.strength == 0.3 and panel.talk.draws > 3, 60)
     assert len(panel.turns) == 1
     panel.controls.halt.click()
     assert panel.join(60) and "strength 0.30" in panel.turns[0].note
@@ -440,7 +432,7 @@ def test_looks_are_fifty_milliseconds_apart(panels):
     panel, times = panels(**RAMBLING), []
     panel.talk.live.observe(lambda change: times.append(time.monotonic()), "value")
     growing(panel)
-    until(lambda: len(times) > 12)
+    until(lambda: len(times) > 12, 60)
     panel.controls.halt.click()
     panel.join(60)
     gaps = [later - earlier for earlier, later in zip(times[2:-1], times[3:-1])]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import adapter, change, copy, ended, metrics, prepared, program, recipe, reference, rows, start, status, write_rows
+from helpers import adapter, change, copy, ended, metrics, prepared, program, recipe, reference, rows, start, status, trained, write_rows
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,9 +29,7 @@ class Watched(LoRATrainer):
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     "A finished run and its trainer, the model still in memory"
-    trainer = LoRATrainer(recipe(tmp_path_factory.mktemp("tuned"), num_train_epochs=4))
-    result = trainer.train(show=False)
-    assert result.losses[-1] < result.losses[0]
+    trainer = trained(tmp_path_factory.mktemp("tuned"))
     trainer.model.eval()
     return trainer
 

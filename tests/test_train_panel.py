@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import adapter, copy, ended, metrics, prepared, recipe, status, write_rows
+from helpers import adapter, copy, ended, metrics, prepared, recipe, status, until, write_rows
 
 from sage_finetune.config import DataError, RunError
 from sage_finetune.runs import write_status
@@ -34,14 +34,6 @@ def like(straight, folder, **fields):
     config = settled(straight)
     for name, value in dict(fields, output_dir=folder/"run").items(): setattr(config, name, value)
     return config
-
-
-def until(true, seconds=300):
-    "Wait for something"
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def losses(run): return [(row["step"], row["loss"], row["eval_loss"]) for row in metrics(run)]
