@@ -619,6 +619,7 @@ class TrainPanel(Panel):
         while not self._ended.wait(0.1):
             if time.monotonic() > until: return None
             if not self._watches and not self.control.look(): break  # a newer panel does the looking
+        if self._ended.is_set(): self._rest(wait=2)
         if self.control.error: raise self.control.error
         return self.summary
 
@@ -672,9 +673,10 @@ class TrainPanel(Panel):
 
     def _end(self):
         "Show how it ended, and leave it in the page"
-        if self.control.error: self.fail(self.control.error)
-        self._ended.set()
-        self.leave()
+        try:
+            if self.control.error: self.fail(self.control.error)
+            self.leave()
+        finally: self._ended.set()  # last: who waits in `join` finds the page as it stays
 
     def _draw(self, at_once: bool):
         "Draw the curve if there is more of it, and if it is time"

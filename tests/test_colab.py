@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT/".venv-colab"
+TOOLS = ("pytest", "pytest-timeout", "hypothesis")
 WANTED = dict(line.split("==") for line in (ROOT/".ci"/"colab.txt").read_text().splitlines() if line and line[0] != "#")
 slow = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -85,8 +86,7 @@ def make(place):
     packages = next((place/"lib").glob("python*"))/"site-packages"
     for name in ("torch", "bitsandbytes"):
         for found in shared(name): link(found, packages)
-    tools = [f"{name}=={version(name)}" for name in ("pytest", "pytest-timeout")]
-    asked = ["-r", ".ci/colab.txt", "-e", ".", *tools]
+    asked = ["-r", ".ci/colab.txt", "-e", ".", *(f"{name}=={version(name)}" for name in TOOLS)]
     done = subprocess.run([sys.executable, "-m", "pip", "--python", place/"bin"/"python", "install", "-q", "--no-compile", *asked], cwd=ROOT, env=clean(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -94,7 +94,7 @@ def make(place):
 @pytest.fixture(scope="module")
 def colab():
     "The Python of that environment; it is made again when what it is made from has changed"
-    parts = [(ROOT/name).read_text() for name in (".ci/colab.txt", "settings.ini")] + [sys.version, version("torch"), version("bitsandbytes")]
+    parts = [(ROOT/name).read_text() for name in (".ci/colab.txt", "settings.ini")] + [sys.version, *map(version, ("torch", "bitsandbytes", *TOOLS))]
     sign, seal = hashlib.sha256("\n".join(parts).encode()).hexdigest(), PLACE/"made-from"
     if not seal.exists() or seal.read_text() != sign:
         make(PLACE)

@@ -101,8 +101,8 @@ import sys, time
 from sage_finetune.train_panel import TrainPanel
 panel = TrainPanel(sys.argv[1])
 assert panel.state in ("starting", "training"), panel.state
-while panel.control.watch.curve.count < 8: time.sleep(0.02)
-assert panel.rows[0]["step"] == 1 and panel.static_png()
+while panel.control.watch.curve.count < 8 or not panel.static_png(): time.sleep(0.02)
+assert panel.rows[0]["step"] == 1
 panel.stop()
 done = panel.join(300)
 print(panel.state, done.steps, panel.control.process)
