@@ -7,7 +7,7 @@ import time
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -75,11 +75,12 @@ def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(text, tiny):
 
 
 @given(st.text(max_size=60))
+@example("\ufa25")  # a letter the tokenizer itself writes in another way (Unicode's NFC, as Qwen2 has it)
 @settings(deadline=None)
 def test_no_text_loses_anything(text):
-    tokenizer = _shared()
-    ids = tokenizer(text.encode("utf-8", "replace").decode(), add_special_tokens=False)["input_ids"]
-    assert b"".join(_token_bytes(ids, tokenizer)) == text.encode("utf-8", "replace")
+    tokenizer, text = _shared(), text.encode("utf-8", "replace").decode()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert b"".join(_token_bytes(ids, tokenizer)).decode() == tokenizer.backend_tokenizer.normalizer.normalize_str(text)
     line = TokenLine(ids, list(ids), tokenizer)
     for shown in (repr(line), line._repr_html_(), line.ansi()): shown.encode()  # can be written to any file
 
