@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'FinetuneError', 'ConfigError', 'DataError', 'ModelError', 'RunError', 'write_atomic', 'why_unwritable',
-           'write_json', 'folder_atomic', 'dial', 'Checked', 'unknown_field', 'changed', 'help_phrases', 'LoRAConfig',
-           'TrainingConfig', 'tiny_path', 'find_model', 'preset', 'PresetConfigs', 'Suggestion', 'suggest_preset']
+           'write_json', 'folder_atomic', 'dial', 'accepted', 'Checked', 'unknown_field', 'changed', 'help_phrases',
+           'LoRAConfig', 'TrainingConfig', 'tiny_path', 'find_model', 'preset', 'PresetConfigs', 'Suggestion',
+           'suggest_preset']
 
 # %% ../nbs/00_config.ipynb #2fb478ca
 import dataclasses, difflib, errno, html, json, math, os, re, shutil, tempfile, types, typing
@@ -148,13 +149,18 @@ def _kinds(annotation: Any) -> tuple:
     return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
 # %% ../nbs/00_config.ipynb #a30c74b9
-def _allowed(dial_field: dataclasses.Field) -> str:
-    "What a field accepts, in words"
-    kinds = ' or '.join('None' if o is type(None) else getattr(o, '__name__', str(o)) for o in _kinds(dial_field.type))
+_IN_WORDS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'a text', Path: 'a path', type(None): 'None', list[str]: 'a list of texts'}
+
+def accepted(
+    dial_field: dataclasses.Field # of a config
+) -> str: # "a whole number from 1 to 1,024"
+    "What a field accepts, in words."
+    *kinds, last = (_IN_WORDS.get(kind, getattr(kind, '__name__', str(kind))) for kind in _kinds(dial_field.type))
     low, high, choices = (dial_field.metadata.get(o) for o in ('low', 'high', 'choices'))
+    in_digits = lambda value: f'{value:,}' if isinstance(value, int) else f'{value:g}'
+    span = '' if low is None else f' from {in_digits(low)} to {in_digits(high)}' if high is not None else f', {in_digits(low)} or more'
     if choices: return 'one of ' + ', '.join(map(repr, choices))
-    if low is None: return kinds
-    return f'{kinds}, ' + (f'from {low:g} to {high:g}' if high is not None else f'{low:g} or more')
+    return f'{kinds[0]}{span} or {last}' if kinds else f'{last}{span}'
 
 def _checked(owner: str, dial_field: dataclasses.Field, value: Any) -> Any:
     "`value` in its proper type; raises `ConfigError` when it is out of range"
@@ -168,7 +174,7 @@ def _checked(owner: str, dial_field: dataclasses.Field, value: Any) -> Any:
         if choices and fitting not in choices: break
         if isinstance(fitting, (int, float)) and not (math.isfinite(fitting) and (low is None or fitting >= low) and (high is None or fitting <= high)): break
         return fitting
-    raise ConfigError(f'{owner}.{dial_field.name} = {value!r} cannot be used: it takes {_allowed(dial_field)}.')
+    raise ConfigError(f'{owner}.{dial_field.name} = {value!r} cannot be used: it takes {accepted(dial_field)}.')
 
 # %% ../nbs/00_config.ipynb #20d50fc2
 class Checked:

@@ -18,7 +18,7 @@ import numpy as np
 from .config import ConfigError, FinetuneError, TrainingConfig
 from .data import report_line
 from .files import iter_rows, packaged_held_out
-from .health import HealthReport, health_report, histogram, _as_html, _decoded
+from .health import HealthReport, health_report, decoded, health_html, histogram
 from .memory import size_text
 from .model import run_tokenizer
 from .panel import Panel, fields_row, heading, image, marked, shown_text
@@ -105,7 +105,7 @@ def decoded_row(
     "A prepared row as text, where its source is out of reach."
     ids, learnt = example['input_ids'], [label != -100 for label in example['labels']]
     edges = [0, *(at for at in range(1, len(ids)) if learnt[at] != learnt[at - 1]), len(ids)]
-    texts = _decoded([ids[start:end] for start, end in zip(edges, edges[1:])], tokenizer)
+    texts = decoded([ids[start:end] for start, end in zip(edges, edges[1:])], tokenizer)
     return Sample([dict(role='learnt' if learnt[start] else 'read', content=text.strip('\n')) for start, text in zip(edges, texts)], None, None, [])
 
 # %% ../nbs/24_data_panel.ipynb #c49c7a18
@@ -219,7 +219,7 @@ class DataPanel(Panel):
     def _health_html(self) -> str:
         "The findings, and which rows were looked at"
         looked = ' '.join(f'Of {len(rows):,} {name} rows {HEALTH_ROWS:,}, evenly spread, were looked at.' for name, rows in self.sets.items() if len(rows) > HEALTH_ROWS)
-        return (shown_text(looked) if looked else '') + _as_html(self.health.findings)
+        return (shown_text(looked) if looked else '') + health_html(self.health.findings)
 
     @property
     def dataset(self) -> Any:

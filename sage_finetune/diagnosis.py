@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'LIBRARIES', 'PACKAGE', 'RESTART', 'TORCHAO', 'LITTLE', 'FULL', 'BITS', 'SECONDS', 'Look', 'without_secrets',
            'looked', 'requirements', 'in_notebook', 'installed', 'check_version', 'check_folder_writable', 'trial_step',
-           'from_hub', 'Diagnosis', 'doctor', 'Freed', 'free']
+           'from_hub', 'Diagnosis', 'doctor', 'released', 'Freed', 'free']
 
 # %% ../nbs/21_diagnosis.ipynb #f39ca2fa
 import gc, importlib.util, os, platform, re, shutil, sys, tempfile, textwrap, threading, time, traceback, warnings
@@ -156,7 +156,11 @@ def _front_end() -> Iterator[Look]:
     for page, (half, majors) in parts.items():
         wanted, found = majors.get(there.partition('.')[0]), installed(half)
         if page == 'notebook' and int((installed(page) or '7').partition('.')[0]) >= 7: continue  # takes JupyterLab's
-        if not installed(page) or not wanted or (found or '').partition('.')[0] == wanted: continue
+        if not installed(page) or not wanted: continue
+        if page == 'jupyterlab' and wanted == '1' and Version(installed(page)) >= Version('4'):
+            yield Look('widgets', f'JupyterLab {installed(page)} draws no panels of ipywidgets {there}: they would show as text', 'note', _pip('-U "ipywidgets>=8"') + ', then restart the kernel and reload the page')
+            continue
+        if (found or '').partition('.')[0] == wanted: continue
         yield Look('widgets', f'ipywidgets {there} needs {half} {wanted}.*, and there is {found or "none"}: panels would show as text', 'note', _pip(f'-U "{half}=={wanted}.*"') + ', then reload the page')
 
 # %% ../nbs/21_diagnosis.ipynb #5b3186e5
@@ -501,6 +505,21 @@ def _config_of(given: Any) -> tuple[TrainingConfig | None, list[Look]]:
     except (FinetuneError, TypeError) as error: return None, [Look('config', _reason(error, 400), 'problem')]
 
 # %% ../nbs/21_diagnosis.ipynb #9954a86e
+def released(
+    error: BaseException | None # any
+) -> BaseException | None: # the same, and those behind it, without what they passed by
+    "An exception that no longer holds the variables of the functions it passed; functions that still run keep theirs."
+    waiting, seen = [error], set()  # causes can form a ring
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen: continue
+        seen.add(id(one))
+        traceback.clear_frames(one.__traceback__)
+        one.__traceback__ = None  # a frame that a debugger or IPython has looked into keeps a copy of its variables until it goes itself
+        waiting += [one.__cause__, one.__context__]
+    return error
+
+# %% ../nbs/21_diagnosis.ipynb #ae231b7b
 def _sizes() -> dict[str, int]:
     "Bytes of this process in memory, and of the card what its libraries hold"
     found, torch = dict(memory=psutil.Process().memory_info().rss), sys.modules.get('torch')
@@ -512,18 +531,10 @@ def _forget_error() -> bool:
     "Drop the last uncaught exception, in Python and in IPython; whether there was one"
     names, shell = ('last_exc', 'last_value', 'last_type', 'last_traceback'), getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
     told = [getattr(sys, name) for name in names if getattr(sys, name, None) is not None]
-    for error in filter(lambda one: isinstance(one, BaseException), told): _clear_frames(error, set())
+    for error in filter(lambda one: isinstance(one, BaseException), told): released(error)
     for name in names: vars(sys).pop(name, None)
     for keeper in filter(None, (getattr(shell, name, None) for name in ('InteractiveTB', 'SyntaxTB'))): vars(keeper).pop('tb', None)
     return bool(told)
-
-def _clear_frames(error: BaseException | None, seen: set):
-    "Forget the variables of the functions an exception passed, and those behind it; functions that still run keep theirs"
-    if error is None or id(error) in seen: return
-    seen.add(id(error))
-    traceback.clear_frames(error.__traceback__)
-    error.__traceback__ = None  # a frame that a debugger or IPython has looked into keeps a copy of its variables until it goes itself
-    for behind in (error.__cause__, error.__context__): _clear_frames(behind, seen)
 
 # %% ../nbs/21_diagnosis.ipynb #9ed6a3c6
 @dataclass(repr=False)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import ipywidgets as W
 
-from .config import PRESETS, ConfigError, DataError, FinetuneError, LoRAConfig, PresetConfigs, TrainingConfig, _allowed, help_phrases, preset, suggest_preset, write_atomic
+from .config import PRESETS, ConfigError, DataError, FinetuneError, LoRAConfig, PresetConfigs, TrainingConfig, accepted, help_phrases, preset, suggest_preset, write_atomic
 from .files import is_hub_name, iter_rows, packaged, packaged_held_out, source_size
 from .panel import Panel, fields_row, heading, line_html, marked, shown_text
 from .runs import CONFIG, METRICS, STATUS, html_table, printable, read_status
@@ -126,7 +126,7 @@ class Dial:
         self.field = self.owner.__dataclass_fields__[self.name]
         self.phrase, self.stops, self.follows = phrase or _phrases(self.owner)[self.name], STOPS.get(key), False
         self.control, self.slider, self.note = make_control(self.field, self.name), None, W.HTML(layout=W.Layout(flex='1 1 280px', max_width='98%'))
-        hint(self.control, f'{self.phrase} ({_allowed(self.field)})')
+        hint(self.control, f'{self.phrase} ({accepted(self.field)})')
         if self.stops:
             self.slider = W.SelectionSlider(options=[(f'{stop:g}', stop) for stop in self.stops], readout=False, layout=W.Layout(width='170px'))
             hint(self.slider, f'usual values of {self.name}')

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['AT_ONCE', 'NO_SPACES', 'UNCLEAR', 'NO_LETTERS', 'HEAD_AND_TAIL', 'SIGNATURE', 'BANDS', 'ALIKE', 'MOST_PAIRS',
            'NEAR_ROWS', 'LEVELS', 'MOST_ROWS', 'OFTEN', 'ADVICE', 'CHECKS', 'frame_of', 'Example', 'read_examples',
-           'text_key', 'opening', 'odd_characters', 'has_markup', 'guess_language', 'Measured', 'measure',
+           'decoded', 'text_key', 'opening', 'odd_characters', 'has_markup', 'guess_language', 'Measured', 'measure',
            'token_codes', 'shingles', 'alike', 'signatures', 'without_common', 'near_pairs', 'Survey', 'survey',
            'Finding', 'preparation', 'learnt_share', 'longest_rows', 'histogram', 'lengths', 'stop_tokens',
            'empty_answers', 'one_word_answers', 'answer_lengths', 'same_answers', 'openings', 'exact_duplicates',
            'answers_differ', 'near_duplicates', 'in_both_splits', 'nearly_in_both_splits', 'languages', 'odd_writing',
-           'markup', 'HealthReport', 'health_report']
+           'markup', 'health_html', 'HealthReport', 'health_report']
 
 # %% ../nbs/17_health.ipynb #9a507caa
 import base64, hashlib, re, textwrap, unicodedata, zlib
@@ -91,7 +91,7 @@ def read_examples(
         numbers = batch['row'].to_pylist() if 'row' in batch.column_names else range(done + 1, done + 1 + len(ids))
         learnt = [one != -100 for one in labels]
         pieces = [_pieces(one.tolist(), mask, frame) for one, mask in zip(ids, learnt)]
-        texts = iter(_decoded([one[start:end].tolist() for one, spans in zip(ids, pieces) for start, end in spans], tokenizer))
+        texts = iter(decoded([one[start:end].tolist() for one, spans in zip(ids, pieces) for start, end in spans], tokenizer))
         for number, one, mask, spans in zip(numbers, ids, learnt, pieces):
             yield _as_example(number, one, mask, spans, [next(texts) for _ in spans])
         done += len(ids)
@@ -101,8 +101,11 @@ def _lists(column: Any) -> list[np.ndarray]:
     flat = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
     return np.split(flat, np.cumsum([size for chunk in column.chunks for size in chunk.value_lengths().to_pylist()])[:-1])
 
-def _decoded(parts: list[list[int]], tokenizer: Any) -> list[str]:
-    "Many lists of ids as text, without special tokens; on all cores where the tokenizer can"
+def decoded(
+    parts: list[list[int]], # lists of ids
+    tokenizer: Any # of the model
+) -> list[str]: # one a list
+    "Many lists of ids as text, without special tokens; on all cores where the tokenizer can."
     backend = getattr(tokenizer, 'backend_tokenizer', None)
     if hasattr(backend, 'decode_batch'): return backend.decode_batch(parts, skip_special_tokens=True)
     return tokenizer.batch_decode(parts, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -231,7 +234,7 @@ def token_codes(
 ) -> np.ndarray: # uint64 (vocabulary,); 0 for tokens that are special or white space
     "A number for each token, the same for tokens that differ in upper and lower case and spaces only."
     vocabulary = range(max(tokenizer.get_vocab().values(), default=0) + 1)
-    seen = [text.strip().casefold() for text in _decoded([[token_id] for token_id in vocabulary], tokenizer)]
+    seen = [text.strip().casefold() for text in decoded([[token_id] for token_id in vocabulary], tokenizer)]
     named = [str(token_id) if '\ufffd' in text else text for token_id, text in zip(vocabulary, seen)]  # half a character is like no other
     return np.array([zlib.crc32(name.encode('utf-8', 'surrogatepass')) + 1 if name else 0 for name in named], dtype=np.uint64)
 
@@ -694,8 +697,10 @@ def _summary(findings: list[Finding]) -> str:
     rows = _look(findings, 'learnt share').figures['rows']
     return f'Health of {rows:,} rows: {", ".join(named) or "nothing to worry about"}; {counts["ok"]} of {len(findings)} looks are fine.'
 
-def _as_html(findings: list[Finding]) -> str:
-    "The table of findings, and under it the longest rows"
+def health_html(
+    findings: list[Finding] # of `health_report`
+) -> str: # everything in it is escaped
+    "The table of findings, and under it the longest rows."
     longest = _look(findings, 'longest rows').figures['longest']
     listed = _rows_html(('row', 'tokens', 'learnt', 'begins with'), [(f'{one["row"]:,}', f'{one["tokens"]:,}', f'{one["share"]:.1%}', one['head']) for one in longest])
     return f'<p><b>{escape(_summary(findings))}</b></p>{_findings_html(findings)}<p>The longest rows:</p>{listed}'
@@ -740,12 +745,12 @@ class HealthReport:
         return write_json(path, self.to_dict())
     def __str__(self): return _as_text(self.findings)
     __repr__ = __str__
-    def _repr_html_(self): return _embedded(self.picture) + _as_html(self.findings)  # where there is no room for two outputs
+    def _repr_html_(self): return _embedded(self.picture) + health_html(self.findings)  # where there is no room for two outputs
     def _ipython_display_(self):
         "Two outputs that a saved page keeps"
         from IPython.display import display  # only where there is a notebook to draw into
         display(self.picture)
-        display({'text/html': _as_html(self.findings), 'text/plain': str(self)}, raw=True)
+        display({'text/html': health_html(self.findings), 'text/plain': str(self)}, raw=True)
 
 # %% ../nbs/17_health.ipynb #6b36a949
 def health_report(

@@ -22,9 +22,10 @@ import psutil
 
 from .checkpoint import FREE, STATE, check_folder, checkpoints, holds_run
 from .config import ConfigError, RunError, TrainingConfig, write_atomic
+from .diagnosis import released
 from .launch import LOG, attached, follow, last_launch, log_lines, start_run, stop_run, train_command
 from .model import free
-from .panel import Panel, Ticker, fields_row, image, line_html, marked, released, said_by, shown_text
+from .panel import Panel, Ticker, fields_row, image, line_html, marked, said_by, shown_text
 from .plot import Curve, draw_run
 from .runs import CONFIG, META, METRICS, STATUS, WORKING, MetricsTail, Status, html_table, printable, read_meta, read_status, still_works, text_table, write_meta
 from .trainer import clock, train_from_meta

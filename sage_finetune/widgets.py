@@ -6,6 +6,7 @@
 __all__ = ['TABS', 'run_at_work', 'Studio', 'ChatPanel', 'ConfigForm', 'DataPanel', 'TrainPanel']
 
 # %% ../nbs/27_widgets.ipynb #a282ce93
+from contextlib import suppress
 from pathlib import Path
 
 import ipywidgets as W
@@ -15,7 +16,8 @@ from .config import ConfigError, RunError, TrainingConfig
 from .data_panel import DataPanel
 from .form import ConfigForm
 from .panel import Panel, fields_row, line_html, marked
-from .runs import WORKING, list_runs, read_meta, read_status
+from .launch import attached
+from .runs import list_runs, read_meta, still_works
 from .train_panel import BUSY, TrainPanel
 
 # %% ../nbs/27_widgets.ipynb #ea5a66c9
@@ -27,8 +29,10 @@ def run_at_work(
 ) -> Path | None: # a run folder; None when nobody works there
     "The run somebody is working on; of several, the one that was heard of last."
     if not Path(folder).is_dir(): return None
-    found = [run.folder for run in list_runs(folder) if run.state in WORKING]  # a process that is gone shows as failed
-    return max(found, key=lambda run: read_status(run).updated, default=None)
+    found = {}
+    for run in list_runs(folder):
+        with suppress(RunError): found[run.folder] = attached(run.folder)  # what is broken there is said where that run is opened
+    return max((run for run, status in found.items() if still_works(status)), key=lambda run: found[run].updated, default=None)
 
 # %% ../nbs/27_widgets.ipynb #1f1d86d0
 TABS = dict(recipe='1 · Recipe', data='2 · Data', train='3 · Train', chat='4 · Chat')

@@ -117,6 +117,13 @@ def test_the_front_end_must_be_of_the_same_age(tmp_path):
     assert look.state == "note" and "jupyterlab-widgets 3.*, and there is 1.1.0" in look.found
 
 
+@pytest.mark.parametrize("lab, said", [("4.2.0", "JupyterLab 4.2.0 draws no panels of ipywidgets 7.7.1"), ("3.6.8", None)])
+def test_the_page_must_know_widgets_of_that_age(tmp_path, lab, said):
+    for name, version in (("ipywidgets", "7.7.1"), ("jupyterlab", lab), ("jupyterlab_widgets", "1.1.11"), ("notebook", "7.5.0")): distribution(tmp_path, name, version, module=False)
+    found = looks("_front_end", tmp_path)
+    assert [(look.state, look.found.partition(":")[0]) for look in found] == [("note", said)] * bool(said) and all("ipywidgets>=8" in look.run for look in found)
+
+
 # ---- the disk ---------------------------------------------------------------------------------------------------------
 
 def test_a_file_in_the_place_of_a_folder(tmp_path):
