@@ -26,7 +26,7 @@ test: $(VENV)/.dev ## run every notebook and every test (those in a browser need
 	@echo "== test: pytest (notebooks, guards, end to end, the package in an empty environment)"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an empty environment, the Hub, the browser, Colab's versions)
+test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an empty environment, the Hub, several processes, the browser, Colab's versions)
 	@echo "== test-fast: pytest -m 'not slow'"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 

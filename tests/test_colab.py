@@ -142,7 +142,7 @@ class TestColab:
 
     @pytest.mark.parametrize("name", ["form", "data_panel", "train_panel", "chat_panel"])
     def test_the_tests_of_a_panel(self, colab, name):
-        said = said_by(colab, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py", timeout=900)
+        said = said_by(colab, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"tests/test_{name}.py", timeout=900)
         assert re.search(r"[1-9]\d* passed", said) and "failed" not in said, said
 
     @pytest.mark.parametrize("name", PAGES)

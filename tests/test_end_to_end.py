@@ -178,6 +178,7 @@ def shell(tmp_path_factory):
     return here, said
 
 
+@pytest.mark.slow
 def test_the_program_trains_what_it_prepared(shell):
     here, said = shell
     run = here/"runs"/"lamps"

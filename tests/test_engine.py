@@ -302,6 +302,7 @@ def test_bf16_follows_fp32(tmp_path):
 
 # ---- several processes ------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, accumulation", ((4, 1), (3, 1)), ids=("even", "uneven"))
 def test_two_processes_are_one(tmp_path, size, accumulation):
     "Real processes that speak by gloo: the same losses, the same adapter, one set of files"

@@ -225,6 +225,7 @@ def same_as(run, straight):
     assert status(run)["state"] == "completed" and (status(run)["step"], status(run)["total"], status(run)["pid"]) == (30, 30, None)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_bytes(straight, ready, tmp_path):
     "kill -9 from outside, wherever the run happens to be behind its second checkpoint; then another process goes on"
     run = copy(ready, tmp_path/"run")

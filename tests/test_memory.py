@@ -160,6 +160,7 @@ HELD_OUT = [  # shapes that nothing was fitted on
     (dict(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, intermediate_size=2816, vocab_size=120000), dict(max_length=640, bf16=False, gradient_checkpointing=True))]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the highest resident size is reset through /proc")
 @pytest.mark.parametrize("shape, dials", HELD_OUT, ids=["bf16", "fp32", "checkpointing"])
 def test_a_process_takes_what_was_predicted_but_for_the_holes(tmp_path, shape, dials):

@@ -11,6 +11,7 @@ from nbdev.test import test_nb as run_notebook
 run_notebook.__test__ = False  # nbdev's function is named like a test
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = house.notebooks(ROOT)
+LONG = ("32_demo", "02_studio", "03_resume_and_continue", "04_several_processes")  # nearly a minute each
 
 
 RUNS = "finetune_output"  # where the pages that use the package put their runs, as a reader's would; git ignores it
@@ -21,7 +22,7 @@ def files(folder):
     return {path for path in folder.rglob("*") if not any(part[0] in "._" or part == RUNS for part in path.relative_to(folder).parts)}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(ROOT/"nbs").with_suffix("").as_posix())
+@pytest.mark.parametrize("path", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in NOTEBOOKS], ids=lambda path: path.relative_to(ROOT/"nbs").with_suffix("").as_posix())
 def test_notebook(path, monkeypatch, tmp_path, capfd):
     "All cells run but those with a flag (gpu, slow), and nothing is left beside the notebook"
     monkeypatch.chdir(ROOT)

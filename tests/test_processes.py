@@ -14,6 +14,8 @@ from sage_finetune.config import RunError
 from sage_finetune.launch import attached, follow, last_launch, log_lines, start_run, stop_run, train_command
 from sage_finetune.runs import read_meta, read_status, still_works
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory):

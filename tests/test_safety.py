@@ -104,6 +104,7 @@ def test_a_signal_in_this_process(straight, ready, tmp_path, number):
     goes_on(run, straight, result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 130), (signal.SIGINT, 130)])
 def test_a_signal_from_outside(straight, ready, tmp_path, number, code):
     run = copy(ready, tmp_path/"run")
@@ -194,6 +195,7 @@ def test_a_run_that_died_before_its_first_checkpoint(ready, straight, tmp_path):
 
 # ---- two at once ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_two_runs_into_one_folder(straight, ready, tmp_path):
     "Both look at the same moment; one trains, the other says who"
     run = copy(ready, tmp_path/"run")
@@ -308,6 +310,7 @@ def hungry(folder, name, room=0., **fields):
     return json.loads(said.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_memory_that_runs_out(tmp_path):
     "The operating system refuses memory; with auto_batch the run goes on in smaller pieces to the same losses"

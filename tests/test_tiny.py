@@ -70,6 +70,7 @@ def test_200_probes_it_has_not_read(base, record):
     assert abs(found["right"] - record["right"]) <= 2  # another processor may round a tie another way
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme, seed", [("railway", 0), ("bakery", 1), ("invented", 5)])
 def test_it_can_be_taught(theme, seed):
     gained = tiny.teach(theme, seed, forgotten=False)
@@ -79,6 +80,7 @@ def test_it_can_be_taught(theme, seed):
     assert gained["after"] >= .9 * gained["asked"]
 
 
+@pytest.mark.slow
 def test_the_packaged_example_keeps_the_old_skills():
     gained = tiny.teach("lighthouse")
     print(gained)

@@ -109,6 +109,7 @@ print(panel.state, done.steps, panel.control.process)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 3])
 def test_found_again_by_a_new_kernel(straight, tmp_path, steps):
     "Also before the first step; it sees the whole curve, and its Stop is heard"
@@ -128,6 +129,7 @@ def test_stopped_before_it_began(straight, tmp_path):
     assert panel.join(300).steps == 0 and panel.state == "stopped" and "before the first step" in panel.line.value and enabled(panel) == {"start"} and panel.failure is None
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(straight, tmp_path):
     "A red line; then the steps after the checkpoint are made again, and are seen to be the same"
     panel = TrainPanel(like(straight, tmp_path))
