@@ -149,6 +149,15 @@ def _sampling(model: Any, tokenizer: Any, how: Sampling) -> dict:
     return dict(do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=None, max_new_tokens=how.max_new_tokens, logits_processor=LogitsProcessorList(draw),
         eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
 
+# %% ../nbs/15_chat.ipynb #54c709de
+@contextmanager
+def _row_of_its_own(model: nn.Module) -> Iterator[None]:
+    "What enters the head has its own strides, not those of the prompt it was cut from (seen in torch 2.13)"
+    own = lambda head, given: (given[0].clone(memory_format=torch.contiguous_format), *given[1:])
+    hook = model.get_output_embeddings().register_forward_pre_hook(own)
+    try: yield
+    finally: hook.remove()
+
 # %% ../nbs/15_chat.ipynb #184b532e
 class _Halted(Exception): "Somebody has said stop"
 
@@ -188,7 +197,7 @@ class _Making:
     def generate(self):
         "Ask the model for all tokens"
         ids = torch.tensor([self.ids], device=self.model.device)
-        with _as_strong(self.model, self.strength), _heard_between_layers(self.model, self.halted), torch.inference_mode():
+        with _as_strong(self.model, self.strength), _heard_between_layers(self.model, self.halted), _row_of_its_own(self.model), torch.inference_mode():
             grown = self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=self.streamer, stopping_criteria=StoppingCriteriaList([_StopOn(self.halted)]), **self.settings)
         if grown[0, -1].item() in self.settings['eos_token_id']: self.cut = ''
         elif not self.heard: self.cut = f'max_new_tokens={self.how.max_new_tokens} was reached' if self.how.max_new_tokens <= self.room else 'the model can read no further'
@@ -261,7 +270,7 @@ def _answer_batch(model: Any, tokenizer: Any, asked: list[list[int]], how: Sampl
     width, settings = max(map(len, asked)), _sampling(model, tokenizer, how)
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in asked], device=model.device)      # (rows, width)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in asked], device=model.device)
-    grown = model.generate(ids, attention_mask=mask, **settings)[:, width:].tolist()
+    with _row_of_its_own(model): grown = model.generate(ids, attention_mask=mask, **settings)[:, width:].tolist()
     stops = set(settings['eos_token_id'])
     ends = [next((at for at, token in enumerate(row) if token in stops), None) for row in grown]
     return [Answer(tokenizer.decode(row[:end], skip_special_tokens=True).strip(), end is not None) for row, end in zip(grown, ends)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGER', 'RUN_STATES', 'BUSY', 'Again', 'RunSummary', 'short_path', 'RunWatch', 'settled', 'make_run', 'go_on_with',
            'changes', 'Lesson', 'fingerprint', 'named', 'never_stopped', 'RunControl', 'pace_line', 'standing_line',
-           'proof_lines', 'TrainPanel']
+           'remark_lines', 'TrainPanel']
 
 # %% ../nbs/25_train_panel.ipynb #6c629e68
 import atexit, hashlib, os, platform, shutil, signal, subprocess, tempfile, threading, time, weakref
@@ -88,6 +88,11 @@ class RunSummary:
     def tokens_per_second(self) -> float:
         "Real tokens a second, over the whole run."
         return self.tokens / max(self.seconds, 1e-9)
+    @property
+    def by_heart(self) -> str: # a sentence, or nothing
+        "Whether the loss on held-out rows has risen by a twentieth since it was lowest, and the adapter is not the one of that step."
+        if not self.best or self.eval_losses[-1] < 1.05 * self.best[0] or f'the adapter is that of step {self.best[1]}' in self.message: return ''
+        return f'On held-out rows the loss was lowest at step {self.best[1]:,} ({self.best[0]:.3f}); now it is {self.eval_losses[-1]:.3f}: since then rows are learnt by heart. load_best_model_at_end=True keeps the adapter of that step; fewer epochs end there.'
 
     def rows(self) -> list[tuple]:
         "Names and values to show."
@@ -507,12 +512,13 @@ def standing_line(
     return dict(ready='Nothing was trained here yet: Start.', starting=control.stage() if control.state == 'starting' else '', training=here, stopping='The step is finished, then all is saved.',
                 completed=f'Done {at}. The adapter is in {short_path(made.lora_dir)}.', stopped=f'Stopped {at}. {on}' if made.steps else 'Stopped before the first step: Start.', failed=f'Failed {at}. {on}')[control.state]
 
-def proof_lines(
+def remark_lines(
     control: RunControl # of a run
 ) -> list[tuple]: # (kind, text)
-    "Whether what was gone on with is the same run."
+    "Whether what was gone on with is the same run, and whether it still learns what is asked of it."
     again, said = control.watch.again, [('note', text) for text in (control.expected, control.went_on) if text]
-    return said + [('good' if again.same else 'warning', f'{again}.')] * bool(again.count)
+    said += [('good' if again.same else 'warning', f'{again}.')] * bool(again.count)
+    return said + [('warning', control.summary.by_heart)] * bool(control.summary.by_heart)
 
 # %% ../nbs/25_train_panel.ipynb #4413eac8
 _windows = weakref.WeakValueDictionary()  # run folder -> the panel that watches it
@@ -695,7 +701,7 @@ class TrainPanel(Panel):
         total = row.get('total') or status.total or 1
         self.bar.max, self.bar.value, self.bar.bar_style = total, min(row.get('step', 0), total), dict(completed='success', failed='danger', stopped='warning').get(self.state, 'info')
         self.pace.value, self.line.value = escape(pace_line(row)), line_html(kind, standing_line(control))
-        self.proof.value = line_html('note', 'A copy is trained past the stop, without any stop.') if self._comparing else ''.join(line_html(kind, text) for kind, text in proof_lines(control))
+        self.proof.value = line_html('note', 'A copy is trained past the stop, without any stop.') if self._comparing else ''.join(line_html(kind, text) for kind, text in remark_lines(control))
         self.log.value = f'<div style="font-family:monospace;font-size:12px;max-height:16em;overflow:auto;display:flex;flex-direction:column-reverse">{shown_text(chr(10).join(line[:300] for line in control.watch.log))}</div>' if control.watch.log else ''
         busy, held = self.state in BUSY or self._comparing, holds_run(self.run_dir)
         may = dict(start=not busy, stop=self.state in ('starting', 'training') and control.status.state in WORKING, resume=not busy and held and self.state != 'completed', compare=not busy and self.state == 'stopped' and bool(row), here=True)
@@ -711,10 +717,10 @@ class TrainPanel(Panel):
     def static_html(self) -> str:
         "Where the run stands, what it has come to, and what went wrong."
         red = line_html('error', said_by(self.failure)) if self.failure else ''
-        return line_html('note', standing_line(self.control)) + red + ''.join(line_html(*line) for line in proof_lines(self.control)) + self.summary._repr_html_()
+        return line_html('note', standing_line(self.control)) + red + ''.join(line_html(*line) for line in remark_lines(self.control)) + self.summary._repr_html_()
 
     def __repr__(self):
         red = [f'problem: {printable(said_by(self.failure))}'] if self.failure else []
-        return '\n'.join([standing_line(self.control), *red, *(text for _, text in proof_lines(self.control)), str(self.summary)])
+        return '\n'.join([standing_line(self.control), *red, *(text for _, text in remark_lines(self.control)), str(self.summary)])
 
 BUSY = ('starting', 'training', 'stopping')

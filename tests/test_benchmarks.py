@@ -10,6 +10,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1]/"benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import panels  # noqa: E402
 import train  # noqa: E402
 from peers.common import Watch, peak_memory, value_of  # noqa: E402
 from reference import SHAPE, adapter_size, flops, make_rows, row_lengths  # noqa: E402
@@ -253,3 +254,21 @@ def test_how_cost_grows(tmp_path):
     assert sizes == [sizes[0] * rank // 4 for rank in train.QUANTITIES["rank"]]
     assert "| 128 | sage_finetune |" in said
     assert (tmp_path/"results"/"scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- panels -----------------------------------------------------------------------------------------------------------
+
+def test_what_a_redraw_costs_and_the_tables_that_tell():
+    "A real drawing in a process of its own; medians, the highest, and the slowdown of what takes turns"
+    found = panels.child("redraw 200", BENCHMARKS)
+    assert len(found["same"]) == len(found["other"]) == 15 and all(took > 0 for took in found["same"] + found["other"])
+    runs = dict(alone=[dict(steps_per_second=speed, kernel=0.) for speed in (2., 4., 9.)], shown=[dict(steps_per_second=3., kernel=share) for share in (0.01, 0.02, 0.05)])
+    heard = dict(tokens=17, reads=0.25, milliseconds=[1., 2., 30.])
+    told = panels.report(dict(date="2026-11-21T00:00:00", machine=dict(processor="a processor"), threads=2, torch="2.13.0", ipywidgets="8.1.9", redraw={"200": found}, watch={"12": runs},
+                              stop=dict(dtype="bfloat16", threads=2, answer=heard, short=heard, long=heard), memory=dict(grown={"36000": 1.5, "72000": 0.5})))
+    assert "| 12 | 4.0 | 3.0 | -25.0% | 0.0% | 2.0% |" in told and "| 17 | 0.2 s | 2 (30) |" in told and "72,000 steps: at most 1.5 MiB" in told and f"({max(found['other']):.0f}) |" in told
+
+
+def test_memory_is_looked_at_every_half_hour():
+    "Half an hour of a run, in this process"
+    assert list(panels.memory(hours=0.5, at_once=4000)["grown"]) == [36_000]

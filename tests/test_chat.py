@@ -180,6 +180,18 @@ def test_stop_and_walking_away(opened):
     assert min(taken(lambda stop, pieces: pieces.close()) for _ in range(4)) < 0.1
 
 
+def test_the_head_is_given_a_row_of_its_own(opened):
+    "With the strides of a long prompt a 16-bit head takes a second for the first word; afterwards the model is as before"
+    model, tokenizer = opened
+    strides, head, hooks = [], model.get_output_embeddings(), lambda: len(model.get_output_embeddings()._forward_pre_hooks)
+    before, seen = hooks(), head.register_forward_hook(lambda layer, given, scores: strides.append((given[0].shape, given[0].stride())))
+    try:
+        said(model, tokenizer)
+        answers(model, tokenizer, ["Hello!", "Which colour has lamp 2?"], max_new_tokens=3)
+    finally: seen.remove()
+    assert len(strides) > 5 and all(stride == (shape[1] * shape[2], shape[2], 1) for shape, stride in strides) and hooks() == before
+
+
 def test_stop_is_heard_while_the_prompt_is_read(opened, base):
     seen, chat = [], Chat(base, opened[1])
     for layer in base.model.layers: layer.register_forward_pre_hook(lambda *_: (seen.append(1), len(seen) == 2 and chat.stop()) and None)
