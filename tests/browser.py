@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -77,13 +78,13 @@ def free_port():
         return one.getsockname()[1]
 
 
-def environment(folder):
-    "Variables with which a server reads and writes its settings in a folder of its own"
-    places = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="runtime", JUPYTERLAB_SETTINGS_DIR="lab", JUPYTERLAB_WORKSPACES_DIR="spaces", IPYTHONDIR="ipython")
+def environment(folder, runtime):
+    "Variables with which a server reads and writes its settings in a folder of its own; a socket's path must be short, so `runtime` is elsewhere"
+    places = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTERLAB_SETTINGS_DIR="lab", JUPYTERLAB_WORKSPACES_DIR="spaces", IPYTHONDIR="ipython")
     (folder/"config"/"labconfig").mkdir(parents=True, exist_ok=True)
     (folder/"config"/"labconfig"/"default_setting_overrides.json").write_text(json.dumps(SETTINGS))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "PYTEST", "PYTHON", "VIRTUAL_ENV"))}
-    return kept | {name: str(folder/place) for name, place in places.items()} | dict(JUPYTER_PLATFORM_DIRS="1")
+    return kept | {name: str(folder/place) for name, place in places.items()} | dict(JUPYTER_PLATFORM_DIRS="1", JUPYTER_RUNTIME_DIR=runtime)
 
 
 def command(front, notebook, port, token, python):
@@ -109,8 +110,9 @@ def answers(address):
 def served(notebook, folder, front="lab", python=sys.executable):
     "A server on a free port of this machine alone; the address of the notebook. Its log is left in the folder"
     start, address, sign = command(front, notebook, free_port(), secrets.token_hex(8), python)
-    with (folder/f"{front}.log").open("w") as log:
-        process = subprocess.Popen([str(part) for part in start], cwd=notebook.parent, env=environment(folder), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    start.append("--KernelManager.transport=ipc")  # ports are chosen before they are used: now and then somebody else has taken one meanwhile
+    with tempfile.TemporaryDirectory(prefix="kernels-") as runtime, (folder/f"{front}.log").open("w") as log:
+        process = subprocess.Popen([str(part) for part in start], cwd=notebook.parent, env=environment(folder, runtime), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             until = time.monotonic() + PATIENCE
             while not answers(sign):

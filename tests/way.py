@@ -154,11 +154,13 @@ def begins(book, studio):
 
 
 def goes_on(book):
-    "The picture changes, and so does the line with the step"
+    "The picture changes, and so does the line with the step; long before the end"
     picture, line = book.find("img.sage-curve"), book.find(".sage-progress")
+    expect(picture).not_to_have_js_property("naturalWidth", 1)  # nothing is drawn yet
     source, said = picture.get_attribute("src"), line.inner_text()
     expect(line).not_to_have_text(said, use_inner_text=True)
     expect(picture).not_to_have_attribute("src", source)
+    assert step_of(book) < STEPS, "only the end was drawn"
     unharmed(book)
 
 
