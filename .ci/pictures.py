@@ -32,6 +32,7 @@ def keep(book, name, height=900):
 
 def ask(book, text):
     "A question, and its answer awaited"
+    expect(book.find(".sage-send")).to_be_enabled()
     book.find(".sage-say input").fill(text)
     book.find(".sage-say input").press("Enter")
     expect(book.find(".sage-talk .sage-asked").last).to_contain_text(text)

@@ -319,7 +319,7 @@ class ChatPanel(Panel):
         seed: int | None = None # makes a draw repeatable
     ):
         self.turns, self.shift, self.state, self.partner = [], None, 'ready', Partner(run, tokenizer)
-        self._lock, self._thread, self._halted, self._editing, self._after = threading.Lock(), None, threading.Event(), None, None
+        self._lock, self._thread, self._halted, self._editing, self._after, self._over = threading.Lock(), None, threading.Event(), None, None, False
         self.talk, self.controls = TalkView(), _Controls(self)
         its = self.controls
         its.system.value, its.temperature.value, its.longest.value, its.seed.value = system, temperature, max_new_tokens, '' if seed is None else str(seed)
@@ -449,8 +449,10 @@ class ChatPanel(Panel):
     def _begin(self, kind: str, patience: float = 0.):
         "Start a thread, unless one is at work"
         with self._lock:
-            if self.state != 'ready': return
-            self.state, self._after = 'answering', None
+            if self.state != 'ready':
+                if kind == 'say' and self._over: self._after = 'say'  # whoever reads on while colours are made is heard
+                return
+            self.state, self._after, self._over = 'answering', None, kind == 'colour'
             self._halted.clear()
             self._allow()
             self._thread = threading.Thread(target=self._work, args=(kind, patience), daemon=True)
@@ -460,17 +462,19 @@ class ChatPanel(Panel):
         "What the thread does: answer, and once more where somebody asked for that meanwhile"
         try:
             while kind:
-                if self.guarded(self._answer, kind, self._taken(patience) if kind == 'say' else ''): self.guarded(self._colour)
-                kind = self._next()
+                whole = self.guarded(self._answer, kind, self._taken(patience) if kind == 'say' else '')
+                with self._lock: self._over = True
+                if whole: self.guarded(self._colour)
+                kind, patience = self._next(), 0.3
         finally: self.state = 'ready'
 
     def _next(self) -> str | None:
         "What is to be done when an answer has ended; None: nothing, and the thread ends"
         self.guarded(self.leave)
         with self._lock:
-            after, self._after = self._after, None
+            after, self._after, self._over = self._after, None, False
             if after == 'clear': self.guarded(self._forget)
-            if after == 'anew' and self.turns and not self._halted.is_set() and not self.failure: return after
+            if (after == 'say' or after == 'anew' and self.turns) and not self._halted.is_set() and not self.failure: return after
             self.state = 'ready'
             self._tell('')
             self._allow()

@@ -294,6 +294,21 @@ def test_colours(panel):
     assert panel.shift is None and panel.talk.under.value == ""
 
 
+def test_what_is_said_while_colours_are_made_is_heard(panel):
+    "Enter right behind the click; and while it still answers Enter does nothing, and the text stays"
+    panel.ask(ASKED)
+    panel.controls.colours.value = True
+    entered(panel, "Who are you?")
+    assert panel.join(60) and [turn.asked for turn in panel.turns] == [ASKED, "Who are you?"] and panel.controls.say.value == "" and panel.shift.summary() in html.unescape(panel.talk.under.value)
+    panel.controls.colours.value, panel.controls.temperature.value, panel.controls.longest.value = False, 5., 900
+    typed(panel, "Hello!")
+    panel.controls.send.click()
+    until(lambda: panel.talk.live.value)
+    entered(panel, "And you?")
+    panel.stop()
+    assert panel.join(60) and len(panel.turns) == 3 and panel.controls.say.value == "And you?"
+
+
 def test_system_seed_and_length(panels):
     panel = panels(temperature=3., seed=4, max_new_tokens=12)
     said = panel.ask("Hello!")
