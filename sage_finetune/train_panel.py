@@ -90,8 +90,8 @@ class RunSummary:
         return self.tokens / max(self.seconds, 1e-9)
     @property
     def by_heart(self) -> str: # a sentence, or nothing
-        "Whether the loss on held-out rows has risen by a twentieth since it was lowest, and the adapter is not the one of that step."
-        if not self.best or self.eval_losses[-1] < 1.05 * self.best[0] or f'the adapter is that of step {self.best[1]}' in self.message: return ''
+        "Whether the loss on held-out rows has risen by a twentieth, and by 0.02 at least, since it was lowest, and the adapter is not the one of that step."
+        if not self.best or self.eval_losses[-1] - self.best[0] < max(0.02, self.best[0] / 20) or f'the adapter is that of step {self.best[1]}' in self.message: return ''
         return f'On held-out rows the loss was lowest at step {self.best[1]:,} ({self.best[0]:.3f}); now it is {self.eval_losses[-1]:.3f}: since then rows are learnt by heart. load_best_model_at_end=True keeps the adapter of that step; fewer epochs end there.'
 
     def rows(self) -> list[tuple]:
