@@ -32,11 +32,12 @@ test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an em
 
 bench: $(VENV)/.dev ## measure speed and memory against peers on this machine in under ten minutes (LONG=1: at full length)
 ifdef LONG
-	@echo "== bench: benchmarks/train.py, its --tune and --scaling, benchmarks/prepare.py"
+	@echo "== bench: benchmarks/train.py, its --tune and --scaling, benchmarks/prepare.py, benchmarks/panels.py"
 	@$(BIN)/python benchmarks/train.py
 	@$(BIN)/python benchmarks/train.py --tune
 	@$(BIN)/python benchmarks/train.py --scaling
 	@$(BIN)/python benchmarks/prepare.py
+	@$(BIN)/python benchmarks/panels.py
 else
 	@echo "== bench: benchmarks/train.py --short, benchmarks/prepare.py"
 	@$(BIN)/python benchmarks/train.py --short
