@@ -18,7 +18,7 @@ import numpy as np
 from .config import ConfigError, FinetuneError, TrainingConfig
 from .data import report_line
 from .files import iter_rows, packaged_held_out
-from .health import HealthReport, health_report, decoded, health_html, histogram
+from .health import HealthReport, decoded, health_html, health_report, histogram
 from .memory import size_text
 from .model import run_tokenizer
 from .panel import Panel, fields_row, heading, image, marked, shown_text

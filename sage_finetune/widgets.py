@@ -15,8 +15,8 @@ from .chat_panel import ChatPanel
 from .config import ConfigError, RunError, TrainingConfig
 from .data_panel import DataPanel
 from .form import ConfigForm
-from .panel import Panel, fields_row, line_html, marked
 from .launch import attached
+from .panel import Panel, fields_row, line_html, marked
 from .runs import list_runs, read_meta, still_works
 from .train_panel import BUSY, TrainPanel
 
