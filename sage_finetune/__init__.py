@@ -9,7 +9,7 @@ _home = {
     "TrainingConfig": "config",
     "PresetConfigs": "config",
     "suggest_preset": "config",
-    "FinetuneError": "config",
+    "FinetuneError": "core.errors",
     "render": "prompt",
     "render_all": "prompt",
     "render_prompt": "prompt",

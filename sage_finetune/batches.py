@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import ConfigError, DataError
+from .core.errors import ConfigError, DataError
 from .tokens import TokenLine, tokens_ansi, tokens_html, tokens_text
 
 # %% ../nbs/07_batches.ipynb #02678cbb

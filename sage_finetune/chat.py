@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper, TextIteratorStreamer, TopPLogitsWarper
 
-from .config import Checked, ConfigError, DataError, ModelError, TrainingConfig, dial, find_model, write_atomic
+from .config import Checked, TrainingConfig, dial, find_model
+from .core.errors import ConfigError, DataError, ModelError
+from .core.storage import write_atomic
 from .data import to_messages
 from .export import open_run, run_config
 from .files import load_training_data

@@ -16,7 +16,8 @@ from typing import Any
 import ipywidgets as W
 
 from .chat import Chat, Sampling, SideBySide, STRONGEST, TokenShift, adapter_strength, shared_model, token_shift
-from .config import ConfigError, DataError, FinetuneError, ModelError, RunError, TrainingConfig
+from .config import TrainingConfig
+from .core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
 from .model import load_base
 from .panel import Panel, fields_row, line_html, marked, shown_text
 from .runs import CONFIG, META, text_table

@@ -24,7 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .config import RunError, TrainingConfig, folder_atomic, why_unwritable, write_atomic, write_json
+from .config import TrainingConfig
+from .core.errors import RunError
+from .core.storage import folder_atomic, why_unwritable, write_atomic, write_json
 from .model import restore_adapter, save_adapter
 from .runs import CONFIG, METRICS, STATUS, process_gone, read_metrics, read_status, still_works, write_status
 

@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .config import FinetuneError
+from .core.errors import FinetuneError
 from .runs import list_runs, printable
 
 # %% ../nbs/35_cli.ipynb #d361f7c0

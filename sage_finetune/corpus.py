@@ -19,7 +19,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
-from .config import ConfigError, DataError
+from .core.errors import ConfigError, DataError
 from .runs import html_table, text_table
 
 # %% ../nbs/18_corpus.ipynb #0584ed90

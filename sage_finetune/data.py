@@ -26,7 +26,8 @@ from datasets import Dataset
 from datasets.table import MemoryMappedTable
 from tqdm import tqdm
 
-from .config import ConfigError, DataError, RunError, folder_atomic, why_unwritable
+from .core.errors import ConfigError, DataError, RunError
+from .core.storage import folder_atomic, why_unwritable
 from .files import BadRow, RawRow, iter_rows, load_training_data, packaged, packaged_held_out, source_key, source_name, source_size
 from .prompt import THINKING, Rendered, Renderer, render_texts, template_notes
 from .rows import (FORMATS, RowError, Sample, detect_data_format, format_alpaca_sample, format_conversation_sample, format_prompt_sample,

@@ -15,7 +15,8 @@ from typing import Any, TYPE_CHECKING
 import ipywidgets as W
 import numpy as np
 
-from .config import ConfigError, FinetuneError, TrainingConfig
+from .config import TrainingConfig
+from .core.errors import ConfigError, FinetuneError
 from .data import report_line
 from .files import iter_rows, packaged_held_out
 from .health import HealthReport, decoded, health_html, health_report, histogram

@@ -21,7 +21,9 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from .config import ConfigError, DataError, FinetuneError, TrainingConfig, find_model, why_unwritable
+from .config import TrainingConfig, find_model
+from .core.errors import ConfigError, DataError, FinetuneError
+from .core.storage import why_unwritable
 from .runs import CONFIG, html_table, printable, read_meta, text_table
 
 # %% ../nbs/21_diagnosis.ipynb #160567da

@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .batches import PackingPath, at_rest, attention_inputs, collate, packing_path, planted
-from .config import ConfigError, FinetuneError
+from .core.errors import ConfigError, FinetuneError
 from .model import BaseTunerLayer, LoRALinear
 
 # %% ../nbs/09_engine.ipynb #55a83d6a

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import DataError, ModelError, RunError, TrainingConfig, folder_atomic, write_json
+from .config import TrainingConfig
+from .core.errors import DataError, ModelError, RunError
+from .core.storage import folder_atomic, write_json
 from .data import Sample, iter_rows, read_row
 from .model import load_adapter, load_base, quiet
 from .prompt import render, render_text

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator, NamedTuple, TYPE_CHECKING
 
-from .config import DataError
+from .core.errors import DataError
 from .rows import FORMATS, suggest_column_map
 
 if TYPE_CHECKING: from datasets import Dataset

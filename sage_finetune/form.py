@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 import ipywidgets as W
 
-from .config import PRESETS, ConfigError, DataError, FinetuneError, LoRAConfig, PresetConfigs, TrainingConfig, accepted, help_phrases, preset, suggest_preset, write_atomic
+from .config import PRESETS, LoRAConfig, PresetConfigs, TrainingConfig, accepted, help_phrases, preset, suggest_preset
+from .core.errors import ConfigError, DataError, FinetuneError
+from .core.storage import write_atomic
 from .files import is_hub_name, iter_rows, packaged, packaged_held_out, source_size
 from .panel import Panel, fields_row, heading, line_html, marked, shown_text
 from .runs import CONFIG, METRICS, STATUS, html_table, printable, read_status

@@ -27,7 +27,8 @@ import pandas as pd
 from datasets import Dataset
 from tqdm import tqdm
 
-from .config import ConfigError, DataError, FinetuneError, write_json
+from .core.errors import ConfigError, DataError, FinetuneError
+from .core.storage import write_json
 from .tokens import visible
 from .prompt import render_prompt, stop_ids
 from .data import prepare_dataset, report_line

@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 import psutil
 
-from .config import ConfigError, RunError, why_unwritable, write_json
+from .core.errors import ConfigError, RunError
+from .core.storage import why_unwritable, write_json
 from .runs import MetricsTail, Status, printable, process_gone, read_meta, read_object, read_status, still_works
 
 # %% ../nbs/20_launch.ipynb #15031a90

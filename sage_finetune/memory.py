@@ -32,7 +32,8 @@ from transformers import AutoConfig
 
 from . import engine as engines
 from .batches import plan_batches
-from .config import ConfigError, FinetuneError, LoRAConfig, ModelError, TrainingConfig, find_model
+from .config import LoRAConfig, TrainingConfig, find_model
+from .core.errors import ConfigError, FinetuneError, ModelError
 from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, pick_device, plan_precision, quiet
 from .runs import html_table, text_table
 

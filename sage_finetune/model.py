@@ -28,7 +28,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.utils import logging as transformers_logging
 
-from .config import ConfigError, LoRAConfig, ModelError, TrainingConfig, changed, find_model
+from .config import LoRAConfig, TrainingConfig, changed, find_model
+from .core.errors import ConfigError, ModelError
 
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

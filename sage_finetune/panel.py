@@ -12,7 +12,7 @@ from typing import Any
 
 import ipywidgets as W
 
-from .config import FinetuneError
+from .core.errors import FinetuneError
 from .diagnosis import released
 from .runs import printable
 

@@ -19,7 +19,7 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, RunError
+from .core.errors import ConfigError, RunError
 from .runs import MetricsTail, printable, process_gone, read_status
 
 # %% ../nbs/16_plot.ipynb #0c58cfe3

@@ -17,7 +17,7 @@ from itertools import accumulate, chain, pairwise
 from os.path import commonprefix
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from .config import ConfigError, DataError, ModelError
+from .core.errors import ConfigError, DataError, ModelError
 from .template import (ANSWER_SIGN, ChatFormat, EMPTY_THINKING, PLAIN_TEMPLATE, PRIVATE_USE, REASONING_KEYS, StandIns, TEMPLATE_ERRORS, THINKING, THINKING_TAGS, Talk,
     adds_bos, closing_tokens, end_of_turn, is_learnt, make_talk, mended, opening_tokens, probe, put_back, split_thinking, template_of, template_text)
 from .tokens import TokenLine, tokens_html

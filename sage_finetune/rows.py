@@ -12,7 +12,7 @@ import difflib, json, re
 from functools import lru_cache
 from typing import Any, Callable, NamedTuple
 
-from .config import DataError
+from .core.errors import DataError
 
 # %% ../nbs/04_rows.ipynb #671f339c
 FORMATS = {  # format -> (fields it needs, fields it may have)

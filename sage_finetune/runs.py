@@ -20,7 +20,9 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from .config import FinetuneError, RunError, TrainingConfig, write_json
+from .config import TrainingConfig
+from .core.errors import FinetuneError, RunError
+from .core.storage import write_json
 from .files import is_hub_name
 
 # %% ../nbs/10_runs.ipynb #b2874ab8

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, DataError, RunError, TrainingConfig, find_model, preset, suggest_preset, why_unwritable, write_json
+from .config import TrainingConfig, find_model, preset, suggest_preset
+from .core.errors import ConfigError, DataError, RunError
+from .core.storage import why_unwritable, write_json
 from .corpus import code_rows
 from .files import BadRow, iter_rows
 from .rows import detect_data_format, read_row

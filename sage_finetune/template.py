@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from .config import DataError, ModelError
+from .core.errors import DataError, ModelError
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from . import world
 from .chat import accuracy
-from .config import PresetConfigs, tiny_path, write_atomic, write_json
+from .config import PresetConfigs, tiny_path
+from .core.storage import write_atomic, write_json
 from .trainer import LoRATrainer
 
 # %% ../nbs/31_tiny.ipynb #70e35e20

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .config import DataError
+from .core.errors import DataError
 
 # %% ../nbs/01_tokens.ipynb #27259e77
 def _byte_letters() -> dict[str, int]:

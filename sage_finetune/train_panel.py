@@ -21,7 +21,9 @@ import ipywidgets as W
 import psutil
 
 from .checkpoint import BEST_KEPT, FREE, STATE, check_folder, checkpoints, holds_run
-from .config import ConfigError, RunError, TrainingConfig, write_atomic
+from .config import TrainingConfig
+from .core.errors import ConfigError, RunError
+from .core.storage import write_atomic
 from .diagnosis import released
 from .launch import LOG, attached, follow, last_launch, log_lines, start_run, stop_run, train_command
 from .model import free

@@ -27,7 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from .batches import BatchPlan, PlannedStep, at_rest, collate, learnt_tokens, plan_batches
 from .checkpoint import Keeper, Progress, RunWriter, Stop, check_folder, checkpoints, identity, newest_checkpoint
-from .config import ConfigError, FinetuneError, RunError, TrainingConfig, folder_atomic
+from .config import TrainingConfig
+from .core.errors import ConfigError, FinetuneError, RunError
+from .core.storage import folder_atomic
 from .data import packaged_held_out, prepare, report_line, report_parts
 from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
 from .memory import fitting, line_layout, whole_room

@@ -12,7 +12,8 @@ from pathlib import Path
 import ipywidgets as W
 
 from .chat_panel import ChatPanel
-from .config import ConfigError, RunError, TrainingConfig
+from .config import TrainingConfig
+from .core.errors import ConfigError, RunError
 from .data_panel import DataPanel
 from .form import ConfigForm
 from .launch import attached

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from .config import DataError, write_atomic
+from .core.errors import DataError
+from .core.storage import write_atomic
 
 # %% ../nbs/30_world.ipynb #c16ca2cf
 COLOURS = "red blue green yellow black white brown grey pink purple orange silver golden violet scarlet turquoise".split()

@@ -19,6 +19,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 PACKAGE = "sage_finetune"
+# Wings from the ground up, each a package and a folder of notebooks; "" is the top level. A wing imports from itself and from those before it.
+WINGS = ("core", "")
 
 # Who may import a library, and why. A library that is named here may be imported by nobody else.
 # (Below `if TYPE_CHECKING:` anybody may: a type beside a parameter is for readers and never runs.)
@@ -45,7 +47,7 @@ COMES_WITH = {"tokenizers": "transformers", "huggingface_hub": "transformers", "
 # Not there on every computer: imported inside a function, where its absence can be said in a sentence.
 EXTRAS = {"tensorboard", "wandb"}
 # These import no torch: a form, a prompt, a run folder or a corpus is looked at, and the command line helps, without waiting seconds.
-LIGHT = ("config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "diagnosis", "panel", "form", "world", "cli")
+LIGHT = ("core.errors", "core.storage", "config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "diagnosis", "panel", "form", "world", "cli")
 COPIED = ("nbs", PACKAGE, "tests", "benchmarks", ".ci", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "README.md",
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
 
@@ -80,15 +82,19 @@ def text_of(value): return "".join(value) if isinstance(value, list) else value
 def code_of(notebook): return "\n\n".join(text_of(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
 
 
-def modules(root): return {path.stem: path for path in sorted((root/PACKAGE).glob("*.py")) if not path.stem.startswith("_")}
+def modules(root):
+    "The modules by name, those of a wing with its name before it: core.storage"
+    found = sorted((root/PACKAGE).rglob("*.py"))
+    return {".".join(path.relative_to(root/PACKAGE).with_suffix("").parts): path for path in found if not path.stem.startswith("_")}
 
 
 def rooms(root):
-    "The library notebooks: module name -> number and path"
+    "The library notebooks: module name -> place in the order of reading, (wing, number), and path"
     found = {}
-    for path in sorted((root/"nbs").glob("*.ipynb")):
-        match = re.fullmatch(r"(\d\d)_(\w+)", path.stem)
-        if match: found[match[2]] = (int(match[1]), path)
+    for level, wing in enumerate(WINGS):
+        for path in sorted((root/"nbs"/wing).glob("*.ipynb")):
+            match = re.fullmatch(r"(\d\d)_(\w+)", path.stem)
+            if match: found[".".join(filter(None, (wing, match[2])))] = ((level, int(match[1])), path)
     return found
 
 
@@ -107,10 +113,10 @@ def exports_out_of_sync(root):
     "Modules that differ from what their notebooks export"
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_project(root, Path(folder)/"project")
-        for path in (copy/PACKAGE).glob("*.py"):
+        for path in (copy/PACKAGE).rglob("*.py"):
             if path.stem != "__init__": path.unlink()
         run_python("from nbdev.doclinks import nbdev_export; nbdev_export()", copy)
-        names = {path.name for base in (root, copy) for path in (base/PACKAGE).glob("*.py")}
+        names = {path.relative_to(base/PACKAGE).as_posix() for base in (root, copy) for path in (base/PACKAGE).rglob("*.py")}
         differ = [name for name in sorted(names) if _bytes(root/PACKAGE/name) != _bytes(copy/PACKAGE/name)]
     return [f"{PACKAGE}/{name} is not what the notebooks export; change the notebook, then run nbdev-export" for name in differ]
 
@@ -165,16 +171,20 @@ def unmatched(root):
     for name, (_, path) in rooms_.items():
         said = re.findall(r"^#\|\s*default_exp:?\s+(\S+)", code_of(load(path)), flags=re.M)
         if said != [name]: found.append(f"{path.relative_to(root)} should export {name}, and says {said or 'nothing'}")
-        if name not in modules_: found.append(f"{path.relative_to(root)} has no module {PACKAGE}/{name}.py")
-    found += [f"{PACKAGE}/{name}.py has no notebook nbs/NN_{name}.ipynb" for name in modules_ if name not in rooms_]
-    numbers = [number for number, _ in rooms_.values()]
-    found += [f"two notebooks have the number {number:02d}" for number in sorted({number for number in numbers if numbers.count(number) > 1})]
+        if name not in modules_: found.append(f"{path.relative_to(root)} has no module {file_of(name)}")
+    found += [f"{file_of(name)} has no notebook nbs/{'/'.join([*name.split('.')[:-1], 'NN_' + name.split('.')[-1]])}.ipynb" for name in modules_ if name not in rooms_]
+    places = [place for place, _ in rooms_.values()]
+    found += [f"two notebooks have the number {place[1]:02d}" for place in sorted({place for place in places if places.count(place) > 1})]
+    library = {path for _, path in rooms_.values()}
     for path in notebooks(root):
-        if path.stem.partition("_")[2] in rooms_ and path.parent == root/"nbs": continue
+        if path in library: continue
         code = code_of(load(path))
         if re.search(r"^#\|\s*(default_exp|exports?)\b", code, flags=re.M): found.append(f"{path.relative_to(root)} is not a library page and exports")
         if re.search(r"\bnbdev\b", code): found.append(f"{path.relative_to(root)} needs nbdev, which Colab does not have")
     return found
+
+
+def file_of(name): return f"{PACKAGE}/{name.replace('.', '/')}.py"
 
 
 def unintroduced(root):
@@ -206,16 +216,23 @@ def imported(path):
         place = where.get(id(node), "top")
         if isinstance(node, ast.Import): yield from ((alias.name, [], node.lineno, place) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(part for part in (PACKAGE if node.level else "", node.module or "") if part)
+            base = ".".join(filter(None, (_package(path, node.level) if node.level else "", node.module)))
             yield base, [alias.name for alias in node.names], node.lineno, place
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
             if node.args and isinstance(node.args[0], ast.Constant): yield str(node.args[0].value), [], node.lineno, place
+
+
+def _package(path, level):
+    "The package that so many dots mean in a module: .errors in core/storage.py is sage_finetune.core.errors"
+    inside = path.parts[len(path.parts) - path.parts[::-1].index(PACKAGE) - 1:-1]
+    return ".".join(inside[:len(inside) - level + 1])
 
 
 def targets(name, taken, root):
     "The rooms that an import of the package leads to"
     parts = name.split(".")
     if parts[0] != PACKAGE: return []
+    if parts[1:] and parts[1] in WINGS: return [f"{parts[1]}.{parts[2]}"] if parts[2:] else [f"{parts[1]}.{one}" for one in taken]
     if len(parts) > 1: return [parts[1]]
     return [homes(root).get(one, one) for one in taken if not one.startswith("__")]
 
@@ -229,7 +246,7 @@ def upward_imports(root):
                 if target.startswith("_"): continue
                 if target not in rooms_: found.append(f"{module}.py:{line} imports {target}, which is no room")
                 elif module in rooms_ and rooms_[target][0] >= rooms_[module][0]:
-                    found.append(f"{module}.py:{line} imports {target}: {rooms_[module][0]:02d} may not look up to {rooms_[target][0]:02d}")
+                    found.append(f"{module}.py:{line} imports {target}: {rooms_[module][0][1]:02d} may not look up to {rooms_[target][0][1]:02d}")
     return found
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import sage_finetune.prompt as prompt
 import sage_finetune.template as template
-from sage_finetune.config import DataError
+from sage_finetune.core.errors import DataError
 
 FOLDER = Path(trl.__file__).parent/"chat_templates"
 TINY = Path(prompt.__file__).parent/"models"/"tiny"

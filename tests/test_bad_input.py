@@ -11,7 +11,8 @@ from helpers import adapter, change, copy, file_limit, leftovers, metrics, mount
 from sage_finetune import LoRATrainer, PresetConfigs, TrainingConfig, merge, train_from_meta
 from sage_finetune.checkpoint import checkpoints
 from sage_finetune.cli import main
-from sage_finetune.config import ConfigError, RunError, preset, tiny_path
+from sage_finetune.config import preset, tiny_path
+from sage_finetune.core.errors import ConfigError, RunError
 from sage_finetune.model import load_tokenizer
 from sage_finetune.runs import read_meta, read_metrics
 from sage_finetune.trainer import prepare_run_data

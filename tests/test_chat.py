@@ -12,7 +12,7 @@ from helpers import copy, file_limit, trained
 
 from sage_finetune import LoRAConfig, PresetConfigs, load_training_data, merge, to_messages
 from sage_finetune.chat import Chat, Sampling, SideBySide, adapter_strength, answers, compare, forget_models, generate, shared_model, token_shift
-from sage_finetune.config import ConfigError, DataError, RunError
+from sage_finetune.core.errors import ConfigError, DataError, RunError
 from sage_finetune.export import open_run
 from sage_finetune.model import NewTokens, attach_lora, load_base, make_room
 

@@ -13,7 +13,7 @@ from helpers import recipe, rows, until, write_rows
 
 from sage_finetune.chat import forget_models, shared_model
 from sage_finetune.chat_panel import ChatPanel, Growing, TalkView, Turn, strength_words, turns_html
-from sage_finetune.config import ConfigError, DataError, RunError
+from sage_finetune.core.errors import ConfigError, DataError, RunError
 from sage_finetune.data import prepare_dataset
 from sage_finetune.export import merge, open_run
 from sage_finetune.files import load_training_data

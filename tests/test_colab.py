@@ -32,7 +32,7 @@ slow = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ATTACH = """
 from sage_finetune import PresetConfigs, attach_lora, load_base
-from sage_finetune.config import ModelError
+from sage_finetune.core.errors import ModelError
 config = PresetConfigs.tiny()
 try: attach_lora(load_base(config)[0], config.lora)
 except ModelError as error: print(error)

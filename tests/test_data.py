@@ -19,7 +19,8 @@ from helpers import file_limit, leftovers, rows, write_rows
 from transformers import AutoTokenizer
 
 from sage_finetune import data
-from sage_finetune.config import ConfigError, DataError, RunError, tiny_path
+from sage_finetune.config import tiny_path
+from sage_finetune.core.errors import ConfigError, DataError, RunError
 from sage_finetune.data import DataReport, Maker, PreparedDataset, check_rows, encode, prepare, prepare_dataset, prompt_key, read_prepared, split
 from sage_finetune.prompt import render, render_text
 from sage_finetune.rows import read_row

@@ -7,7 +7,7 @@ import ipywidgets
 import pytest
 from helpers import recipe, rows, write_rows
 
-from sage_finetune.config import DataError
+from sage_finetune.core.errors import DataError
 from sage_finetune.data_panel import HEALTH_ROWS, DataPanel, decoded_row, source_row
 from sage_finetune.model import run_tokenizer
 from sage_finetune.trainer import prepare_run_data

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sage_finetune import files
-from sage_finetune.config import DataError
+from sage_finetune.core.errors import DataError
 from sage_finetune.files import BadRow, RawRow, iter_rows, load_training_data, packaged, packaged_held_out, place, source_key, source_name, source_size
 from sage_finetune.rows import read_row
 

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sage_finetune import form as forms
-from sage_finetune.config import PRESETS, ConfigError, DataError, LoRAConfig, PresetConfigs, TrainingConfig, preset
+from sage_finetune.config import PRESETS, LoRAConfig, PresetConfigs, TrainingConfig, preset
+from sage_finetune.core.errors import ConfigError, DataError
 from sage_finetune.form import MEMORY, ConfigForm, all_keys, grouped, kinds_of, python_code, read_value, save_upload, show_value, uploads
 from sage_finetune.memory import estimate_memory, free_memory, measure_memory
 from sage_finetune.trainer import LoRATrainer

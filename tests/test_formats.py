@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sage_finetune.config import DataError
+from sage_finetune.core.errors import DataError
 from sage_finetune.rows import FORMATS, RowError, Sample, detect_data_format, format_conversation_sample, format_text_sample, read_row, rename_columns, suggest_column_map, to_messages
 
 ASK, TELL = dict(role="user", content="2 + 2?"), dict(role="assistant", content="Four.")

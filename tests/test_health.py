@@ -8,7 +8,8 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from sage_finetune.config import ConfigError, DataError, tiny_path
+from sage_finetune.config import tiny_path
+from sage_finetune.core.errors import ConfigError, DataError
 from sage_finetune.data import prepare_dataset
 from sage_finetune.health import (CHECKS, LEVELS, Finding, HealthReport, alike, guess_language, health_report, histogram, near_pairs, odd_characters, opening, read_examples,
     shingles, signatures, survey, text_key, token_codes, without_common)

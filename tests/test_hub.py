@@ -57,7 +57,8 @@ def hub():
 
 LOAD = """
 import torch
-from sage_finetune.config import ModelError, PresetConfigs
+from sage_finetune.config import PresetConfigs
+from sage_finetune.core.errors import ModelError
 from sage_finetune.model import load_base
 try: model, tokenizer = load_base(PresetConfigs.tiny(model_name={name!r}))
 except ModelError as error: print('ModelError:', error)

@@ -11,7 +11,8 @@ import torch
 from helpers import recipe
 from sage_finetune import memory
 from sage_finetune.batches import plan_batches
-from sage_finetune.config import ConfigError, ModelError, TrainingConfig
+from sage_finetune.config import TrainingConfig
+from sage_finetune.core.errors import ConfigError, ModelError
 from sage_finetune.engine import _ChunkedLoss
 from sage_finetune.memory import MemoryCount, _HeadSteps, _state_bytes, advice, cheapest_fix, empty_model, estimate_memory, fits, fitting, longest_lines, measure_memory, size_text
 from sage_finetune.model import attach_lora, load_base, make_optimizer

@@ -18,7 +18,8 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from sage_finetune import LoRATrainer, merge
 from sage_finetune.batches import collate
-from sage_finetune.config import ConfigError, LoRAConfig, ModelError, PresetConfigs, TrainingConfig
+from sage_finetune.config import LoRAConfig, PresetConfigs, TrainingConfig
+from sage_finetune.core.errors import ConfigError, ModelError
 from sage_finetune.engine import pick_engine
 from sage_finetune.model import (add_tokens, attach_lora, continue_adapter, count_parameters, inherited_tokens, load_adapter, load_base, load_tokenizer, make_optimizer, make_room, make_schedule, neftune,
     restore_adapter, run_tokenizer, save_adapter, trained_tokens, weight_bytes)

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from sage_finetune.batches import (BatchPlan, attention_inputs, collate, find_leak, learnt_tokens, pack, packing_path, plan_batches, show_batch)
-from sage_finetune.config import ConfigError, DataError, tiny_path
+from sage_finetune.config import tiny_path
+from sage_finetune.core.errors import ConfigError, DataError
 from sage_finetune.prompt import render
 
 VOCABULARY = 160

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from helpers import recipe
-from sage_finetune.config import ConfigError, RunError
+from sage_finetune.core.errors import ConfigError, RunError
 from sage_finetune.plot import Curve, LossPlot, Picture, RunFigure, Thinned, compare_runs, draw_lengths, draw_run, drawable, plot_run, short_names, smooth
 from sage_finetune.runs import write_status
 from sage_finetune.trainer import LoRATrainer

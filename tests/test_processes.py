@@ -10,7 +10,7 @@ import pytest
 from helpers import adapter, change, copy, ended, metrics, prepared, start, status, tree, write_rows
 
 from sage_finetune.checkpoint import newest_checkpoint
-from sage_finetune.config import RunError
+from sage_finetune.core.errors import RunError
 from sage_finetune.launch import attached, follow, last_launch, log_lines, start_run, stop_run, train_command
 from sage_finetune.runs import read_meta, read_status, still_works
 

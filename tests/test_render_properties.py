@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from templates_table import assistant, names, system, tokenizer_for, user
 
-from sage_finetune.config import DataError
+from sage_finetune.core.errors import DataError
 from sage_finetune.prompt import Renderer, check_prefix, mended, render, render_all, stop_ids, trained_mask
 
 EDGES = ["", " ", "\n", "\n\n", "\t", "  ", "a", "Blue.", "Assistant:", "<|im_end|>", "<|im_start|>assistant\n", "<end_of_turn>", "<|eot_id|>", "</s>", "<|endoftext|>", "<|return|>",

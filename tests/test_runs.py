@@ -7,7 +7,8 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from sage_finetune.config import RunError, TrainingConfig
+from sage_finetune.config import TrainingConfig
+from sage_finetune.core.errors import RunError
 from sage_finetune.runs import STATES, MetricsTail, list_runs, process_gone, read_meta, read_metrics, read_status, run_info, write_meta, write_status
 
 SAGE = dict(task_type="code", model="Qwen/Qwen2.5-Coder-7B-Instruct", framework="llama-factory", format="alpaca", dataset="/home/ada/out/code/training_data_code_alpaca.json",

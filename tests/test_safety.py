@@ -16,7 +16,8 @@ import torch
 from helpers import adapter, change, copy, ended, file_limit, leftovers, metrics, mounted, prepared, recipe, rows, start, status, write_rows
 
 from sage_finetune.checkpoint import RunWriter, checkpoints, newest_checkpoint
-from sage_finetune.config import ConfigError, RunError, folder_atomic, write_atomic
+from sage_finetune.core.errors import ConfigError, RunError
+from sage_finetune.core.storage import folder_atomic, write_atomic
 from sage_finetune.runs import read_meta
 from sage_finetune.trainer import LoRATrainer
 
@@ -210,7 +211,8 @@ RACE = """
 import sys, time
 from pathlib import Path
 from sage_finetune.checkpoint import RunWriter
-from sage_finetune.config import PresetConfigs, RunError
+from sage_finetune.config import PresetConfigs
+from sage_finetune.core.errors import RunError
 print("ready", flush=True)
 begin, held = float(sys.stdin.readline()), []
 for turn in range(20):
@@ -410,7 +412,7 @@ def test_an_old_adapter_goes_on_with_new_rows(tmp_path, fields):
 
 
 def test_no_adapter_to_continue(tmp_path):
-    from sage_finetune.config import ModelError
+    from sage_finetune.core.errors import ModelError
     with pytest.raises(ModelError, match="there is no adapter in"): LoRATrainer(recipe(tmp_path, continue_from=tmp_path/"nowhere")).train(show=False)
     assert not (tmp_path/"run"/"metrics.jsonl").exists()
 

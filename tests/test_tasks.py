@@ -9,7 +9,8 @@ from collections import Counter
 
 import pytest
 
-from sage_finetune.config import ConfigError, DataError, RunError, TrainingConfig
+from sage_finetune.config import TrainingConfig
+from sage_finetune.core.errors import ConfigError, DataError, RunError
 from sage_finetune.runs import TASK_NAMES, read_meta, read_status, write_status
 from sage_finetune.corpus import PHRASINGS, code_rows, find_secret, first_sentence, own_source
 from sage_finetune.tasks import TASKS, prepare_run, run_parts
@@ -465,7 +466,7 @@ def test_a_place_that_is_a_file(tmp_path, questions):
 FULL_DISK = """
 import resource, signal, sys
 from sage_finetune.tasks import prepare_run
-from sage_finetune.config import RunError
+from sage_finetune.core.errors import RunError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))   # no file may grow beyond this
 try: prepare_run('code', {run!r}, code_root={tree!r}, overwrite=True)

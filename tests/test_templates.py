@@ -9,7 +9,7 @@ from templates_table import TALKS, TOOLS, assistant, names, system, tokenizer_fo
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from sage_finetune.config import DataError, ModelError
+from sage_finetune.core.errors import DataError, ModelError
 from sage_finetune.prompt import (PLAIN_TEMPLATE, Renderer, check_prefix, end_of_turn, mended, render, render_all, render_prompt, render_text, stop_ids,
     template_notes, template_text, trained_mask)
 

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sage_finetune.config import DataError, tiny_path
+from sage_finetune.config import tiny_path
+from sage_finetune.core.errors import DataError
 from sage_finetune.tokens import TokenLine, _token_bytes, token_texts, tokens_ansi, tokens_html, tokens_text, visible
 
 TEXTS = ["The lamp costs 3 €.", "你好, wie geht's? 👩‍🚀", "a  b\n\n\tc", "Grüße\r\n", "نص عربي", "<|im_start|>user\n<b>&amp;</b>"]

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from helpers import adapter, copy, ended, metrics, prepared, recipe, status, until, write_rows
 
-from sage_finetune.config import DataError, RunError
+from sage_finetune.core.errors import DataError, RunError
 from sage_finetune.runs import write_status
 from sage_finetune.train_panel import RunWatch, TrainPanel, go_on_with, make_run, settled
 from sage_finetune.trainer import LoRATrainer
