@@ -1,0 +1,45 @@
+"""A run folder as version 0.1.0 wrote it, kept byte by byte in tests/runs/: later versions read it, and go on with it."""
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sage_finetune import LoRATrainer, answers, open_run, plot_run
+from sage_finetune.checkpoint import newest_checkpoint
+from sage_finetune.export import run_config
+from sage_finetune.launch import attached, last_launch, log_lines
+from sage_finetune.runs import list_runs, read_meta, read_metrics, read_status
+
+KEPT = Path(__file__).parent/"runs"/"written_by_0.1.0"
+
+
+@pytest.fixture
+def run(tmp_path): return Path(shutil.copytree(KEPT, tmp_path/"run"))
+
+
+def test_it_is_listed_and_read(run):
+    "State, meta file, metrics, log and start of the run say what they said"
+    info, = list_runs(run.parent)
+    assert (info.name, info.state, info.task, info.model, info.step, info.total, info.adapter) == ("run", "completed", "instruction", "tiny", 4, 4, True)
+    assert f"{info.loss:.3f}" == "5.665"
+    assert read_status(run).state == attached(run).state == "completed"
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4] and read_metrics(run)[3]["eval_loss"] == pytest.approx(2.695743)
+    assert last_launch(run).processes == 1 and log_lines(run, 1)[0].startswith("adapter")
+    assert read_meta(run).task_type == "instruction" and run_config(run).lora.r == 1
+    assert plot_run(run) is not None
+
+
+def test_it_answers(run):
+    "Base and adapter are opened and asked"
+    model, tokenizer = open_run(run)
+    assert len(answers(model, tokenizer, ["What is the colour of door 1?"])) == 1
+
+
+def test_it_goes_on_from_its_checkpoint(run):
+    "A run that was to have four steps is given six; the curve it had stays"
+    before, (path, _) = read_metrics(run), newest_checkpoint(run/"checkpoints")
+    config = read_meta(run).to_config()
+    config.max_steps = 6
+    result = LoRATrainer(config).train(show=False, resume=True)
+    rows = read_metrics(run)
+    assert path.name == "checkpoint-4" and result.steps == 2 and rows[:4] == before and [row["step"] for row in rows] == list(range(1, 7))
