@@ -559,7 +559,8 @@ class LoRATrainer:
 
     def load_model_and_tokenizer(self):
         "Load the base model and its tokenizer into `model` and `tokenizer`."
-        self.model, self.tokenizer = load_base(self.config)
+        self.model, tokenizer = load_base(self.config)
+        if self.tokenizer is None: self.tokenizer = tokenizer  # else it prepared the rows already, which may have changed its template
 
     def apply_lora(self):
         "Put the adapter beside the base: a fresh one, or the one that is continued."
