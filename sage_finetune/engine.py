@@ -50,11 +50,12 @@ def _loss_and_slopes(
         scores = part.to(torch.promote_types(part.dtype, torch.float32))
         if scale != 1: scores.mul_(scale)
         if softcap: scores.div_(softcap).tanh_().mul_(softcap)
-        lse = scores.logsumexp(-1, keepdim=True)
-        total += (lse - scores.gather(1, target)).sum()
+        bend = 1 - (scores / softcap).square() if softcap and slopes else None
+        own = scores.sub_(scores.amax(-1, keepdim=True)).gather(1, target)
+        mass = scores.exp_().sum(-1, keepdim=True)  # one exponential serves the loss and its slope
+        total += (mass.log() - own).sum()
         if not slopes: continue
-        bend = 1 - (scores / softcap).square() if softcap else None
-        scores.sub_(lse).exp_().scatter_add_(1, target, scores.new_full(target.shape, -1.))
+        scores.div_(mass).scatter_add_(1, target, scores.new_full(target.shape, -1.))
         if softcap: scores.mul_(bend)
         if scale != 1: scores.mul_(scale)
         part.copy_(scores)
