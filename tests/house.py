@@ -47,7 +47,7 @@ COMES_WITH = {"tokenizers": "transformers", "huggingface_hub": "transformers", "
 # Not there on every computer: imported inside a function, where its absence can be said in a sentence.
 EXTRAS = {"tensorboard", "wandb"}
 # These import no torch: a form, a prompt, a run folder or a corpus is looked at, and the command line helps, without waiting seconds.
-LIGHT = ("core.errors", "core.storage", "core.fingerprint", "config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "diagnosis", "panel", "form", "world", "cli")
+LIGHT = ("config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "diagnosis", "panel", "form", "world", "cli")  # and all of core
 COPIED = ("nbs", PACKAGE, "tests", "benchmarks", ".ci", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "README.md",
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
 
@@ -269,7 +269,7 @@ def forbidden_imports(root):
 
 def heavy_rooms(root):
     "Rooms that should be light and import torch or transformers all the same"
-    names = [name for name in LIGHT if name in modules(root)]
+    names = [name for name in modules(root) if name in LIGHT or name.startswith("core.")]
     code = f"import sys, {', '.join(f'{PACKAGE}.{name}' for name in names)}; print(*({{'torch', 'transformers', 'datasets', 'matplotlib'}} & set(sys.modules)))"
     loaded = run_python(code, root).split()
     return [f"one of {', '.join(names)} imports {library}" for library in sorted(loaded)]
