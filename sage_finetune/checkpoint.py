@@ -277,21 +277,22 @@ class RunWriter:
         resumed_at: int | None = None # steps already done by the run that is continued; None: it starts anew
     ):
         self.config, self.folder, self.total, self.last, self.said, self.waiting, self.metrics = config, config.output_dir, total, resumed_at or 0, 0., False, None
-        left = check_folder(config, resume=resumed_at is not None and 'auto')
+        check_folder(config, resume=resumed_at is not None and 'auto')
         self.lock = _take(self.folder, self)
-        try: self._begin(left, resumed_at)
+        try: self._begin(resumed_at)
         except BaseException:
             self._let_go()
             raise
 
-    def _begin(self, left: list[str], resumed_at: int | None):
+    def _begin(self, resumed_at: int | None):
         "Make room, write down what is about to happen, and open the file that grows by a line a step"
         tidy(self.folder)
+        left = check_folder(self.config, resume=resumed_at is not None and 'auto')  # a killed run's files may have come back
         if resumed_at is not None and is_run(self.folder) and read_manifest(self.folder) is None: note_files(self.folder, old_files(self.folder))
         old = [name for name in run_files(self.folder) if name.split('/')[0] in (*left, 'logs')] if left and resumed_at is None else []
         with put_aside(self.folder, old): self._write_first()
-        try: note_files(self.folder, [METRICS])
-        finally: self.metrics = open_append(self.folder/METRICS)  # a line is on its way to the disk as soon as it is written
+        note_files(self.folder, [METRICS])
+        self.metrics = open_append(self.folder/METRICS)  # a line is on its way to the disk as soon as it is written
         self.curves = self._curves()
 
     def _curves(self) -> set:

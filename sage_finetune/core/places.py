@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROJECT_FILES', 'MANIFEST', 'LINKED', 'is_inside', 'is_plain_name', 'check_readable', 'why_protected', 'is_own_name',
            'content_hash', 'read_manifest', 'note_files', 'note_folder', 'is_own_file', 'own_files',
-           'remove_empty_folders', 'put_aside', 'bring_back', 'name_some', 'remove_own', 'check_links']
+           'remove_empty_folders', 'put_aside', 'bring_back', 'name_some', 'remove_own', 'keep_changed', 'check_links']
 
 # %% ../../nbs/core/04_places.ipynb #a345019b
 import hashlib, json, os, re, shutil, stat, tempfile, warnings
@@ -217,7 +217,7 @@ def name_some(
     most: int = 4         # the others are counted
 ) -> str:                 # "a, b and 3 more"
     "The first few names, for a sentence."
-    names = list(names)
+    names = [''.join(char if char.isprintable() else '\N{REPLACEMENT CHARACTER}' for char in name) for name in names]
     return ', '.join(names[:most]) + f' and {len(names) - most} more' * (len(names) > most)
 
 def remove_own(
@@ -230,6 +230,23 @@ def remove_own(
     remove_empty_folders(folder, [*own, f'{name}/'])
     if left := [path.relative_to(folder).as_posix() for path in sorted((folder/name).rglob('*')) if not path.is_dir()]:
         warnings.warn(f'{folder/name} is no longer needed, but {name_some(left)} there was not written by this toolkit, or was changed since, so it stays.')
+
+# %% ../../nbs/core/04_places.ipynb #fa897d02
+def keep_changed(
+    run_dir: str | Path, # a run folder
+    name: str,           # of a folder in it that is about to be replaced
+    temp: Path           # where its new files lie
+):
+    "Put files that somebody has changed beside the new ones, as `NAME.kept`; which ones is said."
+    folder, own = Path(run_dir)/name, set(own_files(run_dir, name))
+    new = [file.relative_to(temp).as_posix() for file in temp.rglob('*') if file.is_file()]
+    changed = [file for file in new if os.path.lexists(folder/file) and f'{name}/{file}' not in own and not _same(folder/file, temp/file)]
+    for file in changed: shutil.copy2(folder/file, temp/f'{file}.kept', follow_symlinks=False)
+    if changed: warnings.warn(f'{name_some(changed)} in {folder} was changed since it was written; what stood there is kept beside the new one, with .kept behind its name.')
+
+def _same(first: Path, second: Path) -> bool:
+    "Whether two files hold the same"
+    return first.is_file() and first.stat().st_size == second.stat().st_size and content_hash(first) == content_hash(second)
 
 # %% ../../nbs/core/04_places.ipynb #6cc1e9be
 _RUN_FILES = (MANIFEST, 'finetune_meta.json', 'training_config.json', 'status.json')
