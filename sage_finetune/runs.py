@@ -386,7 +386,7 @@ def refuse_replacing(
                   or taken & {'lora_weights'} and name.startswith('lora_weights/') and is_own_name(name)]
     if in_the_way:
         raise RunError(f'{name_some(in_the_way)} in {folder} was not written by this toolkit, or was changed since, so it is not replaced. Move it away, or choose another output_dir.')
-    if others: warnings.warn(f'{name_some(others)} in {folder} was not written by this toolkit, or was changed since, so it stays where it is.')
+    if others and taken: warnings.warn(f'{name_some(others)} in {folder} was not written by this toolkit, or was changed since, so it stays where it is.')
 
 # %% ../nbs/10_runs.ipynb #0e8f7606
 @dataclass
