@@ -27,10 +27,11 @@ from torch import Tensor
 from .config import TrainingConfig
 from .core.errors import RunError
 from .core.places import (
-    MANIFEST, bring_back, check_links, is_own_name, note_files, note_folder, own_files, put_aside, read_manifest, remove_own)
+    MANIFEST, bring_back, check_links, note_files, note_folder, own_files, put_aside, read_manifest, remove_own)
 from .core.storage import OLD, PART, folder_atomic, open_append, why_unwritable, write_atomic, write_json
 from .model import restore_adapter, save_adapter
-from .runs import CONFIG, META, METRICS, STATUS, is_own_state, is_run, old_files, process_gone, refuse_replacing, run_files, read_metrics, read_status, still_works, write_status
+from .runs import (
+    CONFIG, META, METRICS, MODEL_FILE, STATUS, is_own_state, is_run, old_files, process_gone, read_metrics, read_status, refuse_replacing, run_files, still_works, write_status)
 
 # %% ../nbs/11_checkpoint.ipynb #853643f7
 def write_state(
@@ -212,7 +213,7 @@ def _holds_anything(path: Path) -> bool:
     "Whether there is a file, or a folder with something in it; behind a link only what a run writes counts, for it may lead to a disk with more on it"
     if not path.is_dir(): return path.exists() or path.is_symlink()
     if not path.is_symlink(): return any(path.iterdir())
-    return any(re.fullmatch(r'(checkpoint|best)-\d+', inside.name) or is_own_name(f'{path.name}/{inside.name}') for inside in path.iterdir())
+    return any(re.fullmatch(r'(checkpoint|best)-\d+', inside.name) or MODEL_FILE.fullmatch(inside.name) for inside in path.iterdir())
 
 def _refuse_others(folder: Path, left: list[str], lists_bad_rows: bool):
     "Refuse to write in the place of files that are somebody's own"

@@ -23,7 +23,7 @@ import psutil
 
 from .config import TrainingConfig
 from .core.errors import FinetuneError, RunError
-from .core.places import MANIFEST, check_readable, is_inside, is_own_name, name_some, own_files, read_manifest, why_protected
+from .core.places import MANIFEST, check_readable, is_inside, name_some, own_files, read_manifest, why_protected
 from .core.storage import expand_home, write_json
 from .files import is_hub_name
 
@@ -383,7 +383,7 @@ def refuse_replacing(
     if not is_run(folder): raise RunError(f'{folder} is no run of this toolkit, so nothing there is replaced ({name_some(others)}). Choose another output_dir.')
     taken = set(taken)
     in_the_way = [name for name in others if name in taken or taken & {'checkpoints'} and re.match(r'checkpoints/(checkpoint|best)-\d+', name)
-                  or taken & {'lora_weights'} and name.startswith('lora_weights/') and is_own_name(name)]
+                  or taken & {'lora_weights'} and name.startswith('lora_weights/') and MODEL_FILE.fullmatch(name.removeprefix('lora_weights/'))]
     if in_the_way:
         raise RunError(f'{name_some(in_the_way)} in {folder} was not written by this toolkit, or was changed since, so it is not replaced. Move it away, or choose another output_dir.')
     if others and taken: warnings.warn(f'{name_some(others)} in {folder} was not written by this toolkit, or was changed since, so it stays where it is.')
