@@ -7,7 +7,7 @@ __all__ = ['app', 'RunDir', 'main', 'doctor_command', 'data_command', 'quickstar
            'merge_command', 'chat_command', 'demo_command']
 
 # %% ../nbs/35_cli.ipynb #c4f93926
-import sys
+import sys, warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
@@ -39,7 +39,10 @@ def main(
     arguments: list[str] | None = None # command line without the program's name; None: the real one
 ) -> int: # exit status: 0 done, 2 something to put right, 130 interrupted
     "The program `sage-finetune`."
-    try: app(args=arguments, prog_name='sage-finetune')
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda said, *rest, **options: print(f'note: {printable(str(said))}', file=sys.stderr)
+            app(args=arguments, prog_name='sage-finetune')
     except SystemExit as done: return done.code or 0
     except FinetuneError as error:
         print(f'error: {printable(str(error))}', file=sys.stderr)

@@ -307,3 +307,10 @@ def test_the_cache_is_cleaned_of_its_own_remains_only(tmp_path):
 
 def test_the_first_example_replaces_nothing(root):
     assert "overwrite" not in (root/"README.md").read_text(encoding="utf-8").split("```python")[1].split("```")[0]
+
+
+def test_making_the_embedded_model_replaces_nobodys_model(tmp_path, capsys):
+    from sage_finetune import tiny
+    put(tmp_path/"model", "config.json", "README.md")
+    with pytest.raises(SystemExit): tiny.main(["--out", str(tmp_path/"model"), "--steps", "1"])
+    assert "holds config.json and no checkpoint" in capsys.readouterr().err and (tmp_path/"model"/"README.md").read_text() == "mine"

@@ -313,3 +313,18 @@ def test_without_a_home_folder(monkeypatch):
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where the system knows no home folder for this user
     with pytest.raises(FinetuneError, match="no such home folder"): expand_home("~/x")
     assert expand_home("x/~") == Path("x/~")
+
+
+def test_an_upload_stays_in_the_folder(run, victim):
+    from sage_finetune.form import save_upload
+    (run/"uploads").symlink_to(victim)
+    before = tree(victim)
+    with pytest.raises(RunError, match="is a link out of the run folder"): save_upload("rows.jsonl", b"{}\n", run)
+    assert tree(victim) == before
+
+
+def test_the_command_line_says_it_in_one_sentence(run, victim, capsys):
+    edit(run/"training_config.json", data_cache=str(victim), max_steps=1)
+    assert main(["run", str(run)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "data_cache" in line]
+    assert len(said) == 1 and said[0].startswith("note: ") and "Warning" not in said[0]
