@@ -122,6 +122,9 @@ def confine(
     if config.data_cache and not is_inside(folder, config.data_cache.absolute()):
         warnings.warn(f'{CONFIG} in {folder} has data_cache={str(config.data_cache)!r}, outside that folder, so it is not used: prepared rows go to {Path(folder)/"prepared"}. Set data_cache yourself to have it.')
         config.data_cache = None
+    for name in ('data_path', 'eval_path'):  # of a folder that was moved or copied, the rows in it are meant
+        path = getattr(config, name)
+        if path and not is_inside(folder, path.absolute()) and (Path(folder)/path.name).is_file(): setattr(config, name, Path(folder)/path.name)
     for name in ('data_path', 'eval_path', 'continue_from'):
         if (path := getattr(config, name)) is None or not os.path.exists(path): continue
         check_readable(path, f'the run in {folder} has {name}')
