@@ -22,7 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from .config import Checked, TrainingConfig, dial, find_model
 from .core.errors import ConfigError, DataError, ModelError
-from .core.storage import write_atomic
+from .core.storage import expand_home, write_atomic
 from .data import to_messages
 from .export import open_run, run_config
 from .files import load_training_data
@@ -519,7 +519,7 @@ class Chat:
         path: str | Path # a .jsonl file; what is in it stays
     ) -> int: # rows in the file now
         "Add the conversation to a file of training rows, whole or not at all; a row that is in it already is not added twice. Raises `DataError` when there is nothing to learn or the file holds something else."
-        path, rows = Path(path), self.rows()
+        path, rows = expand_home(path), self.rows()
         if path.suffix != '.jsonl': raise DataError(f'{path} is no .jsonl file, to which rows can be added. Choose a name that ends in .jsonl.')
         if not rows: raise DataError('there is no whole answer to learn from yet. Ask for one, raise max_new_tokens, or write it with chat.correct(number, text).')
         have = load_training_data(path) if path.exists() and path.stat().st_size else []

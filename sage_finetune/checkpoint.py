@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATE', 'FREE', 'BEST_KEPT', 'write_state', 'read_state', 'random_state', 'set_random_state', 'checkpoints',
-           'save_checkpoint', 'newest_checkpoint', 'identity', 'fingerprint_rows', 'fingerprint_base', 'differences',
-           'check_folder', 'holds_run', 'tidy', 'RunWriter', 'Progress', 'Keeper', 'Stop']
+           'save_checkpoint', 'own_names', 'newest_checkpoint', 'identity', 'fingerprint_rows', 'fingerprint_base',
+           'differences', 'check_folder', 'holds_run', 'tidy', 'RunWriter', 'Progress', 'Keeper', 'Stop']
 
 # %% ../nbs/11_checkpoint.ipynb #deedd413
 import errno, hashlib, json, os, random, re, shutil, signal, threading, time, warnings, weakref
@@ -26,9 +26,12 @@ from torch import Tensor
 
 from .config import TrainingConfig
 from .core.errors import RunError
-from .core.storage import folder_atomic, why_unwritable, write_atomic, write_json
+from .core.places import (
+    MANIFEST, bring_back, check_links, note_files, note_folder, own_files, put_aside, read_manifest, remove_own)
+from .core.storage import OLD, PART, folder_atomic, open_append, why_unwritable, write_atomic, write_json
 from .model import restore_adapter, save_adapter
-from .runs import CONFIG, METRICS, STATUS, process_gone, read_metrics, read_status, still_works, write_status
+from .runs import (
+    CONFIG, META, METRICS, MODEL_FILE, STATUS, is_own_state, is_run, old_files, process_gone, read_metrics, read_status, refuse_replacing, run_files, still_works, write_status)
 
 # %% ../nbs/11_checkpoint.ipynb #853643f7
 def write_state(
@@ -98,15 +101,24 @@ def save_checkpoint(
     step: int, # optimizer steps done
     model: Any, # with a trainable adapter
     state: dict, # whatever else is needed to go on
-    keep: int = 2 # older ones are deleted
+    keep: int = 2 # older ones are deleted, as far as they are this toolkit's
 ) -> Path: # the checkpoint
     "Write a checkpoint, then delete those beyond `keep`. Raises `RunError` when it cannot be written; the older ones are then still there."
     path = Path(folder)/f'checkpoint-{step}'
-    with folder_atomic(path) as temp:
+    run_dir, place = path.parent.parent, f'{path.parent.name}/{path.name}'
+    with folder_atomic(path, own_names(run_dir, place)) as temp:
         save_adapter(model, temp, for_resume=True)
         write_state(temp/STATE, dict(state, step=step))
-    for old in checkpoints(folder)[:-keep]: shutil.rmtree(old, ignore_errors=True)
+        note_folder(run_dir, place, temp)
+    for old in checkpoints(folder)[:-keep]: remove_own(run_dir, f'{path.parent.name}/{old.name}')
     return path
+
+def own_names(
+    run_dir: str | Path, # a run folder
+    place: str           # a folder in it
+) -> list[str]:          # names in that folder
+    "The files in a part of a run that this toolkit wrote, as names in that part."
+    return [name.removeprefix(f'{place}/') for name in own_files(run_dir, place)]
 
 # %% ../nbs/11_checkpoint.ipynb #f2ab7956
 def newest_checkpoint(
@@ -180,9 +192,11 @@ def check_folder(
     "Refuse a run folder that is in use, holds another run, or cannot be written to. Raises `RunError`."
     folder, status = config.output_dir, read_status(config.output_dir)
     if still_works(status) and status.pid != os.getpid(): raise RunError(_in_use(folder))
-    left = [name for name in (METRICS, 'checkpoints', 'lora_weights', 'merged_model') if (folder/name).exists()]
+    check_links(folder)
+    left = [name for name in (METRICS, 'checkpoints', 'lora_weights', 'merged_model') if _holds_anything(folder/name)]
     if left and not resume and not config.overwrite_output_dir:
         raise RunError(f'{folder} already holds a run ({", ".join(left)}). Choose another output_dir, go on with it by resume=True, or replace it by overwrite_output_dir=True.')
+    if not resume: _refuse_others(folder, left, config.on_bad_row == 'skip')
     if resume is True and not holds_run(folder): raise RunError(f'there is no run in {folder}, so nothing to resume. Start it without resume, or with resume="auto", which does either.')
     near = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not near.is_dir(): raise RunError(f'cannot write {folder}: {near} is a file, not a folder. Choose another output_dir.')
@@ -193,7 +207,28 @@ def holds_run(
     folder: str | Path # maybe a run folder
 ) -> bool:
     "Whether a run was once begun there."
-    return any((Path(folder)/name).exists() for name in (METRICS, 'checkpoints'))
+    return any(_holds_anything(Path(folder)/name) for name in (METRICS, 'checkpoints'))
+
+def _holds_anything(path: Path) -> bool:
+    "Whether there is a file, or a folder with something in it; behind a link only what a run writes counts, for it may lead to a disk with more on it"
+    if not path.is_dir(): return path.exists() or path.is_symlink()
+    if not path.is_symlink(): return any(path.iterdir())
+    return any(re.fullmatch(r'(checkpoint|best)-\d+', inside.name) or MODEL_FILE.fullmatch(inside.name) for inside in path.iterdir())
+
+def _refuse_others(folder: Path, left: list[str], lists_bad_rows: bool):
+    "Refuse to write in the place of files that are somebody's own"
+    if left: refuse_replacing(folder, left + [METRICS])
+    names = [name for name in (CONFIG, STATUS) if os.path.lexists(folder/name) and not (folder/name).is_symlink() and not is_own_state(folder/name, strict=False)]
+    names += ['bad_rows.jsonl'] if lists_bad_rows and not _lists_bad_rows(folder/'bad_rows.jsonl') else []
+    if names: raise RunError(f'{folder/names[0]} was not written by this toolkit, so it is not replaced. Move it away, or choose another output_dir.')
+
+def _lists_bad_rows(path: Path) -> bool:
+    "Whether a file is a list of rows that were skipped, or not there"
+    if not os.path.lexists(path) or path.is_symlink(): return True  # a link is replaced, not what it leads to
+    try:
+        with open(path, encoding='utf-8') as file: first = json.loads(file.readline() or '{}')
+        return path.is_file() and (first == {} or {'file', 'found', 'expected'} <= set(first))
+    except (OSError, ValueError, TypeError): return False
 
 def _in_use(folder: Path) -> str:
     "Who works there, in a sentence"
@@ -223,12 +258,16 @@ def tidy(
     folder: str | Path # a run folder nobody else writes to
 ):
     "Remove what a killed process left half-written; where it had just put an old folder aside, bring that back."
-    for left in [*Path(folder).glob('.*.*'), *Path(folder).glob('checkpoints/.*.*')]:
-        name = left.name[1:].rpartition('.')[0]
-        if name not in (CONFIG, STATUS, METRICS, 'lora_weights') and not re.fullmatch(r'(checkpoint|best)-\d+', name): continue  # not ours
-        if left.suffix == '.old' and not (left.parent/name).exists(): left.rename(left.parent/name)
+    bring_back(folder)
+    for left in [*Path(folder).glob('.*.*'), *Path(folder).glob('checkpoints/.*.*'), *Path(folder).glob(f'*/.*{PART}')]:
+        matched = _TEMPORARY.fullmatch(left.name)
+        if not matched or left.is_symlink(): continue  # not ours
+        if matched[2] == OLD and not (left.parent/matched[1]).exists(): left.rename(left.parent/matched[1])
         elif left.is_dir(): shutil.rmtree(left, ignore_errors=True)
         else: left.unlink(missing_ok=True)
+
+_TEMPORARY = re.compile(rf'\.((?:{"|".join(map(re.escape, (CONFIG, STATUS, METRICS, MANIFEST, META)))}|lora_weights|merged_model|(?:checkpoint|best)-\d+))\.[a-z0-9_]{{8}}({PART}|{OLD})')
+
 
 # %% ../nbs/11_checkpoint.ipynb #b7e524b5
 class RunWriter:
@@ -239,22 +278,33 @@ class RunWriter:
         resumed_at: int | None = None # steps already done by the run that is continued; None: it starts anew
     ):
         self.config, self.folder, self.total, self.last, self.said, self.waiting, self.metrics = config, config.output_dir, total, resumed_at or 0, 0., False, None
-        left = check_folder(config, resume=resumed_at is not None and 'auto')
+        check_folder(config, resume=resumed_at is not None and 'auto')
         self.lock = _take(self.folder, self)
-        try: self._begin(left, resumed_at)
+        try: self._begin(resumed_at)
         except BaseException:
             self._let_go()
             raise
 
-    def _begin(self, left: list[str], resumed_at: int | None):
+    def _begin(self, resumed_at: int | None):
         "Make room, write down what is about to happen, and open the file that grows by a line a step"
         tidy(self.folder)
-        for name in left if resumed_at is None else (): shutil.rmtree(self.folder/name) if (self.folder/name).is_dir() else (self.folder/name).unlink()
+        left = check_folder(self.config, resume=resumed_at is not None and 'auto')  # a killed run's files may have come back
+        if resumed_at is not None and is_run(self.folder) and read_manifest(self.folder) is None: note_files(self.folder, old_files(self.folder))
+        old = [name for name in run_files(self.folder) if name.split('/')[0] in (*left, 'logs')] if left and resumed_at is None else []
+        with put_aside(self.folder, old): self._write_first()
+        note_files(self.folder, [METRICS])
+        self.metrics = open_append(self.folder/METRICS)  # a line is on its way to the disk as soon as it is written
+        self.curves = self._curves()
+
+    def _curves(self) -> set:
+        "The files of TensorBoard"
+        return {path.relative_to(self.folder).as_posix() for path in self.config.log_dir.rglob('events.out.tfevents.*') if path.is_file()}
+
+    def _write_first(self):
+        "What stands in the folder before the first step"
         kept = [row for row in read_metrics(self.folder) if row.get('step', 0) <= self.last]  # without what a killed run wrote after its last checkpoint
         write_json(self.folder/CONFIG, self.config.to_dict())
         write_atomic(self.folder/METRICS, ''.join(json.dumps(row) + '\n' for row in kept))  # a kill in this moment must not cost the curve
-        try: self.metrics = open(self.folder/METRICS, 'ab', buffering=0)  # a line is on its way to the disk as soon as it is written
-        except OSError as error: raise RunError(why_unwritable(self.folder/METRICS, error)) from error
         write_status(self.folder, 'training', self.last, self.total)
 
     def add(self,
@@ -290,8 +340,10 @@ class RunWriter:
     ):
         "Write how the run ended, and let the folder go. Where even that fails, an error that is already on its way says why."
         if not self.is_open: return
-        try: self.say(state, message)
-        except RunError:
+        try:
+            self.say(state, message)
+            note_files(self.folder, [METRICS, *sorted(self._curves() - self.curves)])
+        except (RunError, OSError):
             if state == 'completed': raise
         finally: self._let_go()
 
@@ -365,7 +417,7 @@ class Keeper:
             state = dict(identity=self.about, progress=asdict(self.progress), chance=chances, optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=scaler)
             save_checkpoint(self.config.checkpoint_dir, self.progress.step, self.model, state, self.config.save_total_limit)
             for old in self.config.checkpoint_dir.glob('best-*'):
-                if not self.progress.best or old != self.best_adapter: shutil.rmtree(old, ignore_errors=True)
+                if not self.progress.best or old != self.best_adapter: remove_own(self.config.output_dir, f'checkpoints/{old.name}')
         self.saved = place  # all processes know it, or one would wait for the others
 
     def restore(self,
@@ -405,7 +457,10 @@ class Keeper:
         if not best or loss < best[0]:
             best, waited = (loss, self.progress.step), 0
             if self.wants_best and self.accelerator.is_main_process:
-                with folder_atomic(self.config.checkpoint_dir/f'best-{self.progress.step}') as temp: save_adapter(self.model, temp, for_resume=True)
+                place = f'checkpoints/best-{self.progress.step}'
+                with folder_atomic(self.config.output_dir/place, own_names(self.config.output_dir, place)) as temp:
+                    save_adapter(self.model, temp, for_resume=True)
+                    note_folder(self.config.output_dir, place, temp)
         self.progress = replace(self.progress, best=best, waited=waited)
 
     @property

@@ -7,7 +7,7 @@ __all__ = ['app', 'RunDir', 'main', 'doctor_command', 'data_command', 'quickstar
            'merge_command', 'chat_command', 'demo_command']
 
 # %% ../nbs/35_cli.ipynb #c4f93926
-import sys
+import sys, warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
@@ -15,6 +15,7 @@ from typing import Annotated, Optional
 import typer
 
 from .core.errors import FinetuneError
+from .core.storage import expand_home
 from .runs import list_runs, printable
 
 # %% ../nbs/35_cli.ipynb #d361f7c0
@@ -28,13 +29,20 @@ def _options(version: Annotated[bool, typer.Option('--version', help='say the ve
     print(__version__)
     raise typer.Exit()
 
-RunDir = Annotated[Path, typer.Argument(metavar='RUN_DIR', help='run folder')]
+def _home(path: Path | None) -> Path | None:
+    "A path with ~ written out: a shell leaves it as it is in --output=~/runs"
+    return path and expand_home(path)
+
+RunDir = Annotated[Path, typer.Argument(metavar='RUN_DIR', help='run folder', callback=_home)]
 
 def main(
     arguments: list[str] | None = None # command line without the program's name; None: the real one
 ) -> int: # exit status: 0 done, 2 something to put right, 130 interrupted
     "The program `sage-finetune`."
-    try: app(args=arguments, prog_name='sage-finetune')
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda said, *rest, **options: print(f'note: {printable(str(said))}', file=sys.stderr)
+            app(args=arguments, prog_name='sage-finetune')
     except SystemExit as done: return done.code or 0
     except FinetuneError as error:
         print(f'error: {printable(str(error))}', file=sys.stderr)
@@ -47,7 +55,7 @@ def main(
 # %% ../nbs/35_cli.ipynb #a278cda4
 @app.command('doctor')
 def doctor_command(
-    run_dir: Annotated[Optional[Path], typer.Argument(metavar='[RUN_DIR]', help='a run folder whose recipe is looked at too')] = None,
+    run_dir: Annotated[Optional[Path], typer.Argument(metavar='[RUN_DIR]', help='a run folder whose recipe is looked at too', callback=_home)] = None,
     online: Annotated[bool, typer.Option(help='ask the Hub whether it answers')] = True
 ):
     "Look at everything a run needs, and say what to change."
@@ -64,7 +72,7 @@ def data_command(
     show: Annotated[int, typer.Option(min=0, help='examples to show token by token')] = 2,
     held_out: Annotated[Optional[str], typer.Option('--eval', help='evaluation rows, to see whether a question stands on both sides')] = None,
     skip_bad: Annotated[bool, typer.Option(help='count rows that cannot be used instead of stopping at the first')] = False,
-    report: Annotated[Optional[Path], typer.Option(help='write the health report to this .json file')] = None
+    report: Annotated[Optional[Path], typer.Option(help='write the health report to this .json file', callback=_home)] = None
 ):
     "See what will be learnt, token by token, and whether the data is healthy."
     from sage_finetune.data import packaged_held_out, prepare_dataset
@@ -83,10 +91,10 @@ def data_command(
 @app.command('quickstart')
 def quickstart_command(
     task: Annotated[str, typer.Argument(help='code, qa, instruction, chat or custom')],
-    output: Annotated[Optional[Path], typer.Option('-o', '--output', help='run folder to make; finetune_output/TASK by default')] = None,
+    output: Annotated[Optional[Path], typer.Option('-o', '--output', help='run folder to make; finetune_output/TASK by default', callback=_home)] = None,
     model: Annotated[str, typer.Option('-m', '--model', help='"tiny" (packaged), a Hub name, or a folder')] = 'tiny',
-    data: Annotated[Optional[Path], typer.Option('-d', '--data', help='file with the rows; every task but code needs one')] = None,
-    code_root: Annotated[Optional[Path], typer.Option(help='task code: folder with Python files; this package by default')] = None,
+    data: Annotated[Optional[Path], typer.Option('-d', '--data', help='file with the rows; every task but code needs one', callback=_home)] = None,
+    code_root: Annotated[Optional[Path], typer.Option(help='task code: folder with Python files; this package by default', callback=_home)] = None,
     max_facts: Annotated[Optional[int], typer.Option(min=1, help='task code: keep so many facts')] = None,
     epochs: Annotated[Optional[int], typer.Option(min=1, help='how often every row is seen')] = None,
     overwrite: Annotated[bool, typer.Option(help='replace a run that is in the folder')] = False,
@@ -125,7 +133,7 @@ def run_command(
 # %% ../nbs/35_cli.ipynb #d5c3ef4d
 @app.command('list')
 def list_command(
-    folder: Annotated[Path, typer.Argument(help='folder in which to look for runs')] = Path('finetune_output')
+    folder: Annotated[Path, typer.Argument(help='folder in which to look for runs', callback=_home)] = Path('finetune_output')
 ):
     "Show the runs below a folder."
     print(list_runs(folder))
@@ -134,7 +142,7 @@ def list_command(
 @app.command('merge')
 def merge_command(
     run_dir: RunDir,
-    output: Annotated[Optional[Path], typer.Option('-o', '--output', help='folder for the merged model; merged_model in the run folder by default')] = None
+    output: Annotated[Optional[Path], typer.Option('-o', '--output', help='folder for the merged model; merged_model in the run folder by default', callback=_home)] = None
 ):
     "Merge an adapter into its base, with proof."
     from sage_finetune.export import merge
@@ -181,8 +189,8 @@ def _show_answer(chat, text: str):
 # %% ../nbs/35_cli.ipynb #433fa4b8
 @app.command('demo')
 def demo_command(
-    output: Annotated[Path, typer.Option('-o', '--output', help='where its run folders go')] = Path('finetune_output/demo'),
-    code_root: Annotated[Optional[Path], typer.Option(help='source tree for the second part; this package by default')] = None
+    output: Annotated[Path, typer.Option('-o', '--output', help='where its run folders go', callback=_home)] = Path('finetune_output/demo'),
+    code_root: Annotated[Optional[Path], typer.Option(help='source tree for the second part; this package by default', callback=_home)] = None
 ):
     "Tune the packaged model; nothing is downloaded."
     from sage_finetune.demo import demo

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from fastcore.docments import docments
 
 from .core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
-from .core.storage import folder_atomic, why_unwritable, write_atomic, write_json
+from .core.storage import expand_home, folder_atomic, why_unwritable, write_atomic, write_json
 
 # %% ../nbs/00_config.ipynb #42d0c11e
 def dial(
@@ -34,7 +34,7 @@ def _as_kind(value: Any, kind: type) -> Any:
     "`value` as `kind`, or a ValueError"
     if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool): return value
-    elif kind is Path and isinstance(value, (str, Path)): return Path(value)
+    elif kind is Path and isinstance(value, (str, Path)): return expand_home(value)
     elif kind is str and isinstance(value, str): return value
     elif kind is float and isinstance(value, (int, float, str)): return float(value)
     elif kind is int and isinstance(value, (int, float, str)) and float(value) == int(float(value)): return int(float(value))
@@ -256,7 +256,8 @@ _CONTRADICTIONS = [
 # %% ../nbs/00_config.ipynb #d31d3b71
 def _read_fields(path: str | Path, cls: type) -> dict:
     "The keys of a config file, each checked to exist"
-    try: content = json.loads(Path(path).read_text(encoding='utf-8-sig'))
+    path = expand_home(path)
+    try: content = json.loads(path.read_text(encoding='utf-8-sig'))
     except FileNotFoundError as error: raise ConfigError(f'there is no config file {path}. Write one with config.save(path).') from error
     except (OSError, ValueError) as error: raise ConfigError(f'{path} is not a readable JSON file ({error}). Write it anew with config.save(path).') from error
     if not isinstance(content, dict): raise ConfigError(f'{path} holds a JSON {type(content).__name__}, not an object of settings. Write it with config.save(path).')
@@ -275,7 +276,7 @@ def find_model(
 ) -> str:           # what `from_pretrained` takes
     "Where a model is to be loaded from. Raises `ModelError` when it is a folder that is missing or holds no model."
     if model_name == 'tiny': return str(tiny_path())
-    folder = Path(model_name).expanduser()
+    folder = expand_home(model_name)
     if folder.is_dir():
         if not (folder/'config.json').exists(): raise ModelError(f'the folder {model_name} holds no model: config.json is missing. Check model_name.')
         return str(folder)

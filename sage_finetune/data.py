@@ -27,7 +27,7 @@ from datasets.table import MemoryMappedTable
 from tqdm import tqdm
 
 from .core.errors import ConfigError, DataError, RunError
-from .core.storage import folder_atomic, why_unwritable
+from .core.storage import PART, copy_atomic, expand_home, folder_atomic, why_unwritable
 from .files import BadRow, RawRow, iter_rows, load_training_data, packaged, packaged_held_out, source_key, source_name, source_size
 from .prompt import THINKING, Rendered, Renderer, render_texts, template_notes
 from .rows import (FORMATS, RowError, Sample, detect_data_format, format_alpaca_sample, format_conversation_sample, format_prompt_sample,
@@ -696,11 +696,17 @@ def _no_empty_folders(folder: Path) -> Iterator[None]:
             if parent.is_dir() and not any(parent.iterdir()): parent.rmdir()
         raise
 
+def _remove_unfinished(cache: Path):
+    "Remove what processes left that were killed more than a day ago, and nothing that is not theirs"
+    for old in cache.glob('.prepared-*'):
+        if not re.fullmatch(rf'\.prepared-[0-9a-f]{{16}}\.\w{{8}}({re.escape(PART)})?', old.name) or old.is_symlink() or not old.is_dir(): continue
+        if time.time() - old.stat().st_mtime < 86_400 or {path.name for path in old.iterdir()} - {TRAIN, EVALUATION, BAD_ROWS, REPORT}: continue
+        shutil.rmtree(old, ignore_errors=True)
+
 def _make(source: Any, content: str, maker: Maker, folder: Path, show: bool) -> DataReport:
     "Prepare into a folder that appears when it is complete"
-    for old in folder.parent.glob('.prepared-*'):  # left by processes that were killed
-        if time.time() - old.stat().st_mtime > 86_400: shutil.rmtree(old, ignore_errors=True)
-    with _no_empty_folders(folder.parent), folder_atomic(folder) as temp:
+    _remove_unfinished(folder.parent)
+    with _no_empty_folders(folder.parent), folder_atomic(folder, (TRAIN, EVALUATION, BAD_ROWS, REPORT)) as temp:
         report = one_pass(source, maker, temp, show)
         if source_key(source) != content: raise DataError(f'{report.source} has changed while it was read. Start again when it is complete.')
         files = {path.name: checksum(path) for path in temp.iterdir()}
@@ -735,17 +741,10 @@ class Prepared(NamedTuple):
     def _repr_html_(self): return self.report._repr_html_() + self.train._repr_html_()
 
 # %% ../nbs/06_data.ipynb #e59c84ce
-def _copied(source: Path, target: Path) -> str:
-    "Copy the list of bad rows to where it was asked for; its name there"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return str(shutil.copyfile(source, target))
-    except OSError as error: raise RunError(why_unwritable(target, error)) from error
-
 def _made(source: Any, maker: Maker, cache_dir: Any, show: bool) -> tuple[Path, DataReport, str, Any]:
     "Folder, report, key and keeper of the files: in the cache, or in a temporary folder"
     with _no_threads_of_its_own():
-        if cache_dir is not None: return *_cached(source, maker, Path(cache_dir), show), None
+        if cache_dir is not None: return *_cached(source, maker, expand_home(cache_dir), show), None
         folder = Path(tempfile.mkdtemp(prefix='sage_finetune_'))
         keeper = _Keeper(folder)
         try: return folder, one_pass(source, maker, folder, show), '', keeper
@@ -757,7 +756,7 @@ def _opened(source: Any, maker: Maker, cache_dir: Any, show: bool, bad_rows_path
     "Make or find the files, open them, say what became of the rows"
     folder, report, key, keeper = _made(source, maker, cache_dir, show)
     report.bad_rows_path = str(folder/BAD_ROWS) if report.bad and cache_dir is not None else None
-    if bad_rows_path and report.bad: report.bad_rows_path = _copied(folder/BAD_ROWS, Path(bad_rows_path))
+    if bad_rows_path and report.bad: report.bad_rows_path = str(copy_atomic(folder/BAD_ROWS, bad_rows_path))
     opened = [open_prepared(folder/name, report, maker.tokenizer, key, keeper) for name in (TRAIN, EVALUATION) if (folder/name).exists()]
     if show: print(report)
     return Prepared(opened[0], opened[1] if len(opened) > 1 else None, report)

@@ -23,8 +23,8 @@ from packaging.version import Version
 
 from .config import TrainingConfig, find_model
 from .core.errors import ConfigError, DataError, FinetuneError
-from .core.storage import why_unwritable
-from .runs import CONFIG, html_table, printable, read_meta, text_table
+from .core.storage import expand_home, why_unwritable
+from .runs import CONFIG, confine, html_table, printable, read_meta, text_table
 
 # %% ../nbs/21_diagnosis.ipynb #160567da
 STATES = ('ok', 'note', 'problem')
@@ -501,8 +501,8 @@ def _config_of(given: Any) -> tuple[TrainingConfig | None, list[Look]]:
     "The config that was given, or that of a run folder; and what there is to say about it"
     if given is None or isinstance(given, TrainingConfig): return given, []
     try:
-        config = TrainingConfig.load(Path(given)/CONFIG) if (Path(given)/CONFIG).exists() else read_meta(given).to_config()
-        config.output_dir = Path(given)
+        folder = expand_home(given)
+        config = confine(TrainingConfig.load(folder/CONFIG), folder) if (folder/CONFIG).exists() else read_meta(folder).to_config()
         return config, []
     except (FinetuneError, TypeError) as error: return None, [Look('config', _reason(error, 400), 'problem')]
 

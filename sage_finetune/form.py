@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import ipywidgets as W
 
 from .config import PRESETS, LoRAConfig, PresetConfigs, TrainingConfig, accepted, help_phrases, preset, suggest_preset
-from .core.errors import ConfigError, DataError, FinetuneError
-from .core.storage import write_atomic
+from .core.errors import ConfigError, DataError, FinetuneError, RunError
+from .core.places import is_inside
+from .core.storage import expand_home, write_atomic
 from .files import is_hub_name, iter_rows, packaged, packaged_held_out, source_size
 from .panel import Panel, fields_row, heading, line_html, marked, shown_text
 from .runs import CONFIG, METRICS, STATUS, html_table, printable, read_status
@@ -315,7 +316,8 @@ def save_upload(
 ) -> Path: # in its folder `uploads`
     "Write an uploaded file, whole or not at all, beside others of its name. Raises `DataError` or `RunError`."
     if len(content) > UPLOAD_LIMIT: raise DataError(f'{name[:80]!r} has {len(content) / 1e6:.1f} MB and {UPLOAD_LIMIT / 1e6:.0f} MB can be uploaded. Copy the file to this machine and type its path.')
-    path = Path(folder)/'uploads'/safe_name(name)
+    path = expand_home(folder)/'uploads'/safe_name(name)
+    if not is_inside(folder, path.parent): raise RunError(f'{path.parent} is a link out of the run folder, so nothing is uploaded there. Remove it.')
     if path.exists() and path.read_bytes() != content: path = path.with_stem(f'{path.stem}-{hashlib.sha256(content).hexdigest()[:8]}')
     return path if path.exists() else write_atomic(path, content)
 

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import psutil
 
 from .core.errors import ConfigError, RunError
-from .core.storage import why_unwritable, write_json
+from .core.storage import open_append, write_json
 from .runs import MetricsTail, Status, printable, process_gone, read_meta, read_object, read_status, still_works
 
 # %% ../nbs/20_launch.ipynb #15031a90
@@ -99,8 +99,7 @@ def start_run(
 
 def _log(folder: Path) -> BinaryIO:
     "The log, to be written on"
-    try: return open(folder/LOG, 'ab', buffering=0)
-    except OSError as error: raise RunError(why_unwritable(folder/LOG, error)) from error
+    return open_append(folder/LOG)
 
 def run_here(
     run_dir: str | Path, # a prepared run folder

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from .config import LoRAConfig, TrainingConfig, changed, find_model
 from .core.errors import ConfigError, ModelError
+from .core.storage import expand_home
 
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -134,7 +135,7 @@ def adapter_folder(
     source: str | Path # a run folder, its `lora_weights`, or any PEFT adapter
 ) -> Path: # the folder with the adapter's files
     "Where an adapter lies. Raises `ModelError` when there is none."
-    places, files = (Path(source).expanduser(), Path(source).expanduser()/'lora_weights'), ('adapter_model.safetensors', 'adapter_config.json')
+    places, files = (expand_home(source), expand_home(source)/'lora_weights'), ('adapter_model.safetensors', 'adapter_config.json')
     folder = next((place for place in places if any((place/name).exists() for name in files)), places[0])
     missing = [name for name in files if not (folder/name).exists()]
     if missing: raise ModelError(f'there is no adapter in {folder}: {missing[0]} is missing. Train first, or name the lora_weights folder of a run.')

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .core.errors import ConfigError, RunError
+from .core.storage import write_atomic
 from .runs import MetricsTail, printable, process_gone, read_status
 
 # %% ../nbs/16_plot.ipynb #0c58cfe3
@@ -221,8 +222,7 @@ class Picture:
         path: str | Path # a .png file
     ) -> Path: # the file
         "Write the picture to a file."
-        Path(path).write_bytes(self.png)
-        return Path(path)
+        return write_atomic(path, self.png)
 
 # %% ../nbs/16_plot.ipynb #246e9b44
 WAYS = dict(step=('step', 'optimizer step', {}), epoch=('epoch', 'epoch (passes over the data)', {}),

@@ -7,7 +7,7 @@ __all__ = ['TASK_COLUMNS', 'TASKS', 'Task', 'Tasks', 'find_task', 'file_rows', '
            'task_rows', 'prepare_run']
 
 # %% ../nbs/19_tasks.ipynb #674212f5
-import os, shutil, tempfile
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +16,13 @@ from typing import Any
 
 from .config import TrainingConfig, find_model, preset, suggest_preset
 from .core.errors import ConfigError, DataError, RunError
-from .core.storage import why_unwritable, write_json
+from .core.places import MANIFEST, bring_back, check_links, note_files, put_aside
+from .core.storage import expand_home, why_unwritable, write_json
 from .corpus import code_rows
 from .files import BadRow, iter_rows
 from .rows import detect_data_format, read_row
-from .runs import CONFIG, META, METRICS, RUN_FOLDERS, STATUS, html_table, process_gone, read_status, text_table, write_meta, write_status
+from .runs import (
+    CONFIG, META, METRICS, ROWS_FILE, RUN_FOLDERS, STATUS, html_table, process_gone, read_status, refuse_replacing, run_files, text_table, write_meta, write_status)
 
 # %% ../nbs/19_tasks.ipynb #290f7ff9
 @dataclass(frozen=True)
@@ -82,8 +84,14 @@ def run_parts(
 ) -> list[Path]: # what a run wrote into it; empty when it holds none
     "The parts of a run that are in a folder. A folder that has nothing but `logs` is not a run."
     names = (META, STATUS, METRICS, CONFIG, *RUN_FOLDERS)
-    parts = [folder/name for name in names if (folder/name).exists()] + sorted(folder.glob('training_data_*.json')) + sorted(folder.glob('eval_data_*.json'))
+    parts = [folder/name for name in names if os.path.lexists(folder/name) and not _empty(folder/name)]
+    parts += [path for kind in ('training', 'eval') for path in sorted(folder.glob(f'{kind}_data_*.json'))]
     return parts if any(part.name != 'logs' for part in parts) else []
+
+def _empty(path: Path) -> bool:
+    "Whether this is a folder, or a link to one, in which no run was: made beforehand, or on a disk with other things on it"
+    if not path.is_dir(): return False
+    return not any(path.glob('*-*')) if path.is_symlink() and path.name == 'checkpoints' else not any(path.iterdir())
 
 def refuse_taken(
     folder: Path,   # where a new run wants to go
@@ -91,11 +99,13 @@ def refuse_taken(
 ):
     "Raise `RunError` when the folder holds another run, or is no folder."
     if folder.exists() and not folder.is_dir(): raise RunError(f'{folder} is a file, not a folder. Choose another output_dir.')
+    check_links(folder)
     parts = run_parts(folder)
     if not parts: return
     if not overwrite:
         names = ', '.join(part.name for part in parts[:4])
         raise RunError(f'{folder} already holds a run ({names}). Choose another output_dir, or pass overwrite=True to replace it.')
+    refuse_replacing(folder)
     status = read_status(folder)
     if status.pid and status.pid != os.getpid() and not process_gone(status):
         raise RunError(f'process {status.pid} on {status.host} is working on the run in {folder}. Stop it first, or choose another output_dir.')
@@ -105,21 +115,23 @@ def refuse_taken(
 def replacing(
     folder: Path # where a new run is written
 ) -> Iterator[None]:
-    "While a new run is written: the old one lies aside; it comes back after an error and is deleted after success."
-    new_folder, old, aside = not folder.exists(), run_parts(folder), None
+    "While a new run is written: what the old one wrote lies aside; it comes back after an error and is deleted after success."
+    new_folder = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder, prefix='.replaced-'))
-        for part in old: part.rename(aside/part.name)
-        yield
+        bring_back(folder)
+        with put_aside(folder, run_files(folder)):
+            before = set(folder.iterdir())
+            try: yield
+            except BaseException:
+                for path in set(folder.iterdir()) - before:
+                    if path.name in (META, STATUS, CONFIG, MANIFEST) or ROWS_FILE.fullmatch(path.name): path.unlink()
+                raise
     except BaseException as error:
-        for part in run_parts(folder) if aside else (): part.unlink() if part.is_file() else shutil.rmtree(part)
-        for part in aside.iterdir() if aside else (): part.rename(folder/part.name)
-        if aside: aside.rmdir()
         if new_folder and folder.exists(): folder.rmdir()
         if isinstance(error, OSError): raise RunError(why_unwritable(folder, error)) from error
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+
 
 # %% ../nbs/19_tasks.ipynb #21226c82
 def recipe(
@@ -171,7 +183,8 @@ def prepare_run(
     **overrides: Any                      # fields of the recipe to set differently
 ) -> Path:                                # the run folder
     "Make a run folder: rows, config, meta file, status pending. Raises a `FinetuneError` before anything is written."
-    kind, folder = find_task(task), Path(output_dir).absolute()
+    kind, folder, data = find_task(task), expand_home(output_dir).absolute(), data and expand_home(data)
+    if overwrite and folder.is_dir(): bring_back(folder)
     refuse_taken(folder, overwrite)
     dials = recipe(model, config, **overrides)
     find_model(model)
@@ -180,9 +193,12 @@ def prepare_run(
     if held_out: dials.eval_path = folder/f'eval_data_{task}_{row_format}.json'
     if data and Path(data).resolve() in [part.resolve() for part in run_parts(folder)]:
         raise RunError(f'{data} is part of the run in {folder} that would be replaced. Copy it to another place, or choose another output_dir.')
+    written = [dials.data_path.name] + ([dials.eval_path.name] if held_out else [])
+    if overwrite and run_parts(folder): refuse_replacing(folder, [META, STATUS, CONFIG, *written])
     with replacing(folder):
         write_json(dials.data_path, rows)
         if held_out: write_json(dials.eval_path, held_out)
+        note_files(folder, written)
         dials.save(folder/CONFIG)
         write_status(folder, 'pending', message=f'{len(rows)} rows are ready')
         write_meta(folder, task, model, dials.data_path, folder/CONFIG, format=row_format, **source)

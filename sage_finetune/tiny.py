@@ -9,7 +9,7 @@ __all__ = ['SPECIAL_TOKENS', 'QWEN2_SPLIT', 'CHAT_TEMPLATE', 'SHARES', 'LONG_FRO
            'main']
 
 # %% ../nbs/31_tiny.ipynb #bcb5ce77
-import argparse, itertools, json, os, tempfile, time
+import argparse, io, itertools, json, tempfile, time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from . import world
 from .chat import accuracy
 from .config import PresetConfigs, tiny_path
-from .core.storage import write_atomic, write_json
+from .core.errors import RunError
+from .core.storage import expand_home, write_atomic, write_json
 from .trainer import LoRATrainer
 
 # %% ../nbs/31_tiny.ipynb #70e35e20
@@ -169,11 +170,9 @@ def save_checkpoint(
     run: Any # a `Pretraining`
 ):
     "Write weights, optimizers and progress."
-    run.folder.mkdir(parents=True, exist_ok=True)
-    part = run.checkpoint.with_suffix(".part")
-    states = [optimizer.state_dict() for optimizer in run.optimizers]
-    torch.save(dict(model=run.model.state_dict(), optimizers=states, progress=asdict(run.progress)), part)
-    os.replace(part, run.checkpoint)
+    content, states = io.BytesIO(), [optimizer.state_dict() for optimizer in run.optimizers]
+    torch.save(dict(model=run.model.state_dict(), optimizers=states, progress=asdict(run.progress)), content)
+    write_atomic(run.checkpoint, content.getvalue())
 
 def load_checkpoint(
     run: Any # a `Pretraining`
@@ -195,8 +194,11 @@ class Pretraining:
         tokenizer: Any = None, # made anew when None
         **sizes: int # other sizes for `new_model`
     ):
-        self.folder, self.steps, self.batch, self.bf16 = Path(folder), steps, batch, bf16
+        self.folder, self.steps, self.batch, self.bf16 = expand_home(folder), steps, batch, bf16
         self.checkpoint = self.folder/"checkpoint.pt"
+        taken = [name for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md") if (self.folder/name).exists()]
+        if taken and not self.checkpoint.exists():
+            raise RunError(f"{self.folder} holds {taken[0]} and no checkpoint to go on from, so nothing is written there. Choose another folder with --out.")
         self.tokenizer = tokenizer or train_tokenizer()
         self.model = new_model(len(self.tokenizer), **sizes)
         self.model.set_attn_implementation("eager")  # for rows as short as these faster than the fused one
@@ -364,7 +366,8 @@ def main(
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the next call goes on")
     parser.add_argument("--fp32", action="store_true", help="multiply in fp32: for processors without bf16")
     chosen = parser.parse_args(arguments)
-    run, started = Pretraining(chosen.out, chosen.steps, bf16=not chosen.fp32), time.perf_counter()
+    try: run, started = Pretraining(chosen.out, chosen.steps, bf16=not chosen.fp32), time.perf_counter()
+    except RunError as error: parser.error(str(error))
     print(f"{chosen.out}: from step {run.progress.step} to {run.steps}", flush=True)
     for progress in pretrain(run):
         if progress.step % 25 == 0: print(progress.line(run.steps), flush=True)

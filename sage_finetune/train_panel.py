@@ -29,7 +29,7 @@ from .launch import LOG, attached, follow, last_launch, log_lines, start_run, st
 from .model import free
 from .panel import Panel, Ticker, fields_row, image, line_html, marked, said_by, shown_text
 from .plot import Curve, draw_run
-from .runs import CONFIG, META, METRICS, STATUS, WORKING, MetricsTail, Status, html_table, printable, read_meta, read_status, still_works, text_table, write_meta
+from .runs import CONFIG, META, METRICS, STATUS, WORKING, MetricsTail, Status, confine, html_table, printable, read_meta, read_status, still_works, text_table, write_meta
 from .trainer import clock, train_from_meta
 
 # %% ../nbs/25_train_panel.ipynb #e2a42a49
@@ -224,7 +224,7 @@ def go_on_with(
     "Make a run folder ready to be resumed. Raises `RunError` naming what was changed."
     folder = Path(run_dir).absolute()
     if not (folder/META).exists():  # trained in a notebook, without one
-        own = TrainingConfig.load(folder/CONFIG)
+        own = confine(TrainingConfig.load(folder/CONFIG), folder)
         if own.data_path is None: raise RunError(f'{folder/CONFIG} does not say which rows the run was trained on. Go on where it was begun.')
         own.output_dir = folder
         own = settled(own)

@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .batches import BatchPlan, PlannedStep, at_rest, collate, learnt_tokens, plan_batches
-from .checkpoint import Keeper, Progress, RunWriter, Stop, check_folder, checkpoints, identity, newest_checkpoint
+from .checkpoint import Keeper, Progress, RunWriter, Stop, check_folder, checkpoints, identity, newest_checkpoint, own_names
 from .config import TrainingConfig
 from .core.errors import ConfigError, FinetuneError, RunError
+from .core.places import keep_changed, note_folder
 from .core.storage import folder_atomic
 from .data import packaged_held_out, prepare, report_line, report_parts
 from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
@@ -697,9 +698,12 @@ class LoRATrainer:
         "Write adapter, tokenizer and chat template (also a plain one) to `lora_weights`, whole or not at all."
         if not is_main(): return
         self.tokenizer.chat_template = self.tokenizer.chat_template or template_of(self.tokenizer)
-        with folder_atomic(self.config.lora_dir) as temp:
+        run_dir, name = self.config.output_dir, self.config.lora_dir.name
+        with folder_atomic(self.config.lora_dir, own_names(run_dir, name)) as temp:
             save_adapter(self.model, temp)
             self.tokenizer.save_pretrained(temp)
+            keep_changed(run_dir, name, temp)
+            note_folder(run_dir, name, temp)
 
 # %% ../nbs/13_trainer.ipynb #64b011d1
 class Run:

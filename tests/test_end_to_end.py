@@ -13,7 +13,7 @@ from sage_finetune import Chat, LoRAConfig, LoRATrainer, TrainingConfig, load_tr
 from sage_finetune.chat import accuracy
 from sage_finetune.export import open_run
 
-PARTS = {"prepared", "metrics.jsonl", "status.json", "training_config.json"}
+PARTS = {"prepared", "metrics.jsonl", "run_manifest.json", "status.json", "training_config.json"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -165,7 +165,7 @@ def shell(tmp_path_factory):
     write_rows(here/"rows.jsonl")
     said = dict(prepare=program("quickstart", "instruction", "-d", "rows.jsonl", "-o", "runs/lamps", "--prepare-only", cwd=here))
     run = here/"runs"/"lamps"
-    assert status(run)["state"] == "pending" and names(run) == {"finetune_meta.json", "status.json", "training_config.json", "training_data_instruction_alpaca.json"}
+    assert status(run)["state"] == "pending" and names(run) == {"finetune_meta.json", "run_manifest.json", "status.json", "training_config.json", "training_data_instruction_alpaca.json"}
     change(run, num_train_epochs=4, device="cpu")
     copy(run, here/"twin")
     children = [start("run", "runs/lamps", cwd=here), start("twin", module="sage_finetune.trainer", cwd=here)]

@@ -375,7 +375,7 @@ def names(folder): return sorted(path.name for path in folder.iterdir())
 
 def test_a_code_run(tmp_path, tree):
     run = prepare_run("code", tmp_path/"run", code_root=tree, seed=5, num_train_epochs=2)
-    assert names(run) == ["eval_data_code_alpaca.json", "finetune_meta.json", "status.json", "training_config.json", "training_data_code_alpaca.json"]
+    assert names(run) == ["eval_data_code_alpaca.json", "finetune_meta.json", "run_manifest.json", "status.json", "training_config.json", "training_data_code_alpaca.json"]
     corpus, config, meta = code_rows(tree), TrainingConfig.load(run/"training_config.json"), read_meta(run)
     assert json.loads((run/"training_data_code_alpaca.json").read_text()) == corpus.rows
     assert json.loads((run/"eval_data_code_alpaca.json").read_text()) == corpus.held_out
@@ -434,7 +434,8 @@ def test_overwriting_takes_the_old_run_and_nothing_else(tmp_path, tree, question
     run = prepare_run("code", tmp_path/"run", code_root=tree)
     grow(run, {"notes.txt": "mine", "plots/loss.png": "mine", "metrics.jsonl": "{}\n", "lora_weights/adapter_config.json": "{}", "checkpoints/checkpoint-1/x": "", "logs/x": ""})
     prepare_run("qa", run, data=questions, overwrite=True)
-    assert names(run) == ["finetune_meta.json", "notes.txt", "plots", "status.json", "training_config.json", "training_data_qa_qa.json"]
+    kept = ["checkpoints", "finetune_meta.json", "logs", "lora_weights", "metrics.jsonl", "notes.txt", "plots", "run_manifest.json", "status.json", "training_config.json", "training_data_qa_qa.json"]
+    assert names(run) == kept  # the rows of the old run are gone; what somebody put there is not, whatever its name
 
 
 def test_a_folder_of_other_things_is_no_run(tmp_path, questions):

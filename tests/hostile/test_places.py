@@ -1,0 +1,330 @@
+"A folder that was passed on does not decide where is written; links to other disks are kept; ~ is the home folder"
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+
+from helpers import copy, prepared, recipe, start, tree, write_rows
+from sage_finetune import LoRATrainer, TrainingConfig, merge
+from sage_finetune.checkpoint import RunWriter, check_folder
+from sage_finetune.cli import main
+from sage_finetune.core.errors import FinetuneError, RunError
+from sage_finetune.core.places import check_links, is_inside
+from sage_finetune.core.storage import copy_atomic, expand_home, folder_atomic, open_append, write_atomic
+from sage_finetune.data import prepare
+from sage_finetune.diagnosis import doctor
+from sage_finetune.export import run_config
+from sage_finetune.files import iter_rows
+from sage_finetune.launch import log_lines
+from sage_finetune.runs import list_runs, read_meta, read_status, run_info, write_meta
+from sage_finetune.tasks import prepare_run
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+
+
+def said_by(function, *arguments, **options):
+    "What was said on the way, and what came out"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = function(*arguments, **options)
+    return result, " ".join(str(one.message) for one in said)
+
+
+@pytest.fixture
+def run(tmp_path):
+    "A prepared run of two steps"
+    return prepared(tmp_path/"run", max_steps=2, save_steps=1)
+
+
+@pytest.fixture
+def victim(tmp_path):
+    "Somebody's own files"
+    folder = tmp_path/"home"
+    folder.mkdir()
+    (folder/".bashrc").write_text("export A=1\n")
+    (folder/"prepared-0123456789abcdef").mkdir()
+    (folder/".prepared-0123456789abcdef.abcdefgh").mkdir()
+    os.utime(folder/".prepared-0123456789abcdef.abcdefgh", (0, 0))
+    return folder
+
+
+def edit(path, **fields): path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+# ---- a config decides nothing outside its folder ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("where", ["absolute", "up", "link", "here"])
+def test_a_foreign_cache_is_not_written(run, victim, tmp_path, monkeypatch, where):
+    monkeypatch.chdir(victim)
+    (run/"out").symlink_to(victim)
+    cache = dict(absolute=str(victim), up="../home", link=str(run/"out"/"cache"), here="cache")[where]
+    edit(run/"training_config.json", data_cache=cache)
+    before = tree(victim)
+    config, said = said_by(lambda: read_meta(run).to_config())
+    assert config.data_cache is None and "data_cache" in said and "Set data_cache yourself" in said
+    assert run_config(run).data_cache is None
+    LoRATrainer(config).train(show=False)
+    assert tree(victim) == before and list((run/"prepared").iterdir())
+
+
+def test_a_cache_of_ones_own_is_used(run, tmp_path):
+    config = read_meta(run).to_config()
+    config.data_cache = tmp_path/"cache"
+    LoRATrainer(config).train(show=False)
+    assert [path.name[:9] for path in (tmp_path/"cache").iterdir()] == ["prepared-"]
+    edit(run/"training_config.json", data_cache=str(run/"mine"))
+    assert read_meta(run).to_config().data_cache == run/"mine"
+
+
+def test_output_dir_is_the_folder_that_was_opened(run, victim):
+    for name in ("training_config.json", "finetune_meta.json"): edit(run/name, output_dir=str(victim))
+    assert read_meta(run).to_config().output_dir == run_config(run).output_dir == read_meta(run).output_dir == run
+    before = tree(victim)
+    LoRATrainer(read_meta(run).to_config()).train(show=False)
+    merge(run)
+    assert tree(victim) == before and (run/"merged_model"/"config.json").exists()
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/proc/self/environ", "fifo", "circle"])
+@pytest.mark.parametrize("field", ["data_path", "eval_path", "continue_from"])
+def test_no_device_is_read(run, tmp_path, field, path):
+    os.mkfifo(tmp_path/"fifo")
+    (tmp_path/"circle").symlink_to(tmp_path/"circle")
+    named = path if path.startswith("/") else str(tmp_path/path)
+    edit(run/"training_config.json", **{field: named})
+    if field == "data_path": edit(run/"finetune_meta.json", dataset=named)
+    if path == "circle":  # not there, as any other file that is missing
+        with pytest.raises(FinetuneError): LoRATrainer(read_meta(run).to_config()).train(show=False)
+    else:
+        with pytest.raises(RunError, match="no ordinary file"): read_meta(run).to_config()
+
+
+def test_rows_elsewhere_are_read_and_said(run, tmp_path):
+    "SAGE writes the full path of its rows"
+    rows = write_rows(tmp_path/"data"/"rows.jsonl")
+    edit(run/"finetune_meta.json", dataset=str(rows))
+    config, said = said_by(lambda: read_meta(run).to_config())
+    assert config.data_path == rows and str(rows) in said and "only read" in said
+    edit(run/"finetune_meta.json", dataset="../data/rows.jsonl")
+    assert "outside that folder" in said_by(lambda: read_meta(run).to_config())[1]
+    (run/"rows.jsonl").symlink_to(rows)
+    edit(run/"finetune_meta.json", dataset="rows.jsonl")
+    assert "outside that folder" in said_by(lambda: read_meta(run).to_config())[1]
+
+
+def test_looking_says_it_too(run, victim):
+    edit(run/"training_config.json", data_cache=str(victim))
+    before = tree(victim)
+    assert "data_cache" in said_by(doctor, run, online=False)[1]
+    assert run_info(run).state == "pending" and tree(victim) == before
+
+
+# ---- parts of a run that are links ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("part", ["checkpoints", "lora_weights"])
+def test_a_part_on_a_scratch_disk_is_kept(tmp_path, part):
+    "Trained, resumed, replaced, prepared anew and merged: the link stays, what is behind it is written, what else lies there stays"
+    scratch = tmp_path/"scratch"
+    scratch.mkdir()
+    (scratch/"precious.txt").write_text("mine")
+    run = prepared(tmp_path/"run", max_steps=2, save_steps=1)
+    (run/part).symlink_to(scratch)
+    def holds(): return (run/part).is_symlink() and (scratch/"precious.txt").read_text() == "mine" and len(list(scratch.iterdir())) > 1
+    LoRATrainer(read_meta(run).to_config()).train(show=False)
+    assert holds() and not [path for path in scratch.iterdir() if path.name[0] == "."]
+    config = read_meta(run).to_config()
+    config.max_steps = 3
+    LoRATrainer(config).train(show=False, resume=True)
+    assert holds() and (run/"checkpoints"/"checkpoint-3"/"state.safetensors").exists()
+    for _ in range(2):
+        config.overwrite_output_dir = True
+        config.max_steps = 1
+        said_by(LoRATrainer(config).train, show=False)
+        assert holds() and [path.name for path in (run/"checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
+    merge(run)
+    said_by(prepare_run, "custom", run, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
+    assert (run/part).is_symlink() and [path.name for path in scratch.iterdir()] == ["precious.txt"]
+
+
+def test_a_merged_model_on_a_scratch_disk(run, tmp_path):
+    LoRATrainer(read_meta(run).to_config()).train(show=False)
+    scratch = tmp_path/"scratch"
+    scratch.mkdir()
+    (run/"merged_model").symlink_to(scratch)
+    for _ in range(2): merge(run)
+    assert (run/"merged_model").is_symlink() and (scratch/"model.safetensors").exists() and (scratch/"merge_report.json").exists()
+    (scratch/"thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match="thesis.txt"): merge(run)
+
+
+def test_a_run_folder_that_is_a_link(tmp_path):
+    (tmp_path/"scratch").mkdir()
+    (tmp_path/"run").symlink_to(tmp_path/"scratch")
+    config = recipe(tmp_path, max_steps=1)
+    LoRATrainer(config).train(show=False)
+    assert (tmp_path/"run").is_symlink() and (tmp_path/"scratch"/"lora_weights"/"adapter_model.safetensors").exists()
+    with pytest.raises(RunError, match="is a link to"): check_folder(recipe(tmp_path, overwrite_output_dir=True))
+
+
+BAD_LINKS = dict(gone="which is not there", circle="not there", root="the root of a disk", home="a home folder", file="is no folder|no folder", other="into another run", inside_other="into another run", project="the root of a project")
+
+
+@pytest.mark.parametrize("part", ["checkpoints", "lora_weights", "merged_model", "logs", "prepared"])
+@pytest.mark.parametrize("kind", BAD_LINKS)
+def test_links_that_are_not_written_through(tmp_path, monkeypatch, kind, part):
+    monkeypatch.setenv("HOME", str(tmp_path/"home"))
+    for name in ("home", "other/checkpoints", "project/.git"): (tmp_path/name).mkdir(parents=True)
+    (tmp_path/"other"/"status.json").write_text("{}")
+    (tmp_path/"file").write_text("mine")
+    folder = tmp_path/"run"
+    folder.mkdir()
+    target = dict(circle=folder/part, root=Path("/"), inside_other=tmp_path/"other"/"checkpoints").get(kind, tmp_path/kind)
+    (folder/part).symlink_to(target)
+    before = tree(tmp_path/"other"), tree(tmp_path/"home"), tree(tmp_path/"project")
+    for resume in (False, "auto"):
+        with pytest.raises(RunError, match=BAD_LINKS[kind]): check_folder(recipe(tmp_path), resume)
+    with pytest.raises(RunError, match=BAD_LINKS[kind]): prepare_run("custom", folder, data=write_rows(tmp_path/"rows.jsonl"))
+    assert (tree(tmp_path/"other"), tree(tmp_path/"home"), tree(tmp_path/"project")) == before and (folder/part).is_symlink()
+
+
+def test_a_copy_that_points_back_deletes_nothing(run, tmp_path):
+    "The manifest of the copy knows the files, but they are another run's"
+    LoRATrainer(read_meta(run).to_config()).train(show=False)
+    twin = copy(run, tmp_path/"twin")
+    shutil.rmtree(twin/"checkpoints")
+    (twin/"checkpoints").symlink_to(run/"checkpoints")
+    before = tree(run)
+    with pytest.raises(RunError, match="into another run"): prepare_run("custom", twin, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "status.json", "training_config.json", "finetune_meta.json", "run_manifest.json", "bad_rows.jsonl", "launch.json", "train.log", ".lock"])
+@pytest.mark.parametrize("there", [True, False])
+def test_no_file_is_written_through_a_link(run, victim, name, there):
+    "The link is replaced by the file, or refused; what it leads to stays as it is"
+    target = victim/".bashrc" if there else victim/"new"
+    content = (run/name).read_text() if (run/name).exists() else None
+    if there and content is not None: target.write_text(content)  # so that it is read as what it should be
+    (run/name).unlink(missing_ok=True)
+    (run/name).symlink_to(target)
+    before = tree(victim)
+    try: said_by(lambda: LoRATrainer(read_meta(run).to_config()).train(show=False))
+    except FinetuneError: pass
+    try: said_by(prepare_run, "custom", run, data=write_rows(run.parent/"rows.jsonl"), overwrite=True)
+    except FinetuneError: pass
+    assert tree(victim) == before
+
+
+def test_helpers_do_not_follow_links(tmp_path, victim):
+    before = tree(victim)
+    for write in (lambda path: write_atomic(path, "x"), lambda path: copy_atomic(write_rows(tmp_path/"rows.jsonl"), path)):
+        (tmp_path/"link").symlink_to(victim/".bashrc")
+        write(tmp_path/"link")
+        assert not (tmp_path/"link").is_symlink()
+        (tmp_path/"link").unlink()
+    (tmp_path/"link").symlink_to(victim/".bashrc")
+    with pytest.raises(RunError, match="it is a link"): open_append(tmp_path/"link")
+    os.mkfifo(tmp_path/"pipe")
+    with pytest.raises(RunError, match="cannot write"): open_append(tmp_path/"pipe")
+    for temporary in (".status.json.part", ".status.json.tmp", "status.json.part"): (tmp_path/temporary).symlink_to(victim/".bashrc")
+    write_atomic(tmp_path/"status.json", "{}")
+    with pytest.raises(RunError): said_by(folder_atomic(tmp_path/"status.json").__enter__) and folder_atomic(tmp_path/"status.json"/"x").__enter__()
+    assert tree(victim) == before
+
+
+def test_bad_rows_do_not_leave_by_a_link(tmp_path, victim):
+    "The list of rows that were skipped goes where it was asked for, as a file"
+    from sage_finetune.model import load_tokenizer
+    data = tmp_path/"rows.jsonl"
+    data.write_text('{"instruction": "Who?", "output": "Nora."}\n{"instruction": 7}\n')
+    (tmp_path/"bad_rows.jsonl").symlink_to(victim/".bashrc")
+    before = tree(victim)
+    prepare(data, load_tokenizer("tiny"), on_bad_row="skip", show=False, bad_rows_path=tmp_path/"bad_rows.jsonl")
+    assert tree(victim) == before and not (tmp_path/"bad_rows.jsonl").is_symlink() and (tmp_path/"bad_rows.jsonl").read_text()
+
+
+def test_inside_and_outside(tmp_path):
+    (tmp_path/"run").mkdir()
+    (tmp_path/"run"/"up").symlink_to("..")
+    (tmp_path/"run"/"circle").symlink_to("circle")
+    (tmp_path/"run"/"self").symlink_to(".")
+    inside = ("a", "a/../b", "self/self/a", tmp_path/"run"/"a", ".")
+    outside = ("..", "../run2", "up/x", "self/up/x", "/", tmp_path, "a/../../x", "circle", "a\0b", "../runner")
+    assert [is_inside(tmp_path/"run", path) for path in inside] == [True] * 5
+    assert not any(is_inside(tmp_path/"run", path) for path in outside)
+    check_links(tmp_path/"run")
+
+
+# ---- ~ ------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    (tmp_path/"ada").mkdir()
+    (tmp_path/"work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path/"ada"))
+    monkeypatch.chdir(tmp_path/"work")
+    yield tmp_path/"ada"
+    assert list((tmp_path/"work").iterdir()) == []  # above all no folder named ~
+
+
+def test_every_path_field_of_a_config(home):
+    fields = [name for name, field in TrainingConfig.__dataclass_fields__.items() if "Path" in str(field.type)]
+    assert {"data_path", "eval_path", "data_cache", "output_dir", "continue_from"} <= set(fields)
+    config = TrainingConfig(**{name: f"~/{name}" for name in fields})
+    for name in fields:
+        assert getattr(config, name) == home/name
+        setattr(config, name, "~")
+        assert getattr(config, name) == home
+        with pytest.raises(FinetuneError, match="no such home folder"): setattr(config, name, "~nobody_at_all/x")
+        with pytest.raises(FinetuneError): setattr(config, name, "a\0b")
+
+
+def test_every_function_that_takes_a_path(home):
+    write_rows(home/"rows.jsonl")
+    run = prepare_run("custom", "~/runs/one", data="~/rows.jsonl", eval_ratio=0., max_steps=1, device="cpu")
+    assert run == home/"runs"/"one" and read_meta("~/runs/one").data_file == home/"rows.jsonl"
+    assert [info.state for info in list_runs("~/runs")] == ["pending"] and run_info("~/runs/one").state == read_status("~/runs/one").state == "pending"
+    LoRATrainer(read_meta("~/runs/one").to_config()).train(show=False)
+    merge("~/runs/one", "~/merged")
+    assert (home/"merged"/"config.json").exists() and run_config("~/runs/one").output_dir == run
+    assert len(list(iter_rows("~/rows.jsonl"))) == 24
+    write_meta("~/runs/two", "custom", "tiny", "~/rows.jsonl")
+    assert read_meta(home/"runs"/"two").dataset == home/"rows.jsonl"
+    TrainingConfig().save("~/config.json")
+    assert TrainingConfig.load("~/config.json") == TrainingConfig.load(home/"config.json")
+    (home/"tree").mkdir()
+    (home/"tree"/"tea.py").write_text('def pour(cup, hot=True):\n    "Pour a cup of tea."\n')
+    assert prepare_run("code", "~/runs/code", code_root="~/tree").is_relative_to(home)
+
+
+def test_the_command_line(home, capsys):
+    write_rows(home/"rows.jsonl")
+    assert main(["quickstart", "custom", "--data=~/rows.jsonl", "--output=~/cli", "--prepare-only"]) == 0
+    assert (home/"cli"/"status.json").exists()
+    assert main(["list", "~"]) == 0 and "cli" in capsys.readouterr().out
+    assert main(["list", "~nobody_at_all"]) == 2 and "no such home folder" in capsys.readouterr().err
+
+
+def test_without_a_home_folder(monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where the system knows no home folder for this user
+    with pytest.raises(FinetuneError, match="no such home folder"): expand_home("~/x")
+    assert expand_home("x/~") == Path("x/~")
+
+
+def test_an_upload_stays_in_the_folder(run, victim):
+    from sage_finetune.form import save_upload
+    (run/"uploads").symlink_to(victim)
+    before = tree(victim)
+    with pytest.raises(RunError, match="is a link out of the run folder"): save_upload("rows.jsonl", b"{}\n", run)
+    assert tree(victim) == before
+
+
+def test_the_command_line_says_it_in_one_sentence(run, victim, capsys):
+    edit(run/"training_config.json", data_cache=str(victim), max_steps=1)
+    assert main(["run", str(run)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "data_cache" in line]
+    assert len(said) == 1 and said[0].startswith("note: ") and "Warning" not in said[0]
