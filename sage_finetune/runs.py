@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'LOCK', 'RUN_FOLDERS', 'TASK_NAMES', 'STATES', 'WORKING', 'RUN_COLUMNS',
            'printable', 'text_table', 'html_table', 'Meta', 'read_object', 'read_meta', 'write_meta', 'Status',
-           'write_status', 'read_status', 'trainer_process', 'process_gone', 'still_works', 'MetricsTail',
-           'read_metrics', 'RunInfo', 'run_info', 'Runs', 'list_runs']
+           'write_status', 'read_status', 'trainer_process', 'process_gone', 'still_works', 'describe_trainer',
+           'MetricsTail', 'read_metrics', 'RunInfo', 'run_info', 'Runs', 'list_runs']
 
 # %% ../nbs/10_runs.ipynb #1fd28dcd
 import io, json, os, platform, time, unicodedata
@@ -22,7 +22,7 @@ import psutil
 
 from .config import TrainingConfig
 from .core.errors import FinetuneError, RunError
-from .core.processes import find_process, holds_lock, is_locked, is_pid, is_trainer_command, start_mark
+from .core.processes import find_process, holds_lock, is_locked, is_pid, is_trainer_command, lock_holders, start_mark
 from .core.storage import write_json
 from .files import is_hub_name
 
@@ -248,6 +248,16 @@ def still_works(
 ) -> bool:                            # True also where it is not certain
     "Whether a process works on the run."
     return status.state in WORKING and not process_gone(status, run_dir)
+
+def describe_trainer(
+    status: Status,     # as read from a run folder
+    run_dir: str | Path # that run folder
+) -> str:               # "process 4711 on machine", or "another process"
+    "Who works on a run, for a sentence."
+    process, holders = trainer_process(status, run_dir), lock_holders(Path(run_dir)/LOCK)
+    host = printable(str(status.host)) or platform.node()
+    if process or not holders and is_pid(status.pid): return f'process {status.pid} on {host}'
+    return f'process {min(holders)} on {platform.node()}' if holders else 'another process'
 
 # %% ../nbs/10_runs.ipynb #e85376b7
 class MetricsTail:

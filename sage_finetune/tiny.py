@@ -9,7 +9,7 @@ __all__ = ['SPECIAL_TOKENS', 'QWEN2_SPLIT', 'CHAT_TEMPLATE', 'SHARES', 'LONG_FRO
            'main']
 
 # %% ../nbs/31_tiny.ipynb #bcb5ce77
-import argparse, itertools, json, os, tempfile, time
+import argparse, itertools, json, tempfile, time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from . import world
 from .chat import accuracy
 from .config import PresetConfigs, tiny_path
-from .core.storage import write_atomic, write_json
+from .core.storage import replace_path, write_atomic, write_json
 from .trainer import LoRATrainer
 
 # %% ../nbs/31_tiny.ipynb #70e35e20
@@ -173,7 +173,7 @@ def save_checkpoint(
     part = run.checkpoint.with_suffix(".part")
     states = [optimizer.state_dict() for optimizer in run.optimizers]
     torch.save(dict(model=run.model.state_dict(), optimizers=states, progress=asdict(run.progress)), part)
-    os.replace(part, run.checkpoint)
+    replace_path(part, run.checkpoint)
 
 def load_checkpoint(
     run: Any # a `Pretraining`

@@ -47,7 +47,7 @@ COMES_WITH = {"tokenizers": "transformers", "huggingface_hub": "transformers", "
 # Not there on every computer: imported inside a function, where its absence can be said in a sentence.
 EXTRAS = {"tensorboard", "wandb"}
 # These import no torch: a form, a prompt, a run folder or a corpus is looked at, and the command line helps, without waiting seconds.
-LIGHT = ("core.errors", "core.storage", "config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "diagnosis", "panel", "form", "world", "cli")
+LIGHT = ("core.errors", "core.storage", "core.processes", "config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "diagnosis", "panel", "form", "world", "cli")
 COPIED = ("nbs", PACKAGE, "tests", "benchmarks", ".ci", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "README.md",
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
 
