@@ -529,6 +529,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'sage_finetune/core/processes.py'),
                                               'sage_finetune.core.processes.lock_holders': ( 'core/processes.html#lock_holders',
                                                                                              'sage_finetune/core/processes.py'),
+                                              'sage_finetune.core.processes.on_windows': ( 'core/processes.html#on_windows',
+                                                                                           'sage_finetune/core/processes.py'),
                                               'sage_finetune.core.processes.request_stop': ( 'core/processes.html#request_stop',
                                                                                              'sage_finetune/core/processes.py'),
                                               'sage_finetune.core.processes.signal_workers': ( 'core/processes.html#signal_workers',

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import psutil
 
 from .core.errors import ConfigError, FinetuneError, RunError
-from .core.processes import ask_to_stop, core_count, detached, is_pid, signal_workers, start_mark, wait_for
+from .core.processes import ask_to_stop, core_count, detached, is_pid, on_windows, signal_workers, start_mark, wait_for
 from .core.storage import why_unwritable, write_json
 from .runs import MetricsTail, Status, describe_trainer, printable, process_gone, read_meta, read_object, read_status, still_works, trainer_process
 
@@ -132,9 +132,9 @@ def run_here(
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
-def _pass_on(folder: Path, pid: int, number: int, platform: str = sys.platform):
+def _pass_on(folder: Path, pid: int, number: int):
     "Tell those who train what this process was told; Windows has no signal that they could hear"
-    if platform != 'win32': return signal_workers(pid, number)
+    if not on_windows(): return signal_workers(pid, number)
     with suppress(FinetuneError): stop_run(folder)
 
 # %% ../nbs/20_launch.ipynb #cc6d4a31

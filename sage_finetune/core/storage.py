@@ -16,17 +16,16 @@ from .errors import RunError
 
 # %% ../../nbs/core/01_storage.ipynb #ff28d213
 def replace_path(
-    source: str | Path,           # the file or folder to rename
-    target: str | Path,           # its new name; a file that has it is replaced by a file
-    platform: str = sys.platform, # the operating system, as Python calls it
-    patience: float = 2.          # seconds a reader may take on Windows
+    source: str | Path,    # the file or folder to rename
+    target: str | Path,    # its new name; a file that has it is replaced by a file
+    patience: float = 2.   # seconds a reader may take on Windows
 ):
     "Rename in one step; on Windows, wait for a reader who has the old or the new file open. Raises `OSError`."
     end, rename = time.monotonic() + patience, os.rename if os.path.isdir(source) else os.replace
     while True:
         try: return rename(source, target)
         except PermissionError:
-            if platform != 'win32' or time.monotonic() > end: raise
+            if sys.platform != 'win32' or time.monotonic() > end: raise
         time.sleep(0.02)
 
 # %% ../../nbs/core/01_storage.ipynb #3ce3301a
