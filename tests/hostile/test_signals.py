@@ -10,12 +10,12 @@ from datetime import datetime, timedelta, timezone
 
 import psutil
 import pytest
-from helpers import change, prepared, write_rows
+from helpers import change, prepared, until, write_rows
 
 from sage_finetune.checkpoint import RunWriter, check_folder
 from sage_finetune.core.errors import RunError
 from sage_finetune.core.processes import find_process, is_locked, start_mark, stop_requested
-from sage_finetune.launch import attached, follow, last_launch, start_run, stop_run
+from sage_finetune.launch import attached, last_launch, start_run, stop_run
 from sage_finetune.runs import process_gone, read_meta, read_status, run_info, still_works, trainer_process, write_status
 from sage_finetune.tasks import prepare_run, refuse_taken
 
@@ -364,10 +364,7 @@ def test_a_run_inside_a_notebook_is_stopped_and_the_notebook_lives_on(run, code,
     change(run, num_train_epochs=200)
     kernel = subprocess.Popen([sys.executable, "-c", code, str(run), *more], stdout=subprocess.PIPE, text=True)
     try:
-        for row in follow(run):
-            if row["step"] == 3: break
-        else:
-            while read_status(run).step < 3: assert kernel.poll() is None
+        until(lambda: read_status(run).step >= 3 or kernel.poll() is not None)
         assert stop_run(run)
         assert kernel.communicate(timeout=120)[0] == "the notebook lives on\n" and kernel.returncode == 0
     finally: end(kernel)
