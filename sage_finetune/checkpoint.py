@@ -26,10 +26,12 @@ from torch import Tensor
 
 from .config import TrainingConfig
 from .core.errors import RunError
+from .core.processes import stop_requested, stop_signals
 from .core.places import (
     MANIFEST, bring_back, check_links, note_files, note_folder, own_files, put_aside, read_manifest, remove_own)
 from .core.storage import OLD, PART, folder_atomic, open_append, why_unwritable, write_atomic, write_json
 from .model import restore_adapter, save_adapter
+from .runs import LOCK, describe_trainer
 from .runs import (
     CONFIG, META, METRICS, MODEL_FILE, STATUS, is_own_state, is_run, old_files, process_gone, read_metrics, read_status, refuse_replacing, run_files, still_works, write_status)
 
@@ -191,7 +193,7 @@ def check_folder(
 ) -> list[str]: # names an earlier run left there
     "Refuse a run folder that is in use, holds another run, or cannot be written to. Raises `RunError`."
     folder, status = config.output_dir, read_status(config.output_dir)
-    if still_works(status) and status.pid != os.getpid(): raise RunError(_in_use(folder))
+    if still_works(status, folder) and status.pid != os.getpid(): raise RunError(_in_use(folder))
     check_links(folder)
     left = [name for name in (METRICS, 'checkpoints', 'lora_weights', 'merged_model') if _holds_anything(folder/name)]
     if left and not resume and not config.overwrite_output_dir:
@@ -234,8 +236,7 @@ def _in_use(folder: Path) -> str:
     "Who works there, in a sentence"
     status = read_status(folder)
     if status.pid == os.getpid(): return f'{folder} is in use by another run of this very process. Stop it first (stop()), or choose another output_dir.'
-    who = f'process {status.pid}' + (f' on {status.host}' if status.host else '') if status.pid else 'another process'
-    return f'{folder} is in use: {who} trains there. Wait for it, or choose another output_dir. If it is no longer there, delete {folder/"status.json"}.'
+    return f'{folder} is in use: {describe_trainer(status, folder)} trains there. Wait for it, or choose another output_dir.'
 
 # %% ../nbs/11_checkpoint.ipynb #319c620e
 _holders = weakref.WeakValueDictionary()  # folder -> the writer of this process that holds it
@@ -244,13 +245,14 @@ def _take(folder: Path, writer: 'RunWriter') -> FileLock | None:
     "The lock of a run folder; None where the file system has none. Raises `RunError` when somebody else holds it."
     key = str(folder.resolve())
     if key in _holders and _holders[key].waiting: _holders[key].close('cancelled', 'another run of the same process took its place')
-    lock = FileLock(folder/'.lock', thread_local=False)
+    lock = FileLock(folder/LOCK, thread_local=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=10 if process_gone(read_status(folder)) else 0)  # helpers of a killed process may outlive it by a few seconds
+        patience = 10 if process_gone(read_status(folder), folder) else 0.05  # helpers of a killed process may outlive it; who only looks takes a moment
+        lock.acquire(timeout=patience, poll_interval=0.02)
     except Timeout: raise RunError(_in_use(folder)) from None
     except NotImplementedError: lock = None
-    except OSError as error: raise RunError(why_unwritable(folder/'.lock', error)) from error
+    except OSError as error: raise RunError(why_unwritable(folder/LOCK, error)) from error
     _holders[key] = writer
     return lock
 
@@ -267,7 +269,6 @@ def tidy(
         else: left.unlink(missing_ok=True)
 
 _TEMPORARY = re.compile(rf'\.((?:{"|".join(map(re.escape, (CONFIG, STATUS, METRICS, MANIFEST, META)))}|lora_weights|merged_model|(?:checkpoint|best)-\d+))\.[a-z0-9_]{{8}}({PART}|{OLD})')
-
 
 # %% ../nbs/11_checkpoint.ipynb #b7e524b5
 class RunWriter:
@@ -350,6 +351,7 @@ class RunWriter:
     def _let_go(self):
         "Close the file and give the lock back"
         if self.metrics: self.metrics.close()
+        stop_requested(self.folder)  # one that came too late is not for the next run
         if self.lock: self.lock.release()
         _holders.pop(str(self.folder.resolve()), None)
 
@@ -509,7 +511,7 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         "Hear Ctrl-C and SIGTERM meanwhile; the second Ctrl-C is Python's usual one. Only the main thread can, others just go on."
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if threading.current_thread() is threading.main_thread() else {}
+        before = {number: signal.getsignal(number) for number in stop_signals()} if threading.current_thread() is threading.main_thread() else {}
         before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
         for number in before: signal.signal(number, self._hear)
         try: yield
@@ -519,4 +521,4 @@ class Stop:
     def _hear(self, number: int, frame: Any):
         "What a signal does"
         if self and number == signal.SIGINT: raise KeyboardInterrupt
-        self('interrupted' if number == signal.SIGINT else 'told to end (SIGTERM)')
+        self('interrupted' if number == signal.SIGINT else f'told to end ({signal.Signals(number).name})')

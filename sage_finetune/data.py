@@ -27,7 +27,8 @@ from datasets.table import MemoryMappedTable
 from tqdm import tqdm
 
 from .core.errors import ConfigError, DataError, RunError
-from .core.storage import PART, copy_atomic, expand_home, folder_atomic, why_unwritable
+from .core.processes import core_count
+from .core.storage import PART, copy_atomic, expand_home, folder_atomic, replace_path, why_unwritable
 from .files import BadRow, RawRow, iter_rows, load_training_data, packaged, packaged_held_out, source_key, source_name, source_size
 from .prompt import THINKING, Rendered, Renderer, render_texts, template_notes
 from .rows import (FORMATS, RowError, Sample, detect_data_format, format_alpaca_sample, format_conversation_sample, format_prompt_sample,
@@ -460,8 +461,6 @@ def _no_threads_of_its_own() -> Iterator[None]:
     finally:
         if given is None: os.environ.pop('TOKENIZERS_PARALLELISM', None)
 
-def _processors() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
 # %% ../nbs/06_data.ipynb #0d3d2c86
 class _Bar:
     "Rows, rate, tokens and time left, on the error stream"
@@ -511,7 +510,7 @@ def one_pass(
         with ExitStack() as stack:
             sides = [_Side(folder/name, stack) for name in (TRAIN, EVALUATION)]
             lost = stack.enter_context(open(folder/BAD_ROWS, 'w', encoding='utf-8', errors='backslashreplace'))
-            for made in in_order(maker, chunks(source), min(4, _processors())):
+            for made in in_order(maker, chunks(source), min(4, core_count())):
                 for side, batch in zip(sides, made.batches): side.add(batch)
                 lost.writelines(json.dumps(bad.to_dict(), ensure_ascii=False) + '\n' for bad in made.bad)
                 add_report(report, made.report)
@@ -527,7 +526,7 @@ def _judge(report: DataReport, maker: Maker, folder: Path) -> DataReport:
     "Refuse data without anything to learn, and say what else concerns the whole"
     ratio, held = maker.settings.eval_ratio, report.held_out
     if not report.examples and held.examples:
-        os.replace(folder/EVALUATION, folder/TRAIN)
+        replace_path(folder/EVALUATION, folder/TRAIN)
         report.count(held)
         report.held_out = Counts()
         report.said.append(f'eval_ratio={ratio:g} would hold out every question, so none is held out. Name a file of held-out rows to evaluate on.')

@@ -23,6 +23,7 @@ from packaging.version import Version
 
 from .config import TrainingConfig, find_model
 from .core.errors import ConfigError, DataError, FinetuneError
+from .core.processes import core_count
 from .core.storage import expand_home, why_unwritable
 from .runs import CONFIG, confine, html_table, printable, read_meta, text_table
 
@@ -182,7 +183,7 @@ def _control_group(kind: str, *names: str) -> str | None:
 
 def _processor() -> Iterator[Look]:
     "Cores and memory, as far as this process may use them"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    cores = core_count()
     share = (_control_group('cpu', 'cpu.max') or '').split()
     allowed = f', of which the container may use {int(share[0]) / int(share[1]):.1f}' if len(share) == 2 and int(share[0]) < cores * int(share[1]) else ''
     yield Look('processor', f'{cores} core{"s" * (cores != 1)}{allowed}, {platform.machine()}, {platform.system()}')

@@ -19,6 +19,7 @@ import ipywidgets as W
 
 from .config import PRESETS, LoRAConfig, PresetConfigs, TrainingConfig, accepted, help_phrases, preset, suggest_preset
 from .core.errors import ConfigError, DataError, FinetuneError, RunError
+from .core.processes import FORKS, detached
 from .core.places import is_inside
 from .core.storage import expand_home, write_atomic
 from .files import is_hub_name, iter_rows, packaged, packaged_held_out, source_size
@@ -443,8 +444,6 @@ def memory_answers(
     except Exception as error: yield dict(error=f'{type(error).__name__}: {error}')  # an unknown model's code may raise anything
 
 # %% ../nbs/23_form.ipynb #7615edb6
-_FORKS = sys.platform == 'linux'  # elsewhere copies of a process may not use what they inherit
-
 class _Copies:
     "The copies at work: who asked -> number of the question and process"
     def __init__(self, out: int): self.out, self.working = out, {}
@@ -461,7 +460,7 @@ class _Copies:
     def start(self, question: dict):
         "Answer in a copy; work on the asker's last question ends"
         self.stop(question['asker'])
-        if not _FORKS: return self.answer(question)
+        if not FORKS: return self.answer(question)
         pid = os.fork()
         if pid:
             self.working[question['asker']] = question, pid
@@ -494,7 +493,7 @@ def serve_answers(
     copies, unread = _Copies(out), b''
     while True:
         waits = 0.05 if copies.working else idle
-        ready = select.select([0], [], [], waits)[0] if _FORKS else [0]
+        ready = select.select([0], [], [], waits)[0] if FORKS else [0]
         copies.look()
         if not ready and waits == idle: return
         if not ready: continue
@@ -535,7 +534,7 @@ class MemoryProcess:
         "A process with one core, out of the reach of the notebook's interrupts, and a thread that listens to it"
         paths = os.pathsep.join(filter(None, (str(packaged('example').parents[2]), os.environ.get('PYTHONPATH'))))
         said = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, '-c', 'from sage_finetune.form import serve_answers; serve_answers()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, start_new_session=True,
+        self.process = subprocess.Popen([sys.executable, '-c', 'from sage_finetune.form import serve_answers; serve_answers()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, **detached(),
                                         env=os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS='1'))
         threading.Thread(target=self._listen, args=(self.process, said), daemon=True).start()
 

@@ -9,6 +9,7 @@ __all__ = ['LOG', 'LAUNCH', 'train_command', 'Launch', 'last_launch', 'start_run
 # %% ../nbs/20_launch.ipynb #33b92be3
 import os, platform, shlex, signal, socket, subprocess, sys, time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import BinaryIO
 
 import psutil
 
-from .core.errors import ConfigError, RunError
+from .core.errors import ConfigError, FinetuneError, RunError
+from .core.processes import ask_to_stop, core_count, detached, is_pid, on_windows, signal_workers, start_mark, wait_for
 from .core.storage import open_append, write_json
-from .runs import MetricsTail, Status, printable, process_gone, read_meta, read_object, read_status, still_works
+from .runs import MetricsTail, Status, describe_trainer, printable, process_gone, read_meta, read_object, read_status, still_works, trainer_process
 
 # %% ../nbs/20_launch.ipynb #15031a90
 def train_command(
@@ -41,8 +43,7 @@ def _free_port() -> int:
 
 def _surroundings(num_processes: int) -> dict:
     "Environment of the processes: cores for each, unless somebody decided that already"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return (dict(OMP_NUM_THREADS=str(max(1, cores // num_processes))) if num_processes > 1 else {}) | os.environ
+    return (dict(OMP_NUM_THREADS=str(max(1, core_count() // num_processes))) if num_processes > 1 else {}) | os.environ
 
 # %% ../nbs/20_launch.ipynb #11b1fc9f
 LOG, LAUNCH = 'train.log', 'launch.json'
@@ -57,11 +58,12 @@ class Launch:
     said: int # bytes of the log that are older
     before: dict # the status it found
     stopped: bool = False # told to end before it said anything
+    start_mark: str = '' # when that process started, as a mark to compare
 
     @property
     def status(self) -> Status:
         "What is known of a process that has said nothing yet."
-        return Status('preparing', self.pid, self.before['step'], self.before['total'], 'starting', self.started, self.host, self.processes)
+        return Status('preparing', self.pid, self.before['step'], self.before['total'], 'starting', self.started, self.host, self.processes, self.start_mark)
 
 def last_launch(
     run_dir: str | Path # a run folder
@@ -69,13 +71,25 @@ def last_launch(
     "The last start that was noted. Raises `RunError` when the note is broken."
     path = Path(run_dir)/LAUNCH
     if not path.exists(): return None
-    try: return Launch(**read_object(path))
+    content = read_object(path)
+    try: launch = Launch(**content)
     except TypeError as error: raise RunError(f'{path} is not what this version notes at a start ({error}). Delete it.') from error
+    if wrong := _wrong_fields(launch): raise RunError(f'{path} is not what is noted at a start: {", ".join(wrong)} cannot be so. Delete it.')
+    return launch
+
+def _wrong_fields(launch: Launch) -> list[str]:
+    "Fields of a note that nobody at a start would write; the file may come from anybody"
+    whole = lambda value: type(value) is int and value >= 0
+    good = dict(pid=is_pid(launch.pid), processes=whole(launch.processes), said=whole(launch.said), stopped=isinstance(launch.stopped, bool))
+    good |= {name: isinstance(getattr(launch, name), str) for name in ('host', 'started', 'start_mark')}
+    good['before'] = isinstance(launch.before, dict) and all(whole(launch.before.get(name)) for name in ('step', 'total'))
+    return [name for name, is_good in good.items() if not is_good]
 
 def _note(folder: Path, child: subprocess.Popen, processes: int, said: int, before: Status):
     "Note a start; a process nobody could find again is not left alone"
     started = datetime.now(timezone.utc).isoformat(timespec='seconds')
-    try: write_json(folder/LAUNCH, asdict(Launch(child.pid, processes, platform.node(), started, said, asdict(before))))
+    note = Launch(child.pid, processes, platform.node(), started, said, asdict(before), start_mark=start_mark(child.pid))
+    try: write_json(folder/LAUNCH, asdict(note))
     except RunError:
         child.terminate()
         raise
@@ -89,11 +103,12 @@ def start_run(
 ) -> subprocess.Popen: # the process; it outlives this one
     "Train a run folder in the background. Raises `RunError` when it is no prepared run or is being trained already."
     folder, status, before = read_meta(run_dir).output_dir, attached(run_dir), read_status(run_dir)
-    if still_works(status): raise RunError(f'{folder} is in use: process {status.pid} trains there. Watch it with follow({str(run_dir)!r}), or end it with stop_run.')
+    if still_works(status, folder):
+        raise RunError(f'{folder} is in use: {describe_trainer(status, folder)} trains there. Watch it with follow({str(run_dir)!r}), or end it with stop_run.')
     command = train_command(folder, num_processes, resume, overwrite)
     with _log(folder) as said:
         said.write(f'{chr(10) * bool(said.tell())}===== {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC: {shlex.join(["python", *command[1:]])} =====\n'.encode())
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True, env=_surroundings(num_processes))
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, env=_surroundings(num_processes), **detached())
         _note(folder, child, num_processes, said.tell(), before)
     return child
 
@@ -109,19 +124,17 @@ def run_here(
 ) -> int: # exit status
     "Train a run folder in processes of its own, which speak to this terminal; Ctrl-C and SIGTERM reach them, and this waits until they have saved."
     folder, status = read_meta(run_dir).output_dir, read_status(run_dir)
-    child = subprocess.Popen(train_command(folder, num_processes, resume, overwrite), start_new_session=True, env=_surroundings(num_processes))
+    child = subprocess.Popen(train_command(folder, num_processes, resume, overwrite), env=_surroundings(num_processes), **detached(console=True))
     _note(folder, child, num_processes, (folder/LOG).stat().st_size if (folder/LOG).exists() else 0, status)
-    before = {number: signal.signal(number, lambda number, frame: _tell_workers(child.pid, number)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try: return child.wait()
+    before = {number: signal.signal(number, lambda number, frame: _pass_on(folder, child.pid, number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try: return wait_for(child)
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
-def _tell_workers(pid: int, number: int):
-    "Pass a signal on to those who train; one who only starts them would end them before they have saved"
-    try:
-        process = psutil.Process(pid)
-        for worker in process.children() or [process]: worker.send_signal(number)
-    except psutil.NoSuchProcess: pass
+def _pass_on(folder: Path, pid: int, number: int):
+    "Tell those who train what this process was told; Windows has no signal that they could hear"
+    if not on_windows(): return signal_workers(pid, number)
+    with suppress(FinetuneError): stop_run(folder)
 
 # %% ../nbs/20_launch.ipynb #cc6d4a31
 def attached(
@@ -129,13 +142,13 @@ def attached(
 ) -> Status: # "preparing" while a process that was started has said nothing yet; "failed" with what it said when it is gone
     "Where a run stands, whoever asks; `still_works` of it says whether somebody trains there."
     launch = last_launch(run_dir)
-    starts = launch and still_works(launch.status)
+    starts = launch and still_works(launch.status, run_dir)
     status = read_status(run_dir)  # looked at after the process: who is gone has said its last word
-    if launch and asdict(status) == launch.before:
+    if launch and asdict(status) == asdict(Status()) | launch.before:
         if starts: return launch.status
         if launch.stopped: return replace(launch.status, state='cancelled', pid=None, message='stopped before it began')
         return replace(launch.status, state='failed', pid=None, message=_last_words(run_dir) or f'the process that was to train {run_dir} ended before it began.')
-    if not process_gone(status) or not process_gone(status := read_status(run_dir)): return status
+    if not process_gone(status, run_dir) or not process_gone(status := read_status(run_dir), run_dir): return status
     own = launch and (launch.pid == status.pid or launch.processes > 1)  # else somebody trained it from a terminal, and the log is about another run
     return replace(status, state='failed', pid=None, message=f'the process that trained {run_dir} is gone. {_last_words(run_dir) if own else ""} resume=True goes on from its last checkpoint.')
 
@@ -182,15 +195,19 @@ def follow(
     if status.state == 'failed': raise RunError(status.message)
     if process and process.returncode not in (0, 130) and status.state != 'cancelled': raise RunError(_last_words(run_dir) or f'the process that was to train {run_dir} ended with {process.returncode}.')
 
+# %% ../nbs/20_launch.ipynb #c18156d6
 def stop_run(
     run_dir: str | Path # a run folder
 ) -> bool: # False when nobody was training it
-    "Ask whoever trains a run to finish the step, save and end; one that has not begun ends at once. Raises `RunError` when it runs on another machine."
+    "Ask whoever trains a run to finish the step, save and end; one that has not begun ends at once. Raises `RunError` when it is not this user's, or on another machine."
     status = attached(run_dir)
-    if not still_works(status) or not status.pid: return False
-    if status.host != platform.node(): raise RunError(f'{run_dir} is trained by process {status.pid} on {status.host}. Stop it there.')
-    launch = last_launch(run_dir)
-    if launch and status == launch.status: write_json(Path(run_dir)/LAUNCH, asdict(replace(launch, stopped=True)))
-    try: os.kill(status.pid, signal.SIGTERM)
-    except ProcessLookupError: return False
+    if not still_works(status, run_dir): return False
+    if status.host not in ('', platform.node()): raise RunError(f'{run_dir} is trained by process {status.pid} on {status.host}. Stop it there.')
+    process, launch = trainer_process(status, run_dir), last_launch(run_dir)
+    if not process: raise RunError(f'{run_dir} is in use, but not known to be trained by process {status.pid}, which its status.json names. Nobody was stopped: stop it where it was started.')
+    starts = launch and status == launch.status
+    if starts: write_json(Path(run_dir)/LAUNCH, asdict(replace(launch, stopped=True)))
+    try: ask_to_stop(process, run_dir, begun=not starts)
+    except psutil.NoSuchProcess: return False
+    except psutil.AccessDenied: raise RunError(f'{run_dir} is trained by process {process.pid} of another user, which you may not stop. Ask them to.') from None
     return True

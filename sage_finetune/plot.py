@@ -452,7 +452,7 @@ def state_of(
 ) -> str: # for a title
     "How a run is doing; one whose process is gone does not say so itself."
     status = read_status(run_dir)
-    return f'failed (process gone) {status.step}/{status.total}' if process_gone(status) else str(status) if status.updated else ''
+    return f'failed (process gone) {status.step}/{status.total}' if process_gone(status, run_dir) else str(status) if status.updated else ''
 
 def plot_run(
     run_dir: str | Path, # a run folder

@@ -16,11 +16,13 @@ from typing import Any
 
 from .config import TrainingConfig, find_model, preset, suggest_preset
 from .core.errors import ConfigError, DataError, RunError
+from .core.processes import is_locked
 from .core.places import MANIFEST, bring_back, check_links, note_files, put_aside
 from .core.storage import expand_home, why_unwritable, write_json
 from .corpus import code_rows
 from .files import BadRow, iter_rows
 from .rows import detect_data_format, read_row
+from .runs import LOCK, describe_trainer, still_works
 from .runs import (
     CONFIG, META, METRICS, ROWS_FILE, RUN_FOLDERS, STATUS, html_table, process_gone, read_status, refuse_replacing, run_files, text_table, write_meta, write_status)
 
@@ -107,8 +109,8 @@ def refuse_taken(
         raise RunError(f'{folder} already holds a run ({names}). Choose another output_dir, or pass overwrite=True to replace it.')
     refuse_replacing(folder)
     status = read_status(folder)
-    if status.pid and status.pid != os.getpid() and not process_gone(status):
-        raise RunError(f'process {status.pid} on {status.host} is working on the run in {folder}. Stop it first, or choose another output_dir.')
+    if status.pid != os.getpid() and (still_works(status, folder) or is_locked(folder/LOCK)):
+        raise RunError(f'{describe_trainer(status, folder)} is working on the run in {folder}. Stop it first, or choose another output_dir.')
 
 # %% ../nbs/19_tasks.ipynb #8c8f310f
 @contextmanager

@@ -8,7 +8,7 @@ __all__ = ['LONGER', 'RUN_STATES', 'BUSY', 'Again', 'RunSummary', 'short_path', 
            'remark_lines', 'TrainPanel']
 
 # %% ../nbs/25_train_panel.ipynb #6c629e68
-import atexit, hashlib, os, platform, shutil, signal, subprocess, tempfile, threading, time, weakref
+import atexit, hashlib, os, platform, shutil, subprocess, tempfile, threading, time, weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as W
-import psutil
 
 from .checkpoint import BEST_KEPT, FREE, STATE, check_folder, checkpoints, holds_run
 from .config import TrainingConfig
 from .core.errors import ConfigError, RunError
+from .core.processes import find_process, is_notebook_kernel, was_killed
 from .core.storage import write_atomic
 from .diagnosis import released
 from .launch import LOG, attached, follow, last_launch, log_lines, start_run, stop_run, train_command
@@ -352,7 +352,7 @@ def _losses_until(step: int, folder: Path) -> dict:
     try:
         for row in follow(folder, process):
             losses[row['step']] = row['loss']
-            if row['step'] == step: process.terminate()  # finishes the next one and saves
+            if row['step'] == step: stop_run(folder)  # finishes the next one and saves
     finally:
         process.kill()
         process.wait()
@@ -467,7 +467,7 @@ class RunControl:
         self._put_back()
         if self.state == 'stopped' or self.state == 'failed': self.saved = named(self.folder)
         if self.state != 'failed' or self.error: return
-        killed = self.process and self.process.returncode == -signal.SIGKILL
+        killed = self.process and was_killed(self.process.returncode)
         self.error = self.lesson.error if self.lesson and self.lesson.error and not self.process else RunError(self.status.message + _KILLED * bool(killed))
 
     @property
@@ -489,8 +489,8 @@ _KILLED = ' It was ended by force (SIGKILL): by somebody, or by the system becau
 def _in_a_kernel(status: Status) -> bool:
     "Whether the process that trains is a notebook's, which a signal would end"
     if status.pid == os.getpid(): return True
-    with suppress(psutil.Error): return any('kernel_launcher' in Path(part).name for part in psutil.Process(status.pid).cmdline())
-    return False
+    process = find_process(status.pid, status.start_mark) if status.host in ('', platform.node()) else None
+    return bool(process) and is_notebook_kernel(process)
 
 # %% ../nbs/25_train_panel.ipynb #6c83fe78
 def pace_line(

@@ -29,6 +29,7 @@ from .batches import BatchPlan, PlannedStep, at_rest, collate, learnt_tokens, pl
 from .checkpoint import Keeper, Progress, RunWriter, Stop, check_folder, checkpoints, identity, newest_checkpoint, own_names
 from .config import TrainingConfig
 from .core.errors import ConfigError, FinetuneError, RunError
+from .core.processes import stop_requested
 from .core.places import keep_changed, note_folder
 from .core.storage import folder_atomic
 from .data import packaged_held_out, prepare, report_line, report_parts
@@ -752,6 +753,7 @@ class Run:
 
     def _over(self) -> bool:
         "Whether the run ends before its last step; all processes agree on it"
+        if is_main() and stop_requested(self.config.output_dir): self.wish()
         wished, = sum_over_processes(self.accelerator, int(bool(self.wish)))
         if wished: self.wish()
         return bool(wished) or self.keeper.patience_is_over

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from datetime import datetime, timezone
 
 import pytest
@@ -249,10 +250,12 @@ def test_an_output_folder_that_holds_a_run(refused, tmp_path, finished):
 
 @pytest.mark.parametrize("more", [[], ["--resume"], ["--overwrite"]], ids=["again", "resume", "overwrite"])
 def test_a_run_somebody_is_training(refused, tmp_path, finished, more):
-    "A living process that says it trains there"
+    "A living process that holds the folder's lock and says it trains there"
     run = copy(finished, tmp_path/"run")
-    other = subprocess.Popen(["sleep", "600"])
+    holds = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print(flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", holds, str(run/".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        other.stdout.readline()
         (run/"status.json").write_text(json.dumps(status(run) | dict(state="training", pid=other.pid, updated=datetime.now(timezone.utc).isoformat(timespec="seconds"))))
         refused("run", "run", *more, says=["in use", f"process {other.pid}", "Wait for it"])
     finally:

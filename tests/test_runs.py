@@ -9,6 +9,7 @@ import pytest
 
 from sage_finetune.config import TrainingConfig
 from sage_finetune.core.errors import RunError
+from sage_finetune.core.processes import start_mark
 from sage_finetune.runs import STATES, MetricsTail, list_runs, process_gone, read_meta, read_metrics, read_status, run_info, write_meta, write_status
 
 SAGE = dict(task_type="code", model="Qwen/Qwen2.5-Coder-7B-Instruct", framework="llama-factory", format="alpaca", dataset="/home/ada/out/code/training_data_code_alpaca.json",
@@ -129,14 +130,20 @@ def claim(run, **changes):
 
 
 def test_a_process_that_was_killed_is_noticed(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    "It holds the lock of the folder, as whoever trains there does: a living process alone is nobody's run"
+    holds = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", holds, str(tmp_path/".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        assert not process_gone(claim(tmp_path, pid=child.pid)) and run_info(tmp_path).state == "training"
+        child.stdout.readline()
+        mine = dict(pid=child.pid, start_mark=start_mark(child.pid))
+        assert not process_gone(claim(tmp_path, **mine)) and run_info(tmp_path).state == "training"
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, but nobody has waited for it: a zombie
-        assert process_gone(claim(tmp_path, pid=child.pid))
-    finally: child.wait()
-    assert process_gone(claim(tmp_path, pid=child.pid)) and run_info(tmp_path).state == "failed (process gone)"
+        assert process_gone(claim(tmp_path, **mine))
+    finally:
+        child.kill()
+        child.wait()
+    assert process_gone(claim(tmp_path, **mine)) and run_info(tmp_path).state == "failed (process gone)"
 
 
 def test_a_number_that_was_given_out_again_is_noticed(tmp_path):

@@ -448,9 +448,11 @@ def test_a_folder_of_other_things_is_no_run(tmp_path, questions):
 def test_a_run_at_work_is_not_overwritten(tmp_path, tree, questions):
     run = prepare_run("code", tmp_path/"run", code_root=tree)
     write_status(run, "training", 3, 10)
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    holds = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", holds, str(run/".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        (run/"status.json").write_text(json.dumps(dict(vars(read_status(run)), pid=other.pid)))
+        other.stdout.readline()
+        (run/"status.json").write_text(json.dumps(dict(vars(read_status(run)), pid=other.pid, start_mark="")))
         with pytest.raises(RunError, match=f"process {other.pid} .* is working on the run"): prepare_run("qa", run, data=questions, overwrite=True)
         assert read_meta(run).task_type == "code"
     finally:

@@ -252,10 +252,12 @@ def test_an_error_in_this_process(straight, tmp_path):
 def test_stopping_somebody_elses_kernel(tmp_path):
     "A signal would end the notebook that trains; it is refused"
     run = prepared(tmp_path/"run")
-    kernel = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", "ipykernel_launcher"])
+    holds = "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[2]); lock.acquire(); print(flush=True); time.sleep(100)"
+    kernel = subprocess.Popen([sys.executable, "-c", holds, "ipykernel_launcher", str(run/".lock")], stdout=subprocess.PIPE)
     try:
+        kernel.stdout.readline()  # it holds the folder, as a run in a notebook does
         write_status(run, "training", 3, 10)
-        (run/"status.json").write_text(json.dumps(status(run) | dict(pid=kernel.pid)))
+        (run/"status.json").write_text(json.dumps(status(run) | dict(pid=kernel.pid, start_mark="")))
         panel = TrainPanel(run)
         assert panel.state == "training"
         panel.buttons["stop"].click()
