@@ -122,10 +122,10 @@ def adapter_strength(
 @dataclass(repr=False)
 class Sampling(Checked):
     "How an answer is made; a wrong value is refused at once."
-    max_new_tokens: int = dial(256, 1, 1_000_000) # the answer ends here at the latest
-    temperature: float = dial(0., 0, 10) # 0: the best token each time; above: the higher the wilder
-    top_p: float = dial(1., 0, 1) # draw among the best tokens that together have this probability
-    seed: int | None = dial(None, 0, 2**62) # makes a draw repeatable
+    max_new_tokens: int = dial(256, 1, 1_000_000, effect='harmless') # the answer ends here at the latest
+    temperature: float = dial(0., 0, 10, effect='harmless') # 0: the best token each time; above: the higher the wilder
+    top_p: float = dial(1., 0, 1, effect='harmless') # draw among the best tokens that together have this probability
+    seed: int | None = dial(None, 0, 2**62, effect='harmless') # makes a draw repeatable
 
 def _room(model: Any, asked: int) -> int:
     "How many tokens an answer may have before the model's context is full"
