@@ -1577,6 +1577,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sage_finetune.runs._task_and_model': ('runs.html#_task_and_model', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs.html_table': ('runs.html#html_table', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs.list_runs': ('runs.html#list_runs', 'sage_finetune/runs.py'),
+                                    'sage_finetune.runs.notes_printed': ('runs.html#notes_printed', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs.printable': ('runs.html#printable', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs.process_gone': ('runs.html#process_gone', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs.read_meta': ('runs.html#read_meta', 'sage_finetune/runs.py'),
