@@ -194,6 +194,7 @@ def _saved_settings(folder: Path) -> PeftConfig:
     try:
         _only_lora(folder, json.loads((folder/'adapter_config.json').read_text(encoding='utf-8-sig')))
         settings = PeftConfig.from_pretrained(str(folder))
+    except ModelError: raise
     except (ValueError, KeyError, TypeError, OSError) as error: raise ModelError(f'the adapter in {folder} cannot be read: its adapter_config.json is broken ({str(error).strip().split(chr(10))[0][:150]}).') from error
     settings.auto_mapping = None  # the name of a module to import
     return settings
@@ -264,6 +265,7 @@ def load_base(
             if not config.trust_remote_code: refuse_kernels(AutoConfig.from_pretrained(find_model(config.model_name), trust_remote_code=False), config.model_name)
             model, loading = AutoModelForCausalLM.from_pretrained(find_model(config.model_name), dtype=precision.dtype, use_safetensors=True,
                 trust_remote_code=config.trust_remote_code, output_loading_info=True, **extra)
+    except ModelError: raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_cannot_load('model', config.model_name, error, config.trust_remote_code)) from error
     if loading['missing_keys']:
