@@ -1,4 +1,5 @@
 """A run folder and its model come from a stranger: nothing in them runs code, whoever looks at them, chats, merges or trains, until the user says so himself."""
+import ast
 import dataclasses
 import json
 import shutil
@@ -455,3 +456,32 @@ def test_from_a_shell(honest, tmp_path):
     assert not its.marker.exists()
     assert run_here(its.run, overwrite=True, trust_remote_code=True) == 0
     assert its.marker.exists()
+
+
+# ---- the package itself ---------------------------------------------------------------------------------------------------------
+
+def calls(source):
+    "Every call in a module: its name with dots, its keywords, its line"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call): yield ast.unparse(node.func), {one.arg: ast.unparse(one.value) for one in node.keywords}, node.lineno
+
+
+def faults(source):
+    "Calls that could run what a file says, and loads that leave the decision to a library, which may ask on the terminal"
+    for name, given, line in calls(source):
+        if name in ("eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "marshal.loads", "joblib.load", "runpy.run_path"): yield f"{line}: {name}"
+        if name.startswith("pickle."): yield f"{line}: {name}"
+        if name == "torch.load" and given.get("weights_only") != "True": yield f"{line}: torch.load without weights_only=True"
+        if name == "np.load" and given.get("allow_pickle", "False") != "False": yield f"{line}: np.load with pickles"
+        if name.split(".")[0].startswith("Auto") and name.split(".")[-1] in ("from_pretrained", "from_config") and "trust_remote_code" not in given: yield f"{line}: {name} decides nothing about trust_remote_code"
+
+
+@pytest.mark.parametrize("source, fault", [("eval(text)", "eval"), ("import pickle\npickle.loads(x)", "pickle"), ("torch.load(path)", "weights_only"), ("torch.load(path, weights_only=False)", "weights_only"),
+    ("AutoTokenizer.from_pretrained(folder)", "trust"), ("AutoConfig.from_pretrained(folder, revision='x')", "trust"), ("np.load(p, allow_pickle=True)", "pickles"), ("model.eval()", ""), ("torch.load(p, weights_only=True)", "")])
+def test_the_guard_below_finds(source, fault): assert fault in " ".join(faults(source)) and bool(fault) == bool(list(faults(source)))
+
+
+def test_the_package_runs_nothing_it_reads(root):
+    "No pickles, no eval, and trust is decided at each load"
+    found = [f"{path.name}:{fault}" for path in sorted((root/"sage_finetune").rglob("*.py")) if path.name != "_modidx.py" for fault in faults(path.read_text(encoding="utf-8"))]
+    assert not found, found
