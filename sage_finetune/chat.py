@@ -122,10 +122,10 @@ def adapter_strength(
 @dataclass(repr=False)
 class Sampling(Checked):
     "How an answer is made; a wrong value is refused at once."
-    max_new_tokens: int = dial(256, 1, 1_000_000) # the answer ends here at the latest
-    temperature: float = dial(0., 0, 10) # 0: the best token each time; above: the higher the wilder
-    top_p: float = dial(1., 0, 1) # draw among the best tokens that together have this probability
-    seed: int | None = dial(None, 0, 2**62) # makes a draw repeatable
+    max_new_tokens: int = dial(256, 1, 1_000_000, effect='harmless') # the answer ends here at the latest
+    temperature: float = dial(0., 0, 10, effect='harmless') # 0: the best token each time; above: the higher the wilder
+    top_p: float = dial(1., 0, 1, effect='harmless') # draw among the best tokens that together have this probability
+    seed: int | None = dial(None, 0, 2**62, effect='harmless') # makes a draw repeatable
 
 def _room(model: Any, asked: int) -> int:
     "How many tokens an answer may have before the model's context is full"
@@ -646,25 +646,26 @@ def _shared_base(config: TrainingConfig) -> tuple:
     "A base and its tokenizer; the next one to ask for it gets layers of its own around the same weights"
     if config.load_in_8bit or config.load_in_4bit or config.new_tokens or config.continue_from or config.lora.bias != 'none': return load_base(config)  # here an adapter changes what it is put beside
     found = find_model(config.model_name)
-    key = (found, _stamp(Path(found)), config.device, config.fp16, config.bf16)
+    key = (found, _stamp(Path(found)), config.device, config.fp16, config.bf16, config.trust_remote_code)
     if key not in _BASES: _BASES[key] = load_base(config)
     model, tokenizer = _BASES[key]
     return copy.deepcopy(model, {id(weight): weight for weight in (*model.parameters(), *model.buffers())}), tokenizer
 
 def shared_model(
     run_dir: str | Path, # a run folder that was trained; its lora_weights or merged_model will do
-    device: str = 'auto' # where to compute
+    device: str = 'auto', # where to compute
+    trust_remote_code: bool = False # run Python code that comes with the model
 ) -> tuple: # the model, ready to answer, and its tokenizer; the same objects for all who ask
     "An opened run, loaded once: base and adapter where there is an adapter, else the merged model. A newly trained adapter is loaded anew; runs of one base share its weights. Raises as `open_run` does."
     folder = Path(run_dir).expanduser()
     if folder.name in ('lora_weights', 'merged_model') and any((folder.parent/name).exists() for name in ('training_config.json', 'finetune_meta.json')): folder = folder.parent
     with _LOADING:
-        config, key = run_config(folder), (folder.resolve(), device)
+        config, key = run_config(folder, mention=(), trust_remote_code=trust_remote_code), (folder.resolve(), device, trust_remote_code)
         made = _stamp(config.lora_dir, config.merged_dir, Path(find_model(config.model_name)))
         if key not in _SHARED or _SHARED[key][0] != made:
             _SHARED.pop(key, None)
             merged = not (config.lora_dir/'adapter_model.safetensors').exists() and (config.merged_dir/'config.json').exists()
-            _SHARED[key] = made, open_run(folder, merged, device, _shared_base)
+            _SHARED[key] = made, open_run(folder, merged, device, _shared_base, trust_remote_code)
         return _SHARED[key][1]
 
 def forget_models() -> int: # how many were kept

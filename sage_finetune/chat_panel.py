@@ -123,8 +123,10 @@ class Partner:
     "Whom one talks to: the model of a run, loaded at the first question and held only while it answers, so that `free` can have its memory in between."
     def __init__(self,
         run: Any, # a run folder, the folder of a merged model, what `open_run` gave, or a model
-        tokenizer: Any = None # of the model, where one is given
+        tokenizer: Any = None, # of the model, where one is given
+        trust_remote_code: bool = False # run Python code that comes with the model of a folder
     ):
+        self.trusts = trust_remote_code
         self.run_dir = Path(run) if isinstance(run, (str, Path)) else None
         self._given = None if self.run_dir else tuple(run) if isinstance(run, (tuple, list)) else (run, tokenizer)
         if self._given and self._given[1] is None: raise ConfigError('tokenizer is missing: a model alone cannot read text. Give both, ChatPanel(model, tokenizer), or the run folder.')
@@ -150,8 +152,8 @@ class Partner:
         strength: float = 1. # of the adapter
     ) -> Iterator[None]:
         "While this lasts the model is there. Raises as `open_run` does."
-        if not self._given and not _is_run(self.run_dir) and (self.run_dir/'config.json').is_file(): self._given = load_base(TrainingConfig(model_name=str(self.run_dir)))
-        self._hold(*self._given or shared_model(self.run_dir))
+        if not self._given and not _is_run(self.run_dir) and (self.run_dir/'config.json').is_file(): self._given = load_base(TrainingConfig(model_name=str(self.run_dir), trust_remote_code=self.trusts))
+        self._hold(*self._given or shared_model(self.run_dir, trust_remote_code=self.trusts))
         try:
             self.chat.settings, self.chat.strength = settings, 1. if self.why_fixed else strength
             if self.chat.system != system: self.chat.system = system
@@ -317,9 +319,10 @@ class ChatPanel(Panel):
         system: str = '', # how the model should behave
         temperature: float = 0., # 0: the best token each time; above: the higher the wilder
         max_new_tokens: int = 256, # an answer ends here at the latest
-        seed: int | None = None # makes a draw repeatable
+        seed: int | None = None, # makes a draw repeatable
+        trust_remote_code: bool = False # run Python code that comes with the model of a folder
     ):
-        self.turns, self.shift, self.state, self.partner = [], None, 'ready', Partner(run, tokenizer)
+        self.turns, self.shift, self.state, self.partner = [], None, 'ready', Partner(run, tokenizer, trust_remote_code)
         self._lock, self._thread, self._halted, self._editing, self._after, self._over = threading.Lock(), None, threading.Event(), None, None, False
         self.talk, self.controls = TalkView(), _Controls(self)
         its = self.controls
@@ -333,11 +336,12 @@ class ChatPanel(Panel):
 
     def use(self,
         run: Any, # a run folder, the folder of a merged model, what `open_run` gave, or a model
-        tokenizer: Any = None # of the model, where one is given
+        tokenizer: Any = None, # of the model, where one is given
+        trust_remote_code: bool = False # run Python code that comes with the model of a folder
     ):
         "Chat with another run; the conversation begins anew. Raises `RunError` while an answer is given."
         if self.state != 'ready': raise RunError('an answer is being given. Stop it first, then choose another run.')
-        self.partner = Partner(run, tokenizer)
+        self.partner = Partner(run, tokenizer, trust_remote_code)
         self._forget()
 
     @property

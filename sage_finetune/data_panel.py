@@ -8,6 +8,7 @@ __all__ = ['LETTERS', 'MOST_MESSAGES', 'TOUCHES', 'HEALTH_ROWS', 'message_text',
 
 # %% ../nbs/24_data_panel.ipynb #4914f023
 import copy, json, random, threading, time
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -198,7 +199,7 @@ class DataPanel(Panel):
         self.clear_failure()
         self.sets, self.report, self.health, self.picture, self._doing = {}, None, None, None, f'reading {config.data_path} …'
         for view in (self._messages, self._tokens, self._health, self._where): view.value = ''
-        tokenizer = run_tokenizer(config)[0]
+        tokenizer = run_tokenizer(replace(config, trust_remote_code=False))[0]  # looking runs no code
         train, held_out, report = prepare_run_data(config, tokenizer)
         if self._due: return
         self.tokenizer, self.report, self.sets = tokenizer, report, dict(training=train) | ({'held out': held_out} if held_out is not None else {})

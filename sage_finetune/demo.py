@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .chat import Chat, Comparison, Score, accuracy, compare
-from .config import PresetConfigs, TrainingConfig
+from .config import PERMISSIONS, PresetConfigs, TrainingConfig, permissions
 from .data import load_training_data, packaged_held_out, prompt_key
 from .export import merge, open_run, readable_rows
 from .runs import html_table, read_meta, text_table, write_meta
@@ -84,7 +84,9 @@ def quickstart(
 ) -> Report: # scores before and after
     "Prepare a run, train it, and ask its held-out questions before and after. Raises `FinetuneError` for what you can put right."
     run_dir = prepare_run(task, output_dir, show=show, **options)
-    report = train_and_compare(read_meta(run_dir).to_config(), show=show)
+    given = permissions(options['config']) if options.get('config') else {}
+    given |= {name: options[name] for name in PERMISSIONS if name in options}  # your word, which the folder cannot give
+    report = train_and_compare(read_meta(run_dir).to_config(**given), show=show)
     if show: print(f'\n{report}')
     return report
 

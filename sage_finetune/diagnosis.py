@@ -21,10 +21,11 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from .config import TrainingConfig, find_model
+from .config import PermissionWarning, TrainingConfig, find_model, model_code
 from .core.errors import ConfigError, DataError, FinetuneError
 from .core.processes import core_count
 from .core.storage import expand_home, why_unwritable
+from .core.trust import shadowing_files
 from .runs import CONFIG, confine, html_table, printable, read_meta, text_table
 
 # %% ../nbs/21_diagnosis.ipynb #160567da
@@ -378,7 +379,17 @@ def _recipe(config: TrainingConfig) -> Iterator[Look]:
     except FinetuneError as error: yield Look('model', str(error), 'problem', 'config.model_name = "tiny"')
     for name in ('data_path', 'eval_path'):
         if name == 'data_path' or config.eval_path: yield from _data(config, name)
+    if code := model_code(config.model_name):
+        yield Look('model code', f'{config.model_name} brings Python code ({", ".join(code[:5])}); it runs when training starts, as trust_remote_code=True asks, and never to look at it'
+                   if config.trust_remote_code else f'{config.model_name} brings Python code ({", ".join(code[:5])}), which is not run', 'note')
     if config.continue_from: yield from looked('continue_from', _adapter, config)
+
+def _shadows(folder: Path) -> Iterator[Look]:
+    "Whether Python would import files of the run folder in the place of libraries"
+    if not (names := shadowing_files(folder)): return
+    stands_here = folder.resolve() == Path.cwd() and any(Path(place or '.').resolve() == folder.resolve() for place in sys.path)
+    yield Look('Python files', f'{folder} holds {", ".join(names[:5])}: a notebook or program that is started in this folder imports them in the place of modules of the same name',
+               'problem' if stands_here else 'note', 'cd ..  # start Python elsewhere, and read these files before anything runs them')
 
 def _data(config: TrainingConfig, name: str) -> Iterator[Look]:
     "Whether rows are there, and whether the first can be read"
@@ -494,7 +505,7 @@ def doctor(
     config, looks = _config_of(config)
     checks = [('versions', _versions), ('extras', _extras, config), ('torchao', _torchao), ('widgets', _front_end), ('machine', _processor), ('card', _card),
               ('disk', check_folder_writable, (config or TrainingConfig()).output_dir), ('loading', _libraries), ('what runs', _what_runs, config), ('Hub', _hub, config, online)]
-    if config: checks += [('config', _recipe, config), ('output_dir', _run_folder, config), ('memory', _memory, config)]
+    if config: checks += [('config', _recipe, config), ('output_dir', _run_folder, config), ('Python files', _shadows, config.output_dir), ('memory', _memory, config)]
     for what, check, *given in checks: looks += looked(what, check, *given)
     return Diagnosis(looks, time.perf_counter() - began)
 
@@ -503,8 +514,10 @@ def _config_of(given: Any) -> tuple[TrainingConfig | None, list[Look]]:
     if given is None or isinstance(given, TrainingConfig): return given, []
     try:
         folder = expand_home(given)
-        config = confine(TrainingConfig.load(folder/CONFIG), folder) if (folder/CONFIG).exists() else read_meta(folder).to_config()
-        return config, []
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            config = confine(TrainingConfig.load(folder/CONFIG), folder) if (folder/CONFIG).exists() else read_meta(folder).to_config()
+        return config, [Look('permission' if issubclass(one.category, PermissionWarning) else 'paths', str(one.message), 'note') for one in said]
     except (FinetuneError, TypeError) as error: return None, [Look('config', _reason(error, 400), 'problem')]
 
 # %% ../nbs/21_diagnosis.ipynb #9954a86e

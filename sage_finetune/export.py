@@ -7,7 +7,7 @@ __all__ = ['run_config', 'open_run', 'MergeReport', 'logits_of', 'verify_merge',
 
 # %% ../nbs/14_export.ipynb #7478948b
 import json, os, shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,13 +27,15 @@ from .runs import MODEL_FILE, confine, html_table, read_meta, read_object, text_
 
 # %% ../nbs/14_export.ipynb #26a6542f
 def run_config(
-    run_dir: str | Path # a run folder that was trained
+    run_dir: str | Path, # a run folder that was trained
+    mention: Collection[str] | None = None, # permissions to warn about when the file asks for them in vain; None: all
+    **allowed: Any # permissions you give, whatever the file says, such as trust_remote_code=True
 ) -> TrainingConfig:    # with this folder as its `output_dir`
-    "The recipe a run was made with. Raises `RunError` when the folder holds no run."
+    "The config a run was made with, without permissions you do not give. Raises `RunError` when the folder holds no run."
     folder = expand_home(run_dir)
-    if (folder/'training_config.json').exists(): return confine(TrainingConfig.load(folder/'training_config.json'), folder)
+    if (folder/'training_config.json').exists(): return confine(TrainingConfig.load(folder/'training_config.json', mention, **allowed), folder)
     if not (folder/'finetune_meta.json').exists(): raise RunError(f'{folder} is not a run folder: it has no training_config.json. `sage-finetune list` shows the runs there are.')
-    return read_meta(folder).to_config()
+    return read_meta(folder).to_config(mention, **allowed)
 
 def _need_adapter(config: TrainingConfig):
     "Refuse a run that was not trained yet"
@@ -44,10 +46,11 @@ def open_run(
     run_dir: str | Path, # a run folder that was trained
     merged: bool = False, # the merged model instead of base and adapter
     device: str = 'auto', # where to compute
-    load: Callable = load_base # makes base and tokenizer of a config; somebody who has the base already may hand it over
+    load: Callable = load_base, # makes base and tokenizer of a config; somebody who has the base already may hand it over
+    trust_remote_code: bool = False # run Python code that comes with the model; what the run's own files say of it does not count
 ) -> tuple: # the model, ready to answer, and its tokenizer
     "Load what a run has made. Raises `RunError` or `ModelError` when it is not there."
-    config = run_config(run_dir)
+    config = run_config(run_dir, ('trust_remote_code',), trust_remote_code=trust_remote_code)
     config.device = device
     if merged and not (config.merged_dir/'config.json').exists(): raise RunError(f'{config.merged_dir} holds no model. Merge first: sage-finetune merge {run_dir}')
     if merged: config.model_name, config.load_in_8bit, config.load_in_4bit = str(config.merged_dir.absolute()), False, False
@@ -104,10 +107,11 @@ def verify_merge(
 def merge(
     run_dir: str | Path, # a run folder that was trained
     out: str | Path | None = None, # folder for the merged model; None: `merged_model` in the run folder
-    texts: int = 8 # how many of the run's own rows are compared
+    texts: int = 8, # how many of the run's own rows are compared
+    trust_remote_code: bool = False # run Python code that comes with the model; what the run's own files say of it does not count
 ) -> MergeReport: # written beside the weights as merge_report.json
     "Merge a run's adapter into its base, read the files back and prove that they say the same. Raises `RunError` or `ModelError`."
-    config = run_config(run_dir)
+    config = run_config(run_dir, ('trust_remote_code',), trust_remote_code=trust_remote_code)
     config.load_in_8bit = config.load_in_4bit = False
     own, out = out is None, expand_home(out or config.merged_dir)
     _need_adapter(config)

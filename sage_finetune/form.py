@@ -7,7 +7,8 @@ __all__ = ['MODELS', 'STOPS', 'MAIN', 'FRONT', 'MORE', 'ABOUT', 'UPLOAD_LIMIT', 
            'show_value', 'ModelAdvice', 'make_control', 'hint', 'Dial', 'BitsDial', 'all_keys', 'grouped', 'Dials',
            'with_preset', 'preset_of', 'nearest_preset', 'python_code', 'uploads', 'safe_name', 'save_upload',
            'RowCount', 'count_rows', 'planned_steps', 'earlier_pace', 'time_text', 'memory_bar', 'memory_line',
-           'memory_answers', 'serve_answers', 'MemoryProcess', 'MemoryView', 'summary_lines', 'ConfigForm']
+           'memory_answers', 'serve_answers', 'MemoryProcess', 'MemoryView', 'summary_lines', 'code_lines',
+           'ConfigForm']
 
 # %% ../nbs/23_form.ipynb #bc112d80
 import copy, dataclasses, functools, hashlib, html, itertools, json, os, platform, re, select, signal, subprocess, sys, tempfile, threading, time, types, typing, weakref
@@ -17,12 +18,13 @@ from typing import Any, NamedTuple
 
 import ipywidgets as W
 
-from .config import PRESETS, LoRAConfig, PresetConfigs, TrainingConfig, accepted, help_phrases, preset, suggest_preset
+from .config import PRESETS, LoRAConfig, PresetConfigs, TrainingConfig, accepted, help_phrases, model_code, preset, suggest_preset
 from .core.errors import ConfigError, DataError, FinetuneError, RunError
 from .core.processes import FORKS, detached
 from .core.places import is_inside
 from .core.storage import expand_home, write_atomic
-from .files import is_hub_name, iter_rows, packaged, packaged_held_out, source_size
+from .core.trust import safe_environment
+from .files import is_hub_name, iter_rows, packaged_held_out, source_size
 from .panel import Panel, fields_row, heading, line_html, marked, shown_text
 from .runs import CONFIG, METRICS, STATUS, html_table, printable, read_status
 
@@ -363,7 +365,7 @@ _PACE_LORA = ('r', 'target_modules', 'use_dora', 'modules_to_save')
 
 def _same_pace(run: Path, config: TrainingConfig) -> bool:
     "Whether a step of that run was like those to come, on this machine"
-    try: old = TrainingConfig.load(run/CONFIG)
+    try: old = TrainingConfig.load(run/CONFIG, ())
     except FinetuneError: return False
     same = all(getattr(old, name) == getattr(config, name) for name in _PACE) and all(getattr(old.lora, name) == getattr(config.lora, name) for name in _PACE_LORA)
     return same and config.device in ('auto', old.device) and read_status(run).host == platform.node()
@@ -532,10 +534,9 @@ class MemoryProcess:
 
     def _start(self):
         "A process with one core, out of the reach of the notebook's interrupts, and a thread that listens to it"
-        paths = os.pathsep.join(filter(None, (str(packaged('example').parents[2]), os.environ.get('PYTHONPATH'))))
         said = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, '-c', 'from sage_finetune.form import serve_answers; serve_answers()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, **detached(),
-                                        env=os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS='1'))
+        self.process = subprocess.Popen([sys.executable, '-c', 'from sage_finetune.form import serve_answers; serve_answers()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+                                        env=safe_environment() | dict(OMP_NUM_THREADS='1'), **detached())
         threading.Thread(target=self._listen, args=(self.process, said), daemon=True).start()
 
     def _listen(self, process: subprocess.Popen, said: Any):
@@ -658,6 +659,16 @@ def summary_lines(
     took = f'about {time_text(pace[0] * steps)}, at the {pace[0]:.2g} s a step of {pace[1]} if the rows are as long as there' if pace else 'unknown until the first step'
     return lines + [('note', f'time: {took}')]
 
+# %% ../nbs/23_form.ipynb #458ae1d6
+def code_lines(
+    config: TrainingConfig # a valid one
+) -> list[tuple[str, str]]: # kind of line and text, as `line_html` takes them; none where the model brings no code
+    "Which Python files of the model are run, or are not."
+    local = config.trust_remote_code or Path(config.model_name).expanduser().is_dir()
+    code = ', '.join(model_code(config.model_name)[:5]) if local else ''
+    if config.trust_remote_code: return [('warning', f'trust_remote_code is ticked: training and chat run {code or "whatever Python code comes with the model"} of {config.model_name} on this computer.')]
+    return [('note', f'{config.model_name} brings Python code ({code}), which is not run unless you tick trust_remote_code.')] if code else []
+
 # %% ../nbs/23_form.ipynb #a92bdde9
 _PRESET_WORDS = {name: getattr(PresetConfigs, name).__doc__.strip() for name in PRESETS}
 
@@ -697,7 +708,7 @@ class ConfigForm(Panel):
         self.preset, self.why_preset = W.Dropdown(description='preset', **wide), W.HTML()
         self.models = W.Dropdown(description='recommended models', options=[(f'{one.name}: {one.memory}; {one.remark}', one.name) for one in MODELS] + [('another: write its name or folder below', '')], **wide)
         self.upload = marked(W.FileUpload(accept=','.join(_ENDINGS), multiple=False, description=f'upload rows (at most {UPLOAD_LIMIT / 1e6:.0f} MB)', layout=W.Layout(width='260px', margin='2px 2px 2px 215px')), 'sage-upload')
-        self.summary, self.refused = marked(W.HTML(), 'sage-summary'), W.HTML()
+        self.summary, self.refused, self.code = marked(W.HTML(), 'sage-summary'), W.HTML(), marked(W.HTML(), 'sage-code')
         self.python = marked(W.Textarea(description='as Python', rows=9, style=dict(description_width='80px'), layout=W.Layout(width='98%')), 'sage-python')
         hint(self.preset, 'recipes by graphics card; model, data and folder stay where you named them')
         hint(self.models, 'models known to work, with the memory of the card they need in 8 bits')
@@ -711,7 +722,7 @@ class ConfigForm(Panel):
         rows, groups = {key: dial.row for key, dial in self.dials.dials.items()}, grouped()
         more = marked(W.Accordion(children=[W.VBox([rows[key] for key in keys]) for keys in groups.values()], selected_index=None), 'sage-more')
         for number, title in enumerate(groups): more.set_title(number, f'more: {title}')
-        return [marked(fields_row(self.preset, self.why_preset), 'sage-field-preset'), self.models, rows['model_name'], rows['data_path'], self.upload, rows['output_dir'], heading('what it will be'), self.refused, self.summary, self.memory.view, self.memory.button,
+        return [marked(fields_row(self.preset, self.why_preset), 'sage-field-preset'), self.models, rows['model_name'], self.code, rows['data_path'], self.upload, rows['output_dir'], heading('what it will be'), self.refused, self.summary, self.memory.view, self.memory.button,
                 heading('dials'), *(rows[key] for key in MAIN), more, self.python]
 
     @property
@@ -730,7 +741,7 @@ class ConfigForm(Panel):
         "Move all controls at once"
         self.base = base
         self.dials.show(config)
-        self._take()
+        self._take(whole=True)
 
     @property
     def valid(self) -> bool:
@@ -747,9 +758,12 @@ class ConfigForm(Panel):
         "Have a function told."
         self.listeners.append(function)
 
-    def _take(self):
-        "Something was moved"
+    def _take(self, whole: bool = False):
+        "Something was moved: one control, or the whole form at once"
         made = self.dials.read()
+        if made and self._config and not whole and made.trust_remote_code and made.model_name != self._config.model_name:
+            self.dials.show(dataclasses.replace(made, trust_remote_code=False))  # it was ticked for another model
+            made = self.dials.read()
         self.refused.value = line_html('warning', f'{self.dials.wrong.get("", "refused: " + ", ".join(self.dials.wrong) + ".")} Until that is put right, what stands here and in form.config are the last settings that work.') if self.dials.wrong else ''
         if made is not None and made != self._config: self._adopt(made)
 
@@ -758,6 +772,7 @@ class ConfigForm(Panel):
         self._config = config
         self._label()
         self.python.value = python_code(config)
+        self.code.value = ''.join(line_html(*line) for line in code_lines(config))
         self._draw_summary()
         if self.counts: self._look_soon()
         for function in self.listeners: self.guarded(function, self.config)
@@ -777,7 +792,9 @@ class ConfigForm(Panel):
         "A recipe was chosen"
         if self.quiet: return
         if self.preset.value == 'custom': return self._label()
-        self._show(with_preset(self._config, self.preset.value, self.base), self.preset.value)
+        made = with_preset(self._config, self.preset.value, self.base)
+        if made.model_name != self._config.model_name: made.trust_remote_code = False
+        self._show(made, self.preset.value)
 
     def _choose_model(self):
         "A recommended model was chosen"
@@ -859,8 +876,8 @@ class ConfigForm(Panel):
         rows = ''.join(f'<tr><td style="text-align:left"><code>{key}</code></td>{cell(value, bold)}</tr>' for key, value, bold in self._chosen())
         title = f'{preset_of(self._config) or "custom"} (bold: differs from the default)'
         wrong = line_html('error', self.problem_text) if self.problem_text else ''
-        return f'<table><caption>{title}</caption>{rows}</table>{wrong}{self.summary.value}{self.memory.bar}'
+        return f'<table><caption>{title}</caption>{rows}</table>{wrong}{self.code.value}{self.summary.value}{self.memory.bar}'
 
     def __repr__(self):
         lines = [f'{key:32}{"*" if bold else " "} {printable(value)}' for key, value, bold in self._chosen()]
-        return '\n'.join([f'{preset_of(self._config) or "custom"} (*: differs from the default)', *lines, *(printable(text) for _, text in self._summary()), printable(self.memory.text)]).rstrip()
+        return '\n'.join([f'{preset_of(self._config) or "custom"} (*: differs from the default)', *lines, *(printable(text) for _, text in (*code_lines(self._config), *self._summary())), printable(self.memory.text)]).rstrip()

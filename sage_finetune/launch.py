@@ -13,13 +13,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import psutil
+from .config import granted, permission_flag
 
 from .core.errors import ConfigError, FinetuneError, RunError
 from .core.processes import ask_to_stop, core_count, detached, is_pid, on_windows, signal_workers, start_mark, wait_for
 from .core.storage import open_append, write_json
+from .core.trust import safe_environment
 from .runs import MetricsTail, Status, describe_trainer, printable, process_gone, read_meta, read_object, read_status, still_works, trainer_process
 
 # %% ../nbs/20_launch.ipynb #15031a90
@@ -27,12 +29,14 @@ def train_command(
     run_dir: str | Path, # a prepared run folder
     num_processes: int = 1, # that share every step, one a graphics card
     resume: bool | str = False, # go on from the newest checkpoint; "auto": if there is one
-    overwrite: bool = False # start anew and replace what an earlier run left
-) -> list[str]: # for `subprocess`
-    "The command that trains a run folder. Raises `ConfigError` for a number of processes that cannot be."
+    overwrite: bool = False, # start anew and replace what an earlier run left
+    **allowed: Any # permissions you give: trust_remote_code=True, allow_special_tokens=True, report_to="wandb"
+) -> list[str]: # for `subprocess`, with `safe_environment()`
+    "The command that trains a run folder. Raises `ConfigError` for a number of processes that cannot be, or a permission there is not."
     if num_processes < 1: raise ConfigError(f'num_processes={num_processes}, but a run needs at least one process.')
     shared = ['torch.distributed.run', f'--nproc-per-node={num_processes}', '--master-addr=127.0.0.1', f'--master-port={_free_port()}', '-m'] if num_processes > 1 else []
-    asked = [f'--resume={resume}' if isinstance(resume, str) else '--resume'] * bool(resume) + ['--overwrite'] * overwrite
+    asked = [f'--resume={resume}' if isinstance(resume, str) else '--resume'] * bool(resume)
+    asked += [part for name, value in granted(overwrite_output_dir=overwrite, **allowed).items() for part in permission_flag(name, value)]
     return [sys.executable, '-m', *shared, 'sage_finetune.trainer', str(run_dir), *asked]
 
 def _free_port() -> int:
@@ -43,7 +47,7 @@ def _free_port() -> int:
 
 def _surroundings(num_processes: int) -> dict:
     "Environment of the processes: cores for each, unless somebody decided that already"
-    return (dict(OMP_NUM_THREADS=str(max(1, core_count() // num_processes))) if num_processes > 1 else {}) | os.environ
+    return (dict(OMP_NUM_THREADS=str(max(1, core_count() // num_processes))) if num_processes > 1 else {}) | safe_environment()
 
 # %% ../nbs/20_launch.ipynb #11b1fc9f
 LOG, LAUNCH = 'train.log', 'launch.json'
@@ -99,13 +103,14 @@ def start_run(
     run_dir: str | Path, # a prepared run folder
     num_processes: int = 1, # that share every step, one a graphics card
     resume: bool | str = False, # go on from the newest checkpoint; "auto": if there is one
-    overwrite: bool = False # start anew and replace what an earlier run left
+    overwrite: bool = False, # start anew and replace what an earlier run left
+    **allowed: Any # permissions you give: trust_remote_code=True, allow_special_tokens=True, report_to="wandb"
 ) -> subprocess.Popen: # the process; it outlives this one
     "Train a run folder in the background. Raises `RunError` when it is no prepared run or is being trained already."
     folder, status, before = read_meta(run_dir).output_dir, attached(run_dir), read_status(run_dir)
     if still_works(status, folder):
         raise RunError(f'{folder} is in use: {describe_trainer(status, folder)} trains there. Watch it with follow({str(run_dir)!r}), or end it with stop_run.')
-    command = train_command(folder, num_processes, resume, overwrite)
+    command = train_command(folder, num_processes, resume, overwrite, **allowed)
     with _log(folder) as said:
         said.write(f'{chr(10) * bool(said.tell())}===== {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC: {shlex.join(["python", *command[1:]])} =====\n'.encode())
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, env=_surroundings(num_processes), **detached())
@@ -120,11 +125,13 @@ def run_here(
     run_dir: str | Path, # a prepared run folder
     num_processes: int = 1, # that share every step, one a graphics card
     resume: bool | str = False, # go on from the newest checkpoint; "auto": if there is one
-    overwrite: bool = False # start anew and replace what an earlier run left
+    overwrite: bool = False, # start anew and replace what an earlier run left
+    **allowed: Any # permissions you give: trust_remote_code=True, allow_special_tokens=True, report_to="wandb"
 ) -> int: # exit status
     "Train a run folder in processes of its own, which speak to this terminal; Ctrl-C and SIGTERM reach them, and this waits until they have saved."
     folder, status = read_meta(run_dir).output_dir, read_status(run_dir)
-    child = subprocess.Popen(train_command(folder, num_processes, resume, overwrite), env=_surroundings(num_processes), **detached(console=True))
+    command = train_command(folder, num_processes, resume, overwrite, **allowed)
+    child = subprocess.Popen(command, env=_surroundings(num_processes), **detached(console=True))
     _note(folder, child, num_processes, (folder/LOG).stat().st_size if (folder/LOG).exists() else 0, status)
     before = {number: signal.signal(number, lambda number, frame: _pass_on(folder, child.pid, number)) for number in (signal.SIGINT, signal.SIGTERM)}
     try: return wait_for(child)

@@ -32,24 +32,33 @@ from transformers import AutoConfig
 
 from . import engine as engines
 from .batches import plan_batches
-from .config import LoRAConfig, TrainingConfig, find_model
+from .config import LoRAConfig, TrainingConfig, find_model, model_code
 from .core.errors import ConfigError, FinetuneError, ModelError
-from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, pick_device, plan_precision, quiet
+from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, pick_device, plan_precision, quiet, refuse_kernels
 from .runs import html_table, text_table
 
 # %% ../nbs/12_memory.ipynb #bcfa3774
 def read_shape(
     config: TrainingConfig # `model_name`
 ) -> Any: # its config.json, as transformers reads it
-    "What a model is made of: from its folder, from what was downloaded before, or from the Hub, if that answers at once. Raises `ModelError`."
-    place, trusts = find_model(config.model_name), dict(trust_remote_code=config.trust_remote_code)
-    try:
-        if Path(place).is_dir(): return AutoConfig.from_pretrained(place, **trusts)
-        try: return AutoConfig.from_pretrained(place, local_files_only=True, **trusts)
-        except OSError: _ask_the_hub()  # the library would try for a minute
-        return AutoConfig.from_pretrained(place, **trusts)
+    "What a model is made of: from its folder, from what was downloaded before, or from the Hub, if that answers at once. Code that comes with it is not run, whatever the config allows. Raises `ModelError`."
+    try: shape = _shape(find_model(config.model_name))
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if code := model_code(config.model_name): raise ModelError(_unknown_without(config.model_name, code)) from error
         raise ModelError(f'the config.json of model_name={config.model_name!r} cannot be read ({str(error).strip().splitlines()[0]}). Check the spelling and the network; "tiny" is packaged.') from error
+    refuse_kernels(shape, config.model_name)
+    return shape
+
+def _shape(place: str) -> Any:
+    "The config of a model, by transformers' own classes"
+    if Path(place).is_dir(): return AutoConfig.from_pretrained(place, trust_remote_code=False)
+    try: return AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    except OSError: _ask_the_hub()  # the library would try for a minute
+    return AutoConfig.from_pretrained(place, trust_remote_code=False)
+
+def _unknown_without(model_name: str, code: list[str]) -> str:
+    "Why nothing is counted"
+    return f'the memory that model_name={model_name!r} needs cannot be estimated without running Python code that comes with it ({", ".join(code[:5])}), which an estimate never does. A run of a few steps (max_steps=3) shows it.'
 
 def _ask_the_hub(seconds: float = 4.):
     "Raise an `OSError` when the Hub, or the mirror of HF_ENDPOINT, does not answer"
@@ -67,7 +76,10 @@ def _hollow(config: TrainingConfig, dtype: torch.dtype, few: int = 0) -> tuple[n
     "The model, only the first few of its layers where all are alike; and how many are left out"
     shape, left_out = read_shape(config), 0
     with torch.device('meta'), quiet():
-        base = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        try: base = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False)
+        except ValueError as error:
+            if code := model_code(config.model_name): raise ModelError(_unknown_without(config.model_name, code)) from error
+            raise
         if few and (stack := _alike_layers(base, config.lora)) and len(stack) > 2 * FEW + 2:  # else all are sooner rehearsed than twice a few
             left_out = len(stack) - few
             del stack[few:]
@@ -418,7 +430,7 @@ RUNTIME = {('cpu', torch.bfloat16): 124e6, ('cpu', torch.float32): 75e6}  # meas
 CONTEXT = 550e6  # of a card's driver and its libraries; assumed
 HOLES = 0.8  # bytes lost for each byte of a step, where the C library keeps memory: the median of ten models
 
-COUNTED = ('model_name', 'trust_remote_code', 'load_in_8bit', 'load_in_4bit', 'gradient_checkpointing', 'packing', 'engine', 'optim', 'lora')  # the dials a rehearsal depends on, besides its lines
+COUNTED = ('model_name', 'load_in_8bit', 'load_in_4bit', 'gradient_checkpointing', 'packing', 'engine', 'optim', 'lora')  # the dials a rehearsal depends on, besides its lines
 
 def estimate_memory(
     config: TrainingConfig, # of the run

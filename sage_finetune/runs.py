@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'LOCK', 'RUN_FOLDERS', 'TASK_NAMES', 'STATES', 'WORKING', 'ROWS_FILE',
-           'MODEL_FILE', 'RUN_COLUMNS', 'printable', 'text_table', 'html_table', 'Meta', 'read_object', 'confine',
-           'read_meta', 'write_meta', 'Status', 'write_status', 'read_status', 'trainer_process', 'process_gone',
-           'still_works', 'describe_trainer', 'MetricsTail', 'read_metrics', 'is_own_state', 'is_run', 'old_files',
-           'run_files', 'other_files', 'refuse_replacing', 'RunInfo', 'run_info', 'Runs', 'list_runs']
+           'MODEL_FILE', 'RUN_COLUMNS', 'printable', 'notes_printed', 'text_table', 'html_table', 'Meta', 'read_object',
+           'confine', 'read_meta', 'write_meta', 'Status', 'write_status', 'read_status', 'trainer_process',
+           'process_gone', 'still_works', 'describe_trainer', 'MetricsTail', 'read_metrics', 'is_own_state', 'is_run',
+           'old_files', 'run_files', 'other_files', 'refuse_replacing', 'RunInfo', 'run_info', 'Runs', 'list_runs']
 
 # %% ../nbs/10_runs.ipynb #1fd28dcd
-import io, json, os, platform, re, stat, unicodedata, warnings, time
-from collections.abc import Iterable, Iterator
+import io, json, os, platform, re, stat, unicodedata, warnings, time, sys
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from html import escape
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from .config import TrainingConfig
+from .config import PermissionWarning, TrainingConfig, granted
 from .core.errors import FinetuneError, RunError
 from .core.processes import find_process, holds_lock, is_locked, is_pid, is_trainer_command, lock_holders, start_mark
 from .core.places import MANIFEST, check_readable, is_inside, name_some, own_files, read_manifest, why_protected
@@ -40,6 +41,21 @@ def printable(
 ) -> str:     # without control characters; line breaks and tabs stay
     "Text that a terminal shows instead of obeying."
     return ''.join(char if char in '\n\t' or unicodedata.category(char) not in ('Cc', 'Cs') else '\N{REPLACEMENT CHARACTER}' for char in text)
+
+# %% ../nbs/10_runs.ipynb #33f56110
+@contextmanager
+def notes_printed(
+    here: bool = True # print them; else they are held back, as for all processes of a run but one
+) -> Iterator[None]:
+    "Print what files ask for in vain as lines on the standard error output."
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+        def show(message: Warning, category: type, *where: Any, **more: Any):
+            if not issubclass(category, PermissionWarning): others(message, category, *where, **more)
+            elif here: print(f'note: {printable(str(message))}', file=sys.stderr)
+        warnings.simplefilter('always', PermissionWarning)
+        warnings.showwarning = show
+        yield
 
 # %% ../nbs/10_runs.ipynb #409f1196
 def text_table(
@@ -80,9 +96,12 @@ class Meta:
         found = [path for path in (self.config, self.output_dir/CONFIG) if path and path.name == CONFIG and path.is_file()]
         return found[0] if found else None
 
-    def to_config(self) -> TrainingConfig:
-        "The dials of our config file, or the defaults, with this folder's paths. Raises `RunError` when it is about another model."
-        config = TrainingConfig.load(self.training_config) if self.training_config else TrainingConfig(model_name=self.model)
+    def to_config(self,
+        mention: Collection[str] | None = None, # permissions to warn about when the file asks for them in vain; None: all
+        **allowed: Any # permissions you give, whatever the file says, such as trust_remote_code=True
+    ) -> TrainingConfig:
+        "The fields of our config file, or the defaults, with this folder's paths and your permissions. Raises `RunError` when it is about another model."
+        config = TrainingConfig.load(self.training_config, mention, **allowed) if self.training_config else TrainingConfig(model_name=self.model, **granted(**allowed))
         if config.model_name != self.model:
             raise RunError(f'{META} says model {self.model!r}, {CONFIG} says {config.model_name!r}. Make them agree in {self.output_dir}.')
         config.data_path, config.output_dir = self.dataset, self.output_dir

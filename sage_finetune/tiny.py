@@ -346,7 +346,7 @@ def finish(
     settings = json.loads((run.folder/"config.json").read_text()) | {"use_cache": True}
     write_json(run.folder/"config.json", settings)
     GenerationConfig(eos_token_id=2, pad_token_id=0).save_pretrained(run.folder)
-    model = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32, trust_remote_code=False)
     size = sum(file.stat().st_size for file in run.folder.iterdir() if file.suffix in (".json", ".safetensors", ".jinja"))
     record = dict(parameters=sum(weights.numel() for weights in model.parameters()), vocabulary=len(run.tokenizer), megabytes=round(size / 1e6, 1),
                   steps=run.progress.step, batch=run.batch, documents=run.progress.step * run.batch, tokens=run.progress.tokens,

@@ -20,10 +20,11 @@ from typing import Any
 import ipywidgets as W
 
 from .checkpoint import BEST_KEPT, FREE, STATE, check_folder, checkpoints, holds_run
-from .config import TrainingConfig
+from .config import TrainingConfig, granted, permissions
 from .core.errors import ConfigError, RunError
 from .core.processes import find_process, is_notebook_kernel, was_killed
 from .core.storage import write_atomic
+from .core.trust import safe_environment
 from .diagnosis import released
 from .launch import LOG, attached, follow, last_launch, log_lines, start_run, stop_run, train_command
 from .model import free
@@ -223,14 +224,15 @@ def go_on_with(
 ) -> Path: # the run folder, with a meta file and the recipe to go on with
     "Make a run folder ready to be resumed. Raises `RunError` naming what was changed."
     folder = Path(run_dir).absolute()
+    given = permissions(config) if config else {}
     if not (folder/META).exists():  # trained in a notebook, without one
-        own = confine(TrainingConfig.load(folder/CONFIG), folder)
+        own = confine(TrainingConfig.load(folder/CONFIG, (), **given), folder)
         if own.data_path is None: raise RunError(f'{folder/CONFIG} does not say which rows the run was trained on. Go on where it was begun.')
         own.output_dir = folder
         own = settled(own)
         own.save(folder/CONFIG)
         write_meta(folder, 'custom', own.model_name, own.data_path, folder/CONFIG, format='mixed')
-    meta, own = read_meta(folder), read_meta(folder).to_config()
+    meta, own = read_meta(folder), read_meta(folder).to_config((), **given)
     if config is None: return folder
     wanted = settled(config)
     if changed := changes(own, wanted, meta.data_file): raise RunError(f'{folder} was begun with other settings, so going on would be another run: {"; ".join(changed)}. Put them back, or start in another output_dir.')
@@ -257,17 +259,18 @@ class Lesson:
     def __init__(self,
         run_dir: str | Path, # a prepared run folder
         resume: bool = False, # go on from the newest checkpoint
-        overwrite: bool = False # start anew and replace what an earlier run left
+        overwrite: bool = False, # start anew and replace what an earlier run left
+        **allowed: Any # permissions you give, as `train_from_meta` takes them
     ):
         self.folder, self.trainer, self.error, self.wished = Path(run_dir), None, None, False
-        self.thread = threading.Thread(target=self._train, args=(resume, overwrite), daemon=True)
+        self.thread = threading.Thread(target=self._train, args=(resume, overwrite, allowed), daemon=True)
         _lessons[os.path.realpath(self.folder)] = self
         self.thread.start()
 
-    def _train(self, resume: bool, overwrite: bool):
+    def _train(self, resume: bool, overwrite: bool, allowed: dict):
         "To the end, or to an error, which is kept"
         self._say(f'===== {time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())} UTC: in process {os.getpid()} =====')
-        try: train_from_meta(self.folder, overwrite, show=False, resume=resume, callbacks=[self])
+        try: train_from_meta(self.folder, overwrite, show=False, resume=resume, callbacks=[self], **allowed)
         except BaseException as error:
             self.error = released(error)
             self._say(f'error: {printable(str(error))}')
@@ -330,11 +333,12 @@ def named(
 # %% ../nbs/25_train_panel.ipynb #db6252c7
 def never_stopped(
     run_dir: str | Path, # holds a stopped run
-    further: int = 3 # steps beyond the stop
+    further: int = 3, # steps beyond the stop
+    **allowed: Any # permissions you give, as `train_from_meta` takes them; nothing is reported
 ) -> dict: # step -> loss, on both sides of the stop
     "What the run gives when it is not stopped: a copy is trained past the stop in a process of its own, and deleted."
     folder, stop = go_on_with(run_dir), read_status(run_dir).step
-    config = read_meta(folder).to_config()
+    config = read_meta(folder).to_config((), **allowed)
     with tempfile.TemporaryDirectory(prefix='never_stopped-') as temp:
         copied = Path(temp)/'run'
         config.data_cache, config.output_dir, config.report_to, config.eval_prompts = config.data_cache or folder/'prepared', copied, 'none', None
@@ -342,11 +346,11 @@ def never_stopped(
         write_meta(copied, 'custom', config.model_name, config.data_path, copied/CONFIG, format='mixed')
         old = [path for path in checkpoints(folder/'checkpoints') if int(path.name.rpartition('-')[2]) < stop]
         for path in [*old[-1:], *(folder/'checkpoints').glob('best-*')]: shutil.copytree(path, copied/'checkpoints'/path.name)
-        return _losses_until(stop + further, copied)
+        return _losses_until(stop + further, copied, allowed | dict(report_to=None))
 
-def _losses_until(step: int, folder: Path) -> dict:
+def _losses_until(step: int, folder: Path, allowed: dict) -> dict:
     "Train a prepared folder up to a step; the process ends with this one"
-    with open(folder/LOG, 'wb') as log: process = subprocess.Popen(train_command(folder, resume='auto'), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    with open(folder/LOG, 'wb') as log: process = subprocess.Popen(train_command(folder, resume='auto', **allowed), env=safe_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     atexit.register(process.kill)
     losses = {}
     try:
@@ -367,9 +371,12 @@ class RunControl:
     "A run folder that can be started, stopped and resumed, and where it stands."
     def __init__(self,
         source: TrainingConfig | str | Path, # the recipe of a run, or a run folder
-        in_process: bool = False # train in a thread of this process
+        in_process: bool = False, # train in a thread of this process
+        **allowed: Any # permissions you give a run folder, as `train_from_meta` takes them; a config gives its own
     ):
         self.config = TrainingConfig(**source.to_dict()) if isinstance(source, TrainingConfig) else None
+        self.allowed = granted(**allowed) | (permissions(self.config) if self.config else {})
+        self.allowed.pop('overwrite_output_dir', None)  # decided at each start
         self.folder, self.in_process = Path(self.config.output_dir if self.config else source).expanduser().absolute(), in_process
         if not self.config and not any((self.folder/name).exists() for name in (META, CONFIG, STATUS, METRICS)): read_meta(self.folder)  # says what is missing
         self.watch, self.process, self.asked, self.resumed, self.left = RunWatch(self.folder), None, False, False, {}
@@ -390,8 +397,7 @@ class RunControl:
 
     def _checked(self, replace: bool) -> Path:
         "The prepared folder, unless it holds another run"
-        config = read_meta(self.folder).to_config()
-        config.overwrite_output_dir = replace
+        config = read_meta(self.folder).to_config((), overwrite_output_dir=replace)
         check_folder(config)
         return self.folder
 
@@ -410,7 +416,7 @@ class RunControl:
         self.left = {path: path.read_bytes() if path.exists() else None for path in (self.folder/META, self.folder/CONFIG, self.folder/STATUS)} if holds_run(self.folder) else {}
         try:
             folder = prepare()
-            self.process, self._lesson = (None, Lesson(folder, **how)) if self.in_process else (start_run(folder, **how), None)
+            self.process, self._lesson = (None, Lesson(folder, **how, **self.allowed)) if self.in_process else (start_run(folder, **how, **self.allowed), None)
         except BaseException:
             self._put_back()
             raise
@@ -436,7 +442,7 @@ class RunControl:
     def compare(self):
         "Show that going on gives what the run would have given without the stop (`never_stopped`). Takes as long as the steps it makes again."
         if self.state != 'stopped': raise RunError(f'{self.folder} was not stopped, so there is nothing to compare.')
-        losses = never_stopped(self.folder)
+        losses = never_stopped(self.folder, **self.allowed)
         self.watch.expect(losses)
         ahead = {step: loss for step, loss in losses.items() if step > self.watch.row['step']}
         self.expected = f'A copy that was not stopped goes on with {", ".join(f"{loss:.4f}" for loss in list(ahead.values())[:3])} … from step {min(ahead)} on. Resume, and compare.' if ahead else ''
@@ -531,7 +537,8 @@ class TrainPanel(Panel):
 
     def __init__(self,
         source: TrainingConfig | str | Path, # the recipe of a run, or a run folder
-        in_process: bool = False # train in a thread of this process: for lessons; the run ends with the kernel
+        in_process: bool = False, # train in a thread of this process: for lessons; the run ends with the kernel
+        **allowed: Any # permissions you give a run folder, as `train_from_meta` takes them; a config gives its own
     ):
         self.in_process, self.spent, self._lock, self._ended, self._ticker, self._png, self._comparing = in_process, 0., threading.RLock(), threading.Event(), None, None, False
         self.buttons = dict(start=self.button('Start', self.start, 'train from the first step', 'success', 'sage-start'),
@@ -543,13 +550,14 @@ class TrainPanel(Panel):
         self.bar, self.pace = W.IntProgress(min=0, max=1, layout=W.Layout(width='240px')), W.HTML()
         self.head, self.line, self.proof, self.picture, self.log = W.HTML(), marked(W.HTML(), 'sage-status'), marked(W.HTML(), 'sage-again'), image('sage-curve'), marked(W.HTML(), 'sage-log')
         super().__init__(self.head, fields_row(*self.buttons.values(), self.replace), marked(fields_row(self.bar, self.pace), 'sage-progress'), self.line, self.proof, self.picture, self.log)
-        self.look_at(source)
+        self.look_at(source, **allowed)
 
     def look_at(self,
-        source: TrainingConfig | str | Path # the recipe of a run, or a run folder
+        source: TrainingConfig | str | Path, # the config of a run, or a run folder
+        **allowed: Any # permissions you give a run folder, as `train_from_meta` takes them; a config gives its own
     ):
         "Open the window on another run; the one before goes on. Raises `RunError` for a folder that holds no run."
-        control = RunControl(source, self.in_process)
+        control = RunControl(source, self.in_process, **allowed)
         with self._lock:
             self._rest()
             self.control, self._drawn, self._cost = control, (0.,), 0.

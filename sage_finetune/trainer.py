@@ -37,7 +37,7 @@ from .engine import compile_decision, compile_layers, hand_back, keep_memory, lo
 from .memory import fitting, line_layout, whole_room
 from .model import adapter_folder, attach_lora, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, pick_device, plan_precision, quiet, run_tokenizer, save_adapter
 from .prompt import render, render_prompt, template_of
-from .runs import html_table, printable, read_meta, read_status, text_table
+from .runs import html_table, notes_printed, printable, read_meta, read_status, text_table
 from .tokens import visible
 
 # %% ../nbs/13_trainer.ipynb #7a2d7e38
@@ -807,13 +807,15 @@ class Run:
 # %% ../nbs/13_trainer.ipynb #afbc00b5
 def train_from_meta(
     run_dir: str | Path, # a prepared run folder
-    overwrite: bool = False, # replace what an earlier run left there, also where its config does not ask for it
+    overwrite: bool = False, # replace what an earlier run left there
+    trust_remote_code: bool = False, # run Python code that comes with the model
+    allow_special_tokens: bool = False, # let text in the data become control tokens
+    report_to: str | None = None, # "wandb": also send the curves there, under your account
     **options: Any # what `LoRATrainer.train` takes
 ) -> TrainingResult: # what was done and where it is
-    "Train what a run folder's `finetune_meta.json` describes. Raises `RunError` when it is not a prepared run."
-    config = read_meta(run_dir).to_config()
-    config.overwrite_output_dir = overwrite or config.overwrite_output_dir
-    return LoRATrainer(config).train(**options)
+    "Train what a run folder's `finetune_meta.json` describes. Permissions are those given here, whatever its config says. Raises `RunError` when it is not a prepared run."
+    allowed = dict(overwrite_output_dir=overwrite, trust_remote_code=trust_remote_code, allow_special_tokens=allow_special_tokens, report_to=report_to)
+    return LoRATrainer(read_meta(run_dir).to_config(**allowed)).train(**options)
 
 # %% ../nbs/13_trainer.ipynb #e0bfcaf0
 def main(
@@ -824,10 +826,13 @@ def main(
     parser.add_argument('run_dir', metavar='RUN_DIR', help='run folder')
     parser.add_argument('--resume', nargs='?', const=True, default=False, choices=(True, 'auto'), help='go on from the newest checkpoint; "auto": if there is one')
     parser.add_argument('--overwrite', action='store_true', help='start anew and replace what an earlier run left')
+    parser.add_argument('--trust-remote-code', action='store_true', help='run Python code that comes with the model: only for authors you trust')
+    parser.add_argument('--allow-special-tokens', action='store_true', help='let text in the data become control tokens: only for data you trust')
+    parser.add_argument('--report-to', choices=('none', 'tensorboard', 'wandb'), help='also send the curves to this tool; wandb sends them under your account')
     try: asked = parser.parse_args(arguments)
     except SystemExit as done: return done.code
     try:
-        result = train_from_meta(asked.run_dir, asked.overwrite, resume=asked.resume)
+        with notes_printed(is_main()): result = train_from_meta(**vars(asked))
     except FinetuneError as error:
         print(f'error: {printable(str(error))}' if is_main() else f'process {os.environ["RANK"]}: {printable(str(error))}', file=sys.stderr)
         return 2

@@ -110,9 +110,10 @@ class Studio(Panel):
             raise RunError(f'{run.name} has learnt nothing yet: start it in the tab {TABS["train"]}.')
         stamp = (run, *sorted(path.stat().st_mtime_ns for path in run.glob('lora_weights/*')))
         if self._taken.get('chat') == stamp: return
-        if self.chat: self.chat.use(run)
+        trusts = bool(self.train.control.allowed.get('trust_remote_code'))
+        if self.chat: self.chat.use(run, trust_remote_code=trusts)
         else:
-            self.chat = ChatPanel(run)
+            self.chat = ChatPanel(run, trust_remote_code=trusts)
             self._fill('chat', self.chat)
         self._taken['chat'] = stamp
 
