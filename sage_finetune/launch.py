@@ -18,7 +18,7 @@ import psutil
 
 from .core.errors import ConfigError, RunError
 from .core.storage import why_unwritable, write_json
-from .runs import MetricsTail, Status, printable, process_gone, read_meta, read_object, read_status, still_works
+from .runs import MetricsTail, Status, moment, printable, process_gone, read_meta, read_object, read_status, still_works, typed
 
 # %% ../nbs/20_launch.ipynb #15031a90
 def train_command(
@@ -69,8 +69,10 @@ def last_launch(
     "The last start that was noted. Raises `RunError` when the note is broken."
     path = Path(run_dir)/LAUNCH
     if not path.exists(): return None
-    try: return Launch(**read_object(path))
-    except TypeError as error: raise RunError(f'{path} is not what this version notes at a start ({error}). Delete it.') from error
+    launch = typed(read_object(path), Launch, path)
+    if moment(launch.started) is None: raise RunError(f'{path} says started {printable(launch.started[:60])!r}, which is no time. Delete it.')
+    before = typed(launch.before, Status, path)
+    return replace(launch, processes=max(1, launch.processes), before=asdict(before))
 
 def _note(folder: Path, child: subprocess.Popen, processes: int, said: int, before: Status):
     "Note a start; a process nobody could find again is not left alone"
