@@ -34,7 +34,7 @@ def _as_kind(value: Any, kind: type) -> Any:
     "`value` as `kind`, or a ValueError"
     if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool): return value
-    elif kind is Path and isinstance(value, (str, Path)) and _can_be_written(str(value)) and '\0' not in str(value): return Path(value)
+    elif kind is Path and isinstance(value, (str, Path)) and _can_be_path(str(value)): return Path(value)
     elif kind is str and isinstance(value, str) and _can_be_written(value): return value
     elif kind is float and isinstance(value, (int, float, str)): return float(value)
     elif kind is int and isinstance(value, (int, float, str)) and float(value) == int(float(value)): return int(float(value))
@@ -46,6 +46,13 @@ def _as_kind(value: Any, kind: type) -> Any:
 def _can_be_written(text: str) -> bool:
     "Whether a text holds no half of a character, which JSON may say; half of a byte that stands for a name of this disk is none"
     return not any('\ud800' <= char <= '\udfff' and not '\udc80' <= char <= '\udcff' for char in text)
+
+def _can_be_path(text: str) -> bool:
+    "Whether a text can name a file: no zero byte, no name longer than disks hold, no home folder of a user there is not"
+    if not _can_be_written(text) or '\0' in text or len(text) > 4096 or any(len(part.encode('utf-8', 'surrogateescape')) > 255 for part in Path(text).parts): return False
+    try: Path(text).expanduser()
+    except RuntimeError: return False
+    return True
 
 def _kinds(annotation: Any) -> tuple:
     "The types an annotation allows: `int | None` is (int, NoneType)"
@@ -280,6 +287,7 @@ def find_model(
 ) -> str:           # what `from_pretrained` takes
     "Where a model is to be loaded from. Raises `ModelError` when it is a folder that is missing or holds no model."
     if model_name == 'tiny': return str(tiny_path())
+    if not _can_be_path(model_name): raise ModelError(f'model_name={model_name[:80]!r} can be no folder and no name on the Hub. Check model_name; the packaged model is model_name="tiny".')
     folder = Path(model_name).expanduser()
     if folder.is_dir():
         if not (folder/'config.json').exists(): raise ModelError(f'the folder {model_name} holds no model: config.json is missing. Check model_name.')

@@ -20,7 +20,7 @@ from .config import TrainingConfig
 from .core.errors import DataError, ModelError, RunError
 from .core.storage import folder_atomic, write_json
 from .data import Sample, iter_rows, read_row
-from .model import load_adapter, load_base, quiet
+from .model import first_line, load_adapter, load_base, quiet, refusing
 from .prompt import render, render_text
 from .runs import html_table, read_meta, text_table
 
@@ -119,7 +119,7 @@ def merge(
     tuned = load_adapter(base, config.lora_dir).eval()
     examples = _real_texts(config, tokenizer, texts)
     before = logits_of(tuned, examples)
-    merged = tuned.merge_and_unload(safe_merge=True)
+    with refusing(lambda error: f'the adapter in {config.lora_dir} cannot be merged ({first_line(error)}). Train it anew, or use it beside its base.'): merged = tuned.merge_and_unload(safe_merge=True)
     with folder_atomic(out) as temp:
         with quiet(bars=base.num_parameters() > 100_000_000): merged.save_pretrained(temp)
         tokenizer.save_pretrained(temp)

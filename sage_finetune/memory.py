@@ -33,8 +33,8 @@ from transformers import AutoConfig
 from . import engine as engines
 from .batches import plan_batches
 from .config import LoRAConfig, TrainingConfig, find_model
-from .core.errors import ConfigError, FinetuneError, ModelError
-from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, pick_device, plan_precision, quiet
+from .core.errors import ConfigError, FinetuneError
+from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, check_layers, first_line, pick_device, plan_precision, quiet, refusing
 from .runs import html_table, text_table
 
 # %% ../nbs/12_memory.ipynb #bcfa3774
@@ -43,13 +43,12 @@ def read_shape(
 ) -> Any: # its config.json, as transformers reads it
     "What a model is made of: from its folder, from what was downloaded before, or from the Hub, if that answers at once. Raises `ModelError`."
     place, trusts = find_model(config.model_name), dict(trust_remote_code=config.trust_remote_code)
-    try:
+    check_layers(config.model_name)
+    with refusing(lambda error: f'the config.json of model_name={config.model_name!r} cannot be read ({first_line(error)}). Check the spelling and the network; "tiny" is packaged.'):
         if Path(place).is_dir(): return AutoConfig.from_pretrained(place, **trusts)
         try: return AutoConfig.from_pretrained(place, local_files_only=True, **trusts)
         except OSError: _ask_the_hub()  # the library would try for a minute
         return AutoConfig.from_pretrained(place, **trusts)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f'the config.json of model_name={config.model_name!r} cannot be read ({str(error).strip().splitlines()[0]}). Check the spelling and the network; "tiny" is packaged.') from error
 
 def _ask_the_hub(seconds: float = 4.):
     "Raise an `OSError` when the Hub, or the mirror of HF_ENDPOINT, does not answer"
@@ -66,7 +65,7 @@ def empty_model(
 def _hollow(config: TrainingConfig, dtype: torch.dtype, few: int = 0) -> tuple[nn.Module, int]:
     "The model, only the first few of its layers where all are alike; and how many are left out"
     shape, left_out = read_shape(config), 0
-    with torch.device('meta'), quiet():
+    with torch.device('meta'), quiet(), refusing(lambda error: f'the config.json of model_name={config.model_name!r} describes no model that can be built ({first_line(error)}). Restore it from a copy.'):
         base = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=config.trust_remote_code)
         if few and (stack := _alike_layers(base, config.lora)) and len(stack) > 2 * FEW + 2:  # else all are sooner rehearsed than twice a few
             left_out = len(stack) - few

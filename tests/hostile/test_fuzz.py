@@ -4,27 +4,28 @@ Nothing is written elsewhere, nobody is signalled, no program is started, none o
 """
 import copy as copies
 import json
+import math
 import os
 import shutil
 import signal
 import struct
 import sys
+import warnings
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from helpers import tree
-from hypothesis import given, settings
+from helpers import change, tree
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sage_finetune import merge
+from sage_finetune import merge, train_from_meta
 from sage_finetune.chat import generate
-from sage_finetune.checkpoint import newest_checkpoint, read_state
-from sage_finetune.core.errors import FinetuneError
+from sage_finetune.checkpoint import checkpoints, newest_checkpoint, read_state, write_state
+from sage_finetune.core.errors import FinetuneError, RunError
 from sage_finetune.diagnosis import doctor
 from sage_finetune.export import open_run, run_config
 from sage_finetune.form import ConfigForm, earlier_pace
@@ -244,9 +245,27 @@ def given_away(run, to):
 
 LOOKED_AT = ("finetune_meta.json", "training_config.json", "status.json", "launch.json", "metrics.jsonl", "train.log", "checkpoints/checkpoint-3/state.safetensors", "checkpoints/checkpoint-4/state.safetensors",
     "checkpoints/checkpoint-4/adapter_model.safetensors", "lora_weights/adapter_config.json", "merged_model/config.json", "training_data_custom_alpaca.json", "bad_rows.jsonl")
+FIRST = [] if EXPLORE else [Phase.explicit, Phase.generate]  # a case is small enough to be read, and made smaller only by a search
 
 
-@settings(max_examples=20_000 if EXPLORE else 150, deadline=None)
+def searched(few, many):
+    "So many cases, always the same; SAGE_EXPLORE=1 looks for others"
+    return settings(max_examples=many if EXPLORE else few, deadline=None, **{} if EXPLORE else dict(phases=FIRST))
+
+
+@pytest.fixture
+def spoilt(finished, tmp_path):
+    "Give the finished run away, spoil it, and do something with it; what ends in anything but a sentence is a fault"
+    def check(spoil, actions, seconds=40.):
+        run = given_away(finished, tmp_path/"run")
+        spoil(run)
+        with watched(tmp_path, seconds): fallen = fall(actions, run)
+        assert not fallen, fallen
+        return run
+    return check
+
+
+@searched(120, 20_000)
 @given(data=st.data())
 def test_looking_at_a_spoilt_folder(data, finished, tmp_path_factory):
     place = tmp_path_factory.getbasetemp()/"looked_at"
@@ -254,3 +273,227 @@ def test_looking_at_a_spoilt_folder(data, finished, tmp_path_factory):
     for name in data.draw(st.lists(st.sampled_from(LOOKED_AT), min_size=1, max_size=2, unique=True), label="files"): spoil(data.draw, run/name)
     with watched(place): fallen = fall(LOOKS, run)
     assert not fallen, fallen
+
+
+@searched(12, 2_000)
+@given(data=st.data())
+def test_drawing_a_spoilt_folder(data, finished, tmp_path_factory):
+    place = tmp_path_factory.getbasetemp()/"drawn"
+    run = given_away(finished, place/"run")
+    spoil(data.draw, run/data.draw(st.sampled_from(("metrics.jsonl", "metrics.jsonl", "status.json")), label="file"))
+    with watched(place): fallen = fall(PICTURES, run)
+    assert not fallen, fallen
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", [*LOOKED_AT, "checkpoints", "lora_weights", "merged_model", "prepared", "logs"])
+def test_files_that_are_something_else(spoilt, shape, name):
+    def change(run):
+        if (run/name).is_dir():
+            shutil.rmtree(run/name)
+            (run/name).write_text("a file")
+        SHAPES[shape](run/name)
+    spoilt(change, LOOKS)
+
+
+# ---- one file of a list ---------------------------------------------------------------------------------------------------
+
+NAMES = ["checkpoint-\u0661\u0662", "checkpoint-\u00b2", "checkpoint-99999999999999999999", "checkpoint--1", "checkpoint-1.5", "checkpoint-", "checkpoint-+7", "checkpoint-1_0", "checkpoint-4 ", "checkpoint-4\n", "checkpoint-\x1b[2J",
+    "checkpoint-" + "9" * 200, "CHECKPOINT-9", "x" * 255, "\u202egpj.exe"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_names_that_are_no_checkpoint(spoilt, name, kind):
+    def change(run):
+        odd = run/"checkpoints"/name
+        odd.mkdir() if kind == "folder" else odd.write_bytes(b"nothing")
+    run = spoilt(change, LOOKS)
+    assert [path.name for path in checkpoints(run/"checkpoints")] == ["checkpoint-3", "checkpoint-4"]
+    assert newest_checkpoint(run/"checkpoints")[0].name == "checkpoint-4"
+
+
+@pytest.mark.parametrize("spoil_one", [lambda run: replace(run/"status.json", as_json(dict(state=[], step="many"))), lambda run: replace(run/"finetune_meta.json", WHOLE["deep"]), lambda run: replace(run/"finetune_meta.json", b"[]"),
+    lambda run: replace(run/"status.json", as_json(dict(state="training", updated="soon"))), lambda run: replace(run/"finetune_meta.json", as_json(dict(task_type="qa", model="x" * 5000, dataset="y" * 5000))), lambda run: to_folder(run/"metrics.jsonl")],
+    ids=["types", "deep", "list", "time", "long", "folder"])
+def test_a_broken_run_is_one_line_of_the_list(finished, tmp_path, spoil_one):
+    spoil_one(given_away(finished, tmp_path/"a_broken"))
+    given_away(finished, tmp_path/"b_whole")
+    broken, whole = list_runs(tmp_path)
+    assert (broken.state, whole.state) == ("unreadable", "completed") and broken.message
+    assert len(str(list_runs(tmp_path)).splitlines()) == 3
+
+
+def test_rows_keep_what_is_measured_and_nothing_else(finished, tmp_path):
+    run = given_away(finished, tmp_path/"run")
+    rows = [dict(step="1", loss="low", tokens=-3, note=5), dict(step=2, loss=math.nan, seconds=math.inf, total=10**30), dict(step=3, loss=1e300, eval_loss=[1]), dict(step=4, loss=2, epoch=True, learning_rate=None)]
+    replace(run/"metrics.jsonl", b"".join(as_json(row) + b"\n" for row in rows))
+    one, two, three, four = read_metrics(run)
+    assert (one, three, four) == ({}, dict(step=3), dict(step=4, loss=2, learning_rate=None)) and set(two) == {"step", "loss"} and math.isnan(two["loss"])
+
+
+# ---- what a checkpoint holds ----------------------------------------------------------------------------------------------
+
+def header(path):
+    "Length and content of a safetensors header"
+    data = path.read_bytes()
+    size, = struct.unpack("<Q", data[:8])
+    return json.loads(data[8:8 + size]), data[8 + size:]
+
+
+def with_header(path, change):
+    "Write another header before the same numbers"
+    told, rest = header(path)
+    told = json.dumps(change(told) or told).encode()
+    replace(path, struct.pack("<Q", len(told)) + told + rest)
+
+
+def tensor_of(told): return next(name for name in sorted(told) if name != "__metadata__")
+
+
+LIES = dict(beyond=lambda told: told[tensor_of(told)].update(data_offsets=[0, 10**12]), negative=lambda told: told[tensor_of(told)].update(data_offsets=[-8, 0]), turned=lambda told: told[tensor_of(told)].update(data_offsets=[64, 0]),
+    overlapping=lambda told: [one.update(data_offsets=[0, 4]) for name, one in told.items() if name != "__metadata__"], kind=lambda told: told[tensor_of(told)].update(dtype="Q99"), narrow=lambda told: told[tensor_of(told)].update(dtype="I8"),
+    shape=lambda told: told[tensor_of(told)].update(shape=[1, 2, 3]), huge=lambda told: told[tensor_of(told)].update(shape=[2**40, 2**40]), below=lambda told: told[tensor_of(told)].update(shape=[-1]),
+    gone=lambda told: told.pop(tensor_of(told)) and None, renamed=lambda told: told.update({"../../x": told.pop(tensor_of(told))}), nothing=lambda told: {"__metadata__": {"format": "pt"}}, no_state=lambda told: told.update(__metadata__={"format": "pt"}),
+    number=lambda told: told.update(__metadata__=7))
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("name", ["state.safetensors", "adapter_model.safetensors"])
+def test_headers_that_lie(finished, tmp_path, lie, name):
+    run = given_away(finished, tmp_path/"run")
+    for step in (3, 4): with_header(run/f"checkpoints/checkpoint-{step}"/name, LIES[lie])
+    with watched(tmp_path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try: newest_checkpoint(run/"checkpoints")
+        except RunError: pass
+    if name == "state.safetensors":
+        try: read_state(run/"checkpoints/checkpoint-4"/name)
+        except RunError: pass
+
+
+@pytest.mark.parametrize("start", [b"", b"\x00", b"\xff" * 8, struct.pack("<Q", 2**63), struct.pack("<Q", 10**9) + b"{}", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 90_000) + b"[" * 90_000])
+def test_headers_that_are_none(finished, tmp_path, start):
+    run = given_away(finished, tmp_path/"run")
+    replace(run/"checkpoints/checkpoint-4/state.safetensors", start)
+    with pytest.raises(RunError, match="cannot be read"): read_state(run/"checkpoints/checkpoint-4/state.safetensors")
+    with pytest.warns(UserWarning, match="goes on from checkpoint-3"): assert newest_checkpoint(run/"checkpoints")[0].name == "checkpoint-3"
+
+
+TREES = ["7", "null", "[]", "{}", '{"tensor": "0"}', '{"tensor": "99999"}', '{"tensor": 7}', '{"tensor": "../../x"}', '{"eval": "1"}', '{"dict": 7}', '{"dict": [[1]]}', '{"dict": [[{"list": []}, 1]]}', '{"list": 7}', '{"dict": [], "list": []}',
+    '{"dict": [["progress", 7]]}', '{"dict": [["optimizer", {"list": []}]]}', '{"dict": [["step", "x"]]}', '{"list":[' * 3000 + "]}" * 3000, "not json", '{"dict": [["progress", {"dict": [["step", -1]]}]]}',
+    '{"dict": [["progress", {"dict": [["step", 9], ["best", {"tuple": [1.5, "../../elsewhere"]}]]}]]}', '{"dict": [["progress", {"dict": [["halvings", 1000000000]]}]]}']
+
+
+@pytest.mark.parametrize("told", TREES, ids=lambda told: told[:40])
+def test_trees_that_are_no_state(finished, tmp_path, told):
+    run = given_away(finished, tmp_path/"run")
+    with_header(run/"checkpoints/checkpoint-4/state.safetensors", lambda before: before.update(__metadata__=dict(state=told)))
+    with watched(tmp_path):
+        if told == "{}" or "dict" in told[:8]: pytest.raises(RunError, read_state, run/"checkpoints/checkpoint-4/state.safetensors") if told == "{}" else None
+        with pytest.warns(UserWarning, match="checkpoint-4 cannot be read"): assert newest_checkpoint(run/"checkpoints")[0].name == "checkpoint-3"
+
+
+RESUMES = dict(identity=lambda state: state.pop("identity"), no_progress=lambda state: state.pop("progress"), chance=lambda state: state.update(chance=[]), generators=lambda state: state["chance"][0].update(torch=torch.zeros(3)),
+    numpy=lambda state: state["chance"][0].update(numpy=["MT19937", torch.zeros(2), 1, 2, 3.]), python=lambda state: state["chance"][0].update(python=["x", [], None]), no_groups=lambda state: state["optimizer"].pop("param_groups"),
+    moments=lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(1, 1)), schedule=lambda state: state.update(schedule=dict(last_epoch="soon")), pending=lambda state: state["progress"].update(pending=dict(step="x")),
+    unknown=lambda state: state["progress"].update(run="rm"), fewer=lambda state: state["optimizer"]["param_groups"][0].update(params=[0]))
+
+
+@pytest.mark.parametrize("spoil_state", RESUMES)
+def test_going_on_from_a_spoilt_checkpoint(finished, tmp_path, spoil_state):
+    run = Path(shutil.copytree(finished, tmp_path/"run"))
+    place = run/"checkpoints/checkpoint-4/state.safetensors"
+    shutil.rmtree(run/"checkpoints/checkpoint-3")
+    state = read_state(place)
+    RESUMES[spoil_state](state)
+    write_state(place, state)
+    with watched(tmp_path), pytest.raises(FinetuneError) as said: train_from_meta(run, resume=True, show=False)
+    assert str(place.parent) in str(said.value) or "was begun with other settings" in str(said.value)
+
+
+def test_what_a_checkpoint_says_of_the_optimizer_does_not_count(finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path/"run"))
+    place = run/"checkpoints/checkpoint-4/state.safetensors"
+    change(run, max_steps=5)
+    state = read_state(place)
+    for group in state["optimizer"]["param_groups"]: group.update(lr="fast", weight_decay="much", betas=[9, 9], eps=None)
+    write_state(place, state)
+    with watched(tmp_path): result = train_from_meta(run, resume=True, show=False)
+    assert result.steps == 5 and math.isfinite(result.losses[-1])
+
+
+# ---- models -------------------------------------------------------------------------------------------------------------
+
+def edit(name, **fields):
+    "A change of a JSON file, fields that are ... are taken away"
+    def change(run):
+        content = {**json.loads((run/name).read_text()), **fields}
+        replace(run/name, as_json({field: value for field, value in content.items() if value is not ...}))
+    return change
+
+
+def weights(name, change):
+    "A change of all tensors of a file"
+    def spoil(run):
+        tensors = {one: change(one, value) for one, value in load_file(run/name).items()}
+        (run/name).unlink()
+        save_file({one: value.contiguous() for one, value in tensors.items() if value is not None}, run/name, metadata=dict(format="pt"))
+    return spoil
+
+
+def with_bytes(name, content): return lambda run: replace(run/name, content)
+
+
+ADAPTER, WEIGHTS = "lora_weights/adapter_config.json", "lora_weights/adapter_model.safetensors"
+ADAPTERS = dict(rank_text=edit(ADAPTER, r="8"), rank_zero=edit(ADAPTER, r=0), rank_huge=edit(ADAPTER, r=10**9), rank_listed=edit(ADAPTER, r=[8]), alpha=edit(ADAPTER, lora_alpha=None), alpha_nan=edit(ADAPTER, lora_alpha=float("nan")), no_targets=edit(ADAPTER, target_modules=None),
+    targets=edit(ADAPTER, target_modules=7), target_numbers=edit(ADAPTER, target_modules=[1]), pattern=edit(ADAPTER, target_modules="(("), kind=edit(ADAPTER, peft_type="EVIL"), kind_list=edit(ADAPTER, peft_type=[]), other_kind=edit(ADAPTER, peft_type="PROMPT_TUNING"),
+    no_kind=edit(ADAPTER, peft_type=...), megatron=edit(ADAPTER, megatron_config={"a": 1}, megatron_core="this_is_imported"), mapping=edit(ADAPTER, auto_mapping={"parent_library": "os", "base_model_class": "system"}), tokens=edit(ADAPTER, trainable_token_indices={"embed_tokens": ["1"]}),
+    far_tokens=edit(ADAPTER, trainable_token_indices=[10**9]), saved=edit(ADAPTER, modules_to_save=["nowhere"]), layers=edit(ADAPTER, layers_to_transform="x"), start=edit(ADAPTER, init_lora_weights="corda", corda_config={"cache_file": "/etc/passwd"}),
+    ranks=edit(ADAPTER, rank_pattern={"(": "x"}), bias=edit(ADAPTER, bias="x"), task=edit(ADAPTER, task_type="SEQ_CLS"), revision=edit(ADAPTER, revision=7, base_model_name_or_path=7), deep=with_bytes(ADAPTER, WHOLE["deep"]), listed=with_bytes(ADAPTER, b"[]"), empty=with_bytes(ADAPTER, b""),
+    shapes=weights(WEIGHTS, lambda name, value: value[:1]), some=weights(WEIGHTS, lambda name, value: value if "lora_A" in name else None), extra=weights(WEIGHTS, lambda name, value: value.to(torch.int8)), nothing=with_bytes(WEIGHTS, b""), lie=lambda run: with_header(run/WEIGHTS, LIES["beyond"]),
+    folder=lambda run: to_folder(run/WEIGHTS), linked=lambda run: to_link("/etc/passwd")(run/WEIGHTS), recipe=edit("training_config.json", lora=[1]), recipe_model=edit("training_config.json", model_name="~nobody-of-that-name/x"), recipe_long=edit("training_config.json", model_name="x" * 5000),
+    recipe_nul=edit("training_config.json", model_name="a\0b"), recipe_half=edit("training_config.json", eval_prompts=[LONE]), device=edit("training_config.json", device="cuda" if not torch.cuda.is_available() else "x"))
+
+
+@pytest.mark.parametrize("how", ADAPTERS)
+def test_talking_to_a_spoilt_adapter(spoilt, how): spoilt(ADAPTERS[how], dict(chat=HEAVY["chat"], form=HEAVY["form"]))
+
+
+@pytest.mark.parametrize("how", [weights(WEIGHTS, lambda name, value: value * float("nan")), weights(WEIGHTS, lambda name, value: value * float("inf")), with_bytes("training_data_custom_alpaca.json", WHOLE["garbage"]), with_bytes("training_data_custom_alpaca.json", WHOLE["deep"]),
+    edit("training_config.json", eval_path=".", column_map={"a": "b"}), edit("training_config.json", data_path="x" * 5000, eval_path="\0")], ids=["nan", "inf", "garbage", "deep", "folder", "long"])
+def test_merging_a_spoilt_run(spoilt, how): spoilt(how, dict(merge=HEAVY["merge"]), 60.)
+
+
+MODEL = "merged_model/config.json"
+MERGED = dict(layers=edit(MODEL, num_hidden_layers=10**9, layer_types=...), wide=edit(MODEL, hidden_size=10**8), words=edit(MODEL, vocab_size=10**9), heads=edit(MODEL, num_attention_heads=10**6), no_heads=edit(MODEL, num_key_value_heads=0), text=edit(MODEL, hidden_size="wide"), kind=edit(MODEL, model_type="evil"),
+    kind_list=edit(MODEL, model_type=[1]), no_kind=edit(MODEL, model_type=..., architectures=...), other=edit(MODEL, model_type="gpt2"), number_format=edit(MODEL, dtype="float99"), ends=edit("merged_model/generation_config.json", eos_token_id={}), ends_text=edit("merged_model/generation_config.json", eos_token_id=["x"]),
+    places=edit(MODEL, max_position_embeddings=-1), quantised=edit(MODEL, quantization_config=dict(quant_method="gptq")), code=edit(MODEL, auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}), deep=with_bytes(MODEL, WHOLE["deep"]), listed=with_bytes(MODEL, b"[]"), empty=with_bytes(MODEL, b""),
+    words_deep=with_bytes("merged_model/tokenizer.json", WHOLE["deep"]), words_empty=with_bytes("merged_model/tokenizer.json", b"{}"), words_cut=lambda run: replace(run/"merged_model/tokenizer.json", cut((run/"merged_model/tokenizer.json").read_bytes(), .5)), words_model=edit("merged_model/tokenizer.json", model={}),
+    words_none=edit("merged_model/tokenizer.json", model=dict(type="BPE", vocab={}, merges=[])), words_added=edit("merged_model/tokenizer.json", added_tokens=[dict(id=-1, content=7)]), words_class=edit("merged_model/tokenizer_config.json", tokenizer_class="Evil"), words_code=edit("merged_model/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}, tokenizer_class="T"),
+    words_list=edit("merged_model/tokenizer_config.json", tokenizer_class=[7]), words_end=edit("merged_model/tokenizer_config.json", eos_token=7, pad_token=[]), words_far=edit("merged_model/tokenizer_config.json", added_tokens_decoder={"x": 7}), template=with_bytes("merged_model/chat_template.jinja", b"{{ messages | nothing }}"),
+    template_open=with_bytes("merged_model/chat_template.jinja", b"{% for"), template_bytes=with_bytes("merged_model/chat_template.jinja", b"\xff\xfe"), lie=lambda run: with_header(run/"merged_model/model.safetensors", LIES["beyond"]), fewer=lambda run: with_header(run/"merged_model/model.safetensors", LIES["gone"]),
+    nothing=with_bytes("merged_model/model.safetensors", b""), index=with_bytes("merged_model/model.safetensors.index.json", as_json(dict(weight_map={"a": "../../../etc/passwd"}))), pickled=lambda run: ((run/"merged_model/model.safetensors").unlink(), (run/"merged_model/pytorch_model.bin").write_bytes(b"\x80\x04N.")))
+
+
+@pytest.mark.parametrize("how", MERGED)
+def test_talking_to_a_spoilt_merged_model(spoilt, how): spoilt(MERGED[how], dict(chat=HEAVY["chat_merged"]))
+
+
+@pytest.mark.parametrize("how", ["layers", "wide", "kind_list", "no_kind", "deep", "listed", "empty", "text", "quantised"])
+def test_the_memory_of_a_spoilt_model(spoilt, how):
+    def change(run):
+        MERGED[how](run)
+        edit("training_config.json", model_name=str(run/"merged_model"))(run)
+    spoilt(change, dict(memory=HEAVY["memory"]))
+
+
+def test_the_doctor_looks_at_a_spoilt_folder(spoilt):
+    for how in (with_bytes("training_config.json", WHOLE["deep"]), edit("training_config.json", model_name="x" * 5000, continue_from="a\0b"), edit("training_config.json", lora="x")):
+        run = spoilt(how, {})
+        shown(doctor(run, online=False))
+
+
+def test_the_run_that_was_given_away_is_as_it_was(finished):
+    "Copies share its files: none was written into"
+    assert sorted(tree(finished)) and not merge(finished, finished.parent/"again", texts=1).kl_divergence > 1e-4
