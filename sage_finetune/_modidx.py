@@ -624,6 +624,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sage_finetune.data._Side.flush': ('data.html#_side.flush', 'sage_finetune/data.py'),
                                     'sage_finetune.data._cached': ('data.html#_cached', 'sage_finetune/data.py'),
                                     'sage_finetune.data._check_stops': ('data.html#_check_stops', 'sage_finetune/data.py'),
+                                    'sage_finetune.data._check_table': ('data.html#_check_table', 'sage_finetune/data.py'),
                                     'sage_finetune.data._copied': ('data.html#_copied', 'sage_finetune/data.py'),
                                     'sage_finetune.data._cut': ('data.html#_cut', 'sage_finetune/data.py'),
                                     'sage_finetune.data._fit_in': ('data.html#_fit_in', 'sage_finetune/data.py'),

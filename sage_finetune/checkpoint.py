@@ -396,13 +396,14 @@ class Keeper:
             raise RunError(f'{self.config.output_dir} was begun with other settings, so going on would be another run: {"; ".join(changed)}. Put them back, or start anew in another output_dir; '
                            f'to go on from its adapter with what is new, use continue_from={str(self.config.output_dir)!r} there.')
         restore_adapter(self.model, path)
-        try: self._take_back(state)
+        try: progress = self._take_back(state, path)
+        except RunError: raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
             raise RunError(f'{path/STATE} does not hold what this run needs to go on ({type(error).__name__}: {str(error).strip()[:150]}). Restore it from a copy, or start anew with overwrite_output_dir=True.') from error
         self.saved = path
-        self.remember(**asdict(_checked_progress(state['progress'], path/STATE)))
+        self.remember(**vars(progress))
 
-    def _take_back(self, state: dict):
+    def _take_back(self, state: dict, path: Path) -> Progress:
         "Optimizer, learning rate and chance as they were; what the config says of them stays as the config says it"
         own = [{name: value for name, value in group.items() if name != 'params'} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state['optimizer'])
@@ -417,6 +418,7 @@ class Keeper:
         self.schedule._last_lr = rates
         if self.accelerator.scaler is not None: self.accelerator.scaler.load_state_dict(state['scaler'])
         set_random_state(state['chance'][self.accelerator.process_index])
+        return _checked_progress(state['progress'], path/STATE)
 
     @property
     def wants_best(self) -> bool:

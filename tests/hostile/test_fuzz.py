@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from helpers import change, tree
@@ -25,15 +26,18 @@ from safetensors.torch import load_file, save_file
 from sage_finetune import merge, train_from_meta
 from sage_finetune.chat import generate
 from sage_finetune.checkpoint import checkpoints, newest_checkpoint, read_state, write_state
-from sage_finetune.core.errors import FinetuneError, RunError
+from sage_finetune.core.errors import DataError, FinetuneError, RunError
+from sage_finetune.data import checksum
 from sage_finetune.diagnosis import doctor
 from sage_finetune.export import open_run, run_config
 from sage_finetune.form import ConfigForm, earlier_pace
 from sage_finetune.launch import attached, follow, last_launch, log_lines, stop_run
 from sage_finetune.memory import estimate_memory
+from sage_finetune.model import load_tokenizer
 from sage_finetune.plot import compare_runs, plot_run
 from sage_finetune.runs import list_runs, read_meta, read_metrics, read_status, run_info, still_works
 from sage_finetune.train_panel import RunControl
+from sage_finetune.trainer import prepare_run_data
 
 EXPLORE = bool(os.environ.get("SAGE_EXPLORE"))
 
@@ -397,7 +401,7 @@ def test_trees_that_are_no_state(finished, tmp_path, told):
 RESUMES = dict(identity=lambda state: state.pop("identity"), no_progress=lambda state: state.pop("progress"), chance=lambda state: state.update(chance=[]), generators=lambda state: state["chance"][0].update(torch=torch.zeros(3)),
     numpy=lambda state: state["chance"][0].update(numpy=["MT19937", torch.zeros(2), 1, 2, 3.]), python=lambda state: state["chance"][0].update(python=["x", [], None]), no_groups=lambda state: state["optimizer"].pop("param_groups"),
     moments=lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(1, 1)), schedule=lambda state: state.update(schedule=dict(last_epoch="soon")), pending=lambda state: state["progress"].update(pending=dict(step="x")),
-    unknown=lambda state: state["progress"].update(run="rm"), fewer=lambda state: state["optimizer"]["param_groups"][0].update(params=[0]))
+    fewer=lambda state: state["optimizer"]["param_groups"][0].update(params=[0]))
 
 
 @pytest.mark.parametrize("spoil_state", RESUMES)
@@ -413,14 +417,47 @@ def test_going_on_from_a_spoilt_checkpoint(finished, tmp_path, spoil_state):
 
 
 def test_what_a_checkpoint_says_of_the_optimizer_does_not_count(finished, tmp_path):
-    run = Path(shutil.copytree(finished, tmp_path/"run"))
-    place = run/"checkpoints/checkpoint-4/state.safetensors"
-    change(run, max_steps=5)
-    state = read_state(place)
-    for group in state["optimizer"]["param_groups"]: group.update(lr="fast", weight_decay="much", betas=[9, 9], eps=None)
-    write_state(place, state)
-    with watched(tmp_path): result = train_from_meta(run, resume=True, show=False)
-    assert result.steps == 5 and math.isfinite(result.losses[-1])
+    losses = []
+    for name in ("honest", "spoilt"):
+        run = Path(shutil.copytree(finished, tmp_path/name))
+        place = run/"checkpoints/checkpoint-4/state.safetensors"
+        change(run, max_steps=5)
+        state = read_state(place)
+        for group in state["optimizer"]["param_groups"] if name == "spoilt" else (): group.update(lr="fast", weight_decay="much", betas=[9, 9], eps=None)
+        write_state(place, state)
+        with watched(tmp_path): losses.append(train_from_meta(run, resume=True, show=False).losses)
+    assert losses[0] == losses[1] and len(losses[0]) == 1
+
+
+# ---- prepared rows --------------------------------------------------------------------------------------------------------
+
+def table_of(ids, labels, **columns): return pa.table(dict(input_ids=pa.array(ids, pa.list_(pa.int32())), labels=pa.array(labels, pa.list_(pa.int32())), length=pa.array([len(one or ()) for one in ids], pa.int32()), row=pa.array(range(len(ids)), pa.int64())) | columns)
+
+
+TABLES = dict(vocabulary=lambda: table_of([[1, 10**6]], [[1, 2]]), negative=lambda: table_of([[-1, 2]], [[1, 2]]), labels=lambda: table_of([[1, 2]], [[-101, 2]]), shorter=lambda: table_of([[1, 2]], [[1]]), nothing=lambda: table_of([None], [None]), holes=lambda: table_of([[1, None]], [[1, 2]]),
+    columns=lambda: pa.table(dict(text=["a"])), kinds=lambda: table_of([[1]], [[1]], input_ids=pa.array(["a"])), outside=lambda: table_of([[11, 12], [13]], [[11, 12], [13]]))
+OFFSETS, OUTSIDE = struct.pack("<3i", 0, 2, 3), struct.pack("<3i", 0, 10**6, 3)  # lists that end where there is nothing; the library itself makes none
+
+
+@pytest.mark.parametrize("how", TABLES)
+def test_prepared_rows_that_only_seem_whole(finished, tmp_path, how):
+    run = given_away(finished, tmp_path/"run")
+    for folder in (run/"prepared").iterdir():
+        (folder/"train.arrow").unlink()
+        with pa.OSFile(str(folder/"train.arrow"), "wb") as file, pa.ipc.new_stream(file, TABLES[how]().schema) as writer: writer.write_table(TABLES[how]())
+        if how == "outside": (folder/"train.arrow").write_bytes((folder/"train.arrow").read_bytes().replace(OFFSETS, OUTSIDE))
+        told = json.loads((folder/"report.json").read_text())
+        replace(folder/"report.json", as_json(told | dict(files=told["files"] | {"train.arrow": checksum(folder/"train.arrow")})))
+    with watched(tmp_path), pytest.raises(DataError, match="are no examples of this tokenizer"): prepare_run_data(read_meta(run).to_config(), load_tokenizer("tiny"))
+
+
+@pytest.mark.parametrize("fields", [dict(rows="many"), dict(bad_rows=[7]), dict(notes={"a": 7}), dict(held_out=[]), dict(said="x"), dict(strange=1), dict(max_length=None)], ids=str)
+def test_reports_of_prepared_rows_that_are_none(finished, tmp_path, fields):
+    run = given_away(finished, tmp_path/"run")
+    for folder in (run/"prepared").iterdir():
+        told = json.loads((folder/"report.json").read_text())
+        replace(folder/"report.json", as_json(told | dict(report=told["report"] | fields)))
+    with watched(tmp_path): shown(prepare_run_data(read_meta(run).to_config(), load_tokenizer("tiny")))
 
 
 # ---- models -------------------------------------------------------------------------------------------------------------
