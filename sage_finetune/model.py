@@ -94,7 +94,8 @@ def check_layers(
         content = waiting.pop()
         for name, value in content.items() if isinstance(content, dict) else ():
             waiting += [value] if isinstance(value, dict) else []
-            if 'layer' in name and type(value) in (int, float) and value > MOST_LAYERS: raise ModelError(f'{path} says {name}={value:.3g}, and no model has more than {MOST_LAYERS:,} layers. Restore it from a copy.')
+            if 'layer' in name and type(value) in (int, float) and value > MOST_LAYERS:
+                raise ModelError(f'{path} says {name}={value:.3g}, and no model has more than {MOST_LAYERS:,} layers. Restore it from a copy.')
 
 @contextmanager
 def refusing(
@@ -130,7 +131,8 @@ def _cannot_load(what: str, model_name: str, error: Any) -> str:
     "One sentence for all that can go wrong on the way from a name to a model"
     first = first_line(error)
     lost = isinstance(error, (str, OSError, ValueError))
-    where = 'the folder lacks its files' if lost and Path(find_model(model_name)).is_dir() else 'a file of the folder is broken, or of another version' if Path(find_model(model_name)).is_dir() else 'check the spelling and the network; HF_ENDPOINT sets a mirror, HF_TOKEN opens gated models'
+    here = 'the folder lacks its files' if lost else 'a file of the folder is broken, or of another version'
+    where = here if Path(find_model(model_name)).is_dir() else 'check the spelling and the network; HF_ENDPOINT sets a mirror, HF_TOKEN opens gated models'
     return f'the {what} of model_name={model_name!r} cannot be loaded: {where} ({first}).'
 
 # %% ../nbs/08_model.ipynb #1c4a89a7
@@ -205,11 +207,18 @@ def _saved_settings(folder: Path) -> PeftConfig:
 def _names(value: Any) -> bool: return isinstance(value, (list, set, tuple)) and all(isinstance(one, str) for one in value)
 
 _MAY_BE = dict(  # fields of a LoRA adapter that its use depends on; what is missing has PEFT's default
-    r=lambda value: type(value) is int and 0 < value <= 65_536, lora_alpha=lambda value: type(value) in (int, float) and 0 <= value < 1e6, lora_dropout=lambda value: type(value) in (int, float) and 0 <= value < 1,
-    target_modules=lambda value: value is None or isinstance(value, str) or _names(value), modules_to_save=lambda value: value is None or _names(value), exclude_modules=lambda value: value is None or isinstance(value, str) or _names(value),
-    bias=lambda value: value in ('none', 'all', 'lora_only'), base_model_name_or_path=lambda value: value is None or isinstance(value, str), megatron_config=lambda value: value is None,
-    rank_pattern=lambda value: isinstance(value, dict) and all(type(one) is int and 0 < one <= 65_536 for one in value.values()), alpha_pattern=lambda value: isinstance(value, dict) and all(type(one) in (int, float) for one in value.values()),
-    init_lora_weights=lambda value: isinstance(value, (bool, str)), use_rslora=lambda value: isinstance(value, bool), use_dora=lambda value: isinstance(value, bool), fan_in_fan_out=lambda value: isinstance(value, bool))
+    r=lambda value: type(value) is int and 0 < value <= 65_536,
+    lora_alpha=lambda value: type(value) in (int, float) and 0 <= value < 1e6,
+    lora_dropout=lambda value: type(value) in (int, float) and 0 <= value < 1,
+    target_modules=lambda value: value is None or isinstance(value, str) or _names(value),
+    modules_to_save=lambda value: value is None or _names(value),
+    exclude_modules=lambda value: value is None or isinstance(value, str) or _names(value),
+    bias=lambda value: value in ('none', 'all', 'lora_only'),
+    base_model_name_or_path=lambda value: value is None or isinstance(value, str), megatron_config=lambda value: value is None,
+    rank_pattern=lambda value: isinstance(value, dict) and all(type(one) is int and 0 < one <= 65_536 for one in value.values()),
+    alpha_pattern=lambda value: isinstance(value, dict) and all(type(one) in (int, float) for one in value.values()),
+    init_lora_weights=lambda value: isinstance(value, (bool, str)), use_rslora=lambda value: isinstance(value, bool),
+    use_dora=lambda value: isinstance(value, bool), fan_in_fan_out=lambda value: isinstance(value, bool))
 
 def _check_settings(settings: PeftConfig):
     "Refuse fields of another kind; Megatron's, for PEFT would import whatever module they name"

@@ -126,7 +126,8 @@ def look_through_the_panel(run):
     shown(control.summary), control.stage()
 
 
-LOOKS = dict(run_info=lambda run: run_info(run).cells, list_runs=lambda run: list_runs(run.parent), read_meta=read_meta, to_config=lambda run: read_meta(run).to_config(),
+LOOKS = dict(run_info=lambda run: run_info(run).cells, list_runs=lambda run: list_runs(run.parent), read_meta=read_meta,
+    to_config=lambda run: read_meta(run).to_config(),
     read_status=read_status, read_metrics=read_metrics, last_launch=last_launch, attached=attached, log_lines=log_lines, follow=follow_a_little, stop_run=stop_run,
     run_config=run_config, newest_checkpoint=lambda run: newest_checkpoint(run/"checkpoints") and None,
     panel=look_through_the_panel, pace=lambda run: earlier_pace(run_config(run)))
@@ -142,7 +143,8 @@ def say(run, merged=False):
 def open_form(run): ConfigForm(run_config(run), counts=False).close()
 
 
-HEAVY = dict(chat=say, chat_merged=lambda run: say(run, True), merge=lambda run: merge(run, run.parent/"out", texts=1), memory=lambda run: estimate_memory(run_config(run)), form=open_form)
+HEAVY = dict(chat=say, chat_merged=lambda run: say(run, True), merge=lambda run: merge(run, run.parent/"out", texts=1),
+    memory=lambda run: estimate_memory(run_config(run)), form=open_form)
 
 
 def fall(actions, run):
@@ -216,7 +218,8 @@ def to_link(target):
     return change
 
 
-SHAPES = dict(gone=lambda path: path.unlink(), folder=to_folder, dangling=to_link("/nowhere/at/all"), loop=lambda path: to_link(path.name)(path), outside=to_link("/etc/passwd"), outside_folder=to_link("/etc"))
+SHAPES = dict(gone=lambda path: path.unlink(), folder=to_folder, dangling=to_link("/nowhere/at/all"),
+    loop=lambda path: to_link(path.name)(path), outside=to_link("/etc/passwd"), outside_folder=to_link("/etc"))
 
 
 def spoil(draw, path):
@@ -355,10 +358,15 @@ def with_header(path, change):
 def tensor_of(told): return next(name for name in sorted(told) if name != "__metadata__")
 
 
-LIES = dict(beyond=lambda told: told[tensor_of(told)].update(data_offsets=[0, 10**12]), negative=lambda told: told[tensor_of(told)].update(data_offsets=[-8, 0]), turned=lambda told: told[tensor_of(told)].update(data_offsets=[64, 0]),
-    overlapping=lambda told: [one.update(data_offsets=[0, 4]) for name, one in told.items() if name != "__metadata__"], kind=lambda told: told[tensor_of(told)].update(dtype="Q99"), narrow=lambda told: told[tensor_of(told)].update(dtype="I8"),
-    shape=lambda told: told[tensor_of(told)].update(shape=[1, 2, 3]), huge=lambda told: told[tensor_of(told)].update(shape=[2**40, 2**40]), below=lambda told: told[tensor_of(told)].update(shape=[-1]),
-    gone=lambda told: told.pop(tensor_of(told)) and None, renamed=lambda told: told.update({"../../x": told.pop(tensor_of(told))}), nothing=lambda told: {"__metadata__": {"format": "pt"}}, no_state=lambda told: told.update(__metadata__={"format": "pt"}),
+LIES = dict(beyond=lambda told: told[tensor_of(told)].update(data_offsets=[0, 10**12]),
+    negative=lambda told: told[tensor_of(told)].update(data_offsets=[-8, 0]),
+    turned=lambda told: told[tensor_of(told)].update(data_offsets=[64, 0]),
+    overlapping=lambda told: [one.update(data_offsets=[0, 4]) for name, one in told.items() if name != "__metadata__"],
+    kind=lambda told: told[tensor_of(told)].update(dtype="Q99"), narrow=lambda told: told[tensor_of(told)].update(dtype="I8"),
+    shape=lambda told: told[tensor_of(told)].update(shape=[1, 2, 3]),
+    huge=lambda told: told[tensor_of(told)].update(shape=[2**40, 2**40]), below=lambda told: told[tensor_of(told)].update(shape=[-1]),
+    gone=lambda told: told.pop(tensor_of(told)) and None, renamed=lambda told: told.update({"../../x": told.pop(tensor_of(told))}),
+    nothing=lambda told: {"__metadata__": {"format": "pt"}}, no_state=lambda told: told.update(__metadata__={"format": "pt"}),
     number=lambda told: told.update(__metadata__=7))
 
 
@@ -398,9 +406,14 @@ def test_trees_that_are_no_state(finished, tmp_path, told):
         with pytest.warns(UserWarning, match="checkpoint-4 cannot be read"): assert newest_checkpoint(run/"checkpoints")[0].name == "checkpoint-3"
 
 
-RESUMES = dict(identity=lambda state: state.pop("identity"), no_progress=lambda state: state.pop("progress"), chance=lambda state: state.update(chance=[]), generators=lambda state: state["chance"][0].update(torch=torch.zeros(3)),
-    numpy=lambda state: state["chance"][0].update(numpy=["MT19937", torch.zeros(2), 1, 2, 3.]), python=lambda state: state["chance"][0].update(python=["x", [], None]), no_groups=lambda state: state["optimizer"].pop("param_groups"),
-    moments=lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(1, 1)), schedule=lambda state: state.update(schedule=dict(last_epoch="soon")), pending=lambda state: state["progress"].update(pending=dict(step="x")),
+RESUMES = dict(identity=lambda state: state.pop("identity"), no_progress=lambda state: state.pop("progress"),
+    chance=lambda state: state.update(chance=[]), generators=lambda state: state["chance"][0].update(torch=torch.zeros(3)),
+    numpy=lambda state: state["chance"][0].update(numpy=["MT19937", torch.zeros(2), 1, 2, 3.]),
+    python=lambda state: state["chance"][0].update(python=["x", [], None]),
+    no_groups=lambda state: state["optimizer"].pop("param_groups"),
+    moments=lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(1, 1)),
+    schedule=lambda state: state.update(schedule=dict(last_epoch="soon")),
+    pending=lambda state: state["progress"].update(pending=dict(step="x")),
     fewer=lambda state: state["optimizer"]["param_groups"][0].update(params=[0]))
 
 
@@ -434,8 +447,11 @@ def test_what_a_checkpoint_says_of_the_optimizer_does_not_count(finished, tmp_pa
 def table_of(ids, labels, **columns): return pa.table(dict(input_ids=pa.array(ids, pa.list_(pa.int32())), labels=pa.array(labels, pa.list_(pa.int32())), length=pa.array([len(one or ()) for one in ids], pa.int32()), row=pa.array(range(len(ids)), pa.int64())) | columns)
 
 
-TABLES = dict(vocabulary=lambda: table_of([[1, 10**6]], [[1, 2]]), negative=lambda: table_of([[-1, 2]], [[1, 2]]), labels=lambda: table_of([[1, 2]], [[-101, 2]]), shorter=lambda: table_of([[1, 2]], [[1]]), nothing=lambda: table_of([None], [None]), holes=lambda: table_of([[1, None]], [[1, 2]]),
-    columns=lambda: pa.table(dict(text=["a"])), kinds=lambda: table_of([[1]], [[1]], input_ids=pa.array(["a"])), outside=lambda: table_of([[11, 12], [13]], [[11, 12], [13]]))
+TABLES = dict(vocabulary=lambda: table_of([[1, 10**6]], [[1, 2]]), negative=lambda: table_of([[-1, 2]], [[1, 2]]),
+    labels=lambda: table_of([[1, 2]], [[-101, 2]]), shorter=lambda: table_of([[1, 2]], [[1]]), nothing=lambda: table_of([None], [None]),
+    holes=lambda: table_of([[1, None]], [[1, 2]]),
+    columns=lambda: pa.table(dict(text=["a"])), kinds=lambda: table_of([[1]], [[1]], input_ids=pa.array(["a"])),
+    outside=lambda: table_of([[11, 12], [13]], [[11, 12], [13]]))
 OFFSETS, OUTSIDE = struct.pack("<3i", 0, 2, 3), struct.pack("<3i", 0, 10**6, 3)  # lists that end where there is nothing; the library itself makes none
 
 
@@ -483,14 +499,30 @@ def with_bytes(name, content): return lambda run: replace(run/name, content)
 
 
 ADAPTER, WEIGHTS = "lora_weights/adapter_config.json", "lora_weights/adapter_model.safetensors"
-ADAPTERS = dict(rank_text=edit(ADAPTER, r="8"), rank_zero=edit(ADAPTER, r=0), rank_huge=edit(ADAPTER, r=10**9), rank_listed=edit(ADAPTER, r=[8]), alpha=edit(ADAPTER, lora_alpha=None), alpha_nan=edit(ADAPTER, lora_alpha=float("nan")), no_targets=edit(ADAPTER, target_modules=None),
-    targets=edit(ADAPTER, target_modules=7), target_numbers=edit(ADAPTER, target_modules=[1]), pattern=edit(ADAPTER, target_modules="(("), kind=edit(ADAPTER, peft_type="EVIL"), kind_list=edit(ADAPTER, peft_type=[]), other_kind=edit(ADAPTER, peft_type="PROMPT_TUNING"),
-    no_kind=edit(ADAPTER, peft_type=...), megatron=edit(ADAPTER, megatron_config={"a": 1}, megatron_core="this_is_imported"), mapping=edit(ADAPTER, auto_mapping={"parent_library": "os", "base_model_class": "system"}), tokens=edit(ADAPTER, trainable_token_indices={"embed_tokens": ["1"]}),
-    far_tokens=edit(ADAPTER, trainable_token_indices=[10**9]), saved=edit(ADAPTER, modules_to_save=["nowhere"]), layers=edit(ADAPTER, layers_to_transform="x"), start=edit(ADAPTER, init_lora_weights="corda", corda_config={"cache_file": "/etc/passwd"}),
-    ranks=edit(ADAPTER, rank_pattern={"(": "x"}), bias=edit(ADAPTER, bias="x"), task=edit(ADAPTER, task_type="SEQ_CLS"), revision=edit(ADAPTER, revision=7, base_model_name_or_path=7), deep=with_bytes(ADAPTER, WHOLE["deep"]), listed=with_bytes(ADAPTER, b"[]"), empty=with_bytes(ADAPTER, b""),
-    shapes=weights(WEIGHTS, lambda name, value: value[:1]), some=weights(WEIGHTS, lambda name, value: value if "lora_A" in name else None), extra=weights(WEIGHTS, lambda name, value: value.to(torch.int8)), nothing=with_bytes(WEIGHTS, b""), lie=lambda run: with_header(run/WEIGHTS, LIES["beyond"]),
-    folder=lambda run: to_folder(run/WEIGHTS), linked=lambda run: to_link("/etc/passwd")(run/WEIGHTS), recipe=edit("training_config.json", lora=[1]), recipe_model=edit("training_config.json", model_name="~nobody-of-that-name/x"), recipe_long=edit("training_config.json", model_name="x" * 5000),
-    recipe_nul=edit("training_config.json", model_name="a\0b"), recipe_half=edit("training_config.json", eval_prompts=[LONE]), device=edit("training_config.json", device="cuda" if not torch.cuda.is_available() else "x"))
+ADAPTERS = dict(rank_text=edit(ADAPTER, r="8"), rank_zero=edit(ADAPTER, r=0), rank_huge=edit(ADAPTER, r=10**9),
+    rank_listed=edit(ADAPTER, r=[8]), alpha=edit(ADAPTER, lora_alpha=None), alpha_nan=edit(ADAPTER, lora_alpha=float("nan")),
+    no_targets=edit(ADAPTER, target_modules=None),
+    targets=edit(ADAPTER, target_modules=7), target_numbers=edit(ADAPTER, target_modules=[1]),
+    pattern=edit(ADAPTER, target_modules="(("), kind=edit(ADAPTER, peft_type="EVIL"), kind_list=edit(ADAPTER, peft_type=[]),
+    other_kind=edit(ADAPTER, peft_type="PROMPT_TUNING"),
+    no_kind=edit(ADAPTER, peft_type=...), megatron=edit(ADAPTER, megatron_config={"a": 1}, megatron_core="this_is_imported"),
+    mapping=edit(ADAPTER, auto_mapping={"parent_library": "os", "base_model_class": "system"}),
+    tokens=edit(ADAPTER, trainable_token_indices={"embed_tokens": ["1"]}),
+    far_tokens=edit(ADAPTER, trainable_token_indices=[10**9]), saved=edit(ADAPTER, modules_to_save=["nowhere"]),
+    layers=edit(ADAPTER, layers_to_transform="x"),
+    start=edit(ADAPTER, init_lora_weights="corda", corda_config={"cache_file": "/etc/passwd"}),
+    ranks=edit(ADAPTER, rank_pattern={"(": "x"}), bias=edit(ADAPTER, bias="x"), task=edit(ADAPTER, task_type="SEQ_CLS"),
+    revision=edit(ADAPTER, revision=7, base_model_name_or_path=7), deep=with_bytes(ADAPTER, WHOLE["deep"]),
+    listed=with_bytes(ADAPTER, b"[]"), empty=with_bytes(ADAPTER, b""),
+    shapes=weights(WEIGHTS, lambda name, value: value[:1]),
+    some=weights(WEIGHTS, lambda name, value: value if "lora_A" in name else None),
+    extra=weights(WEIGHTS, lambda name, value: value.to(torch.int8)), nothing=with_bytes(WEIGHTS, b""),
+    lie=lambda run: with_header(run/WEIGHTS, LIES["beyond"]),
+    folder=lambda run: to_folder(run/WEIGHTS), linked=lambda run: to_link("/etc/passwd")(run/WEIGHTS),
+    recipe=edit("training_config.json", lora=[1]), recipe_model=edit("training_config.json", model_name="~nobody-of-that-name/x"),
+    recipe_long=edit("training_config.json", model_name="x" * 5000),
+    recipe_nul=edit("training_config.json", model_name="a\0b"), recipe_half=edit("training_config.json", eval_prompts=[LONE]),
+    device=edit("training_config.json", device="cuda" if not torch.cuda.is_available() else "x"))
 
 
 @pytest.mark.parametrize("how", ADAPTERS)
@@ -503,14 +535,33 @@ def test_merging_a_spoilt_run(spoilt, how): spoilt(how, dict(merge=HEAVY["merge"
 
 
 MODEL = "merged_model/config.json"
-MERGED = dict(layers=edit(MODEL, num_hidden_layers=10**9, layer_types=...), wide=edit(MODEL, hidden_size=10**8), words=edit(MODEL, vocab_size=10**9), heads=edit(MODEL, num_attention_heads=10**6), no_heads=edit(MODEL, num_key_value_heads=0), text=edit(MODEL, hidden_size="wide"), kind=edit(MODEL, model_type="evil"),
-    kind_list=edit(MODEL, model_type=[1]), no_kind=edit(MODEL, model_type=..., architectures=...), other=edit(MODEL, model_type="gpt2"), number_format=edit(MODEL, dtype="float99"), ends=edit("merged_model/generation_config.json", eos_token_id={}), ends_text=edit("merged_model/generation_config.json", eos_token_id=["x"]),
-    places=edit(MODEL, max_position_embeddings=-1), quantised=edit(MODEL, quantization_config=dict(quant_method="gptq")), code=edit(MODEL, auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}), deep=with_bytes(MODEL, WHOLE["deep"]), listed=with_bytes(MODEL, b"[]"), empty=with_bytes(MODEL, b""),
-    words_deep=with_bytes("merged_model/tokenizer.json", WHOLE["deep"]), words_empty=with_bytes("merged_model/tokenizer.json", b"{}"), words_cut=lambda run: replace(run/"merged_model/tokenizer.json", cut((run/"merged_model/tokenizer.json").read_bytes(), .5)), words_model=edit("merged_model/tokenizer.json", model={}),
-    words_none=edit("merged_model/tokenizer.json", model=dict(type="BPE", vocab={}, merges=[])), words_added=edit("merged_model/tokenizer.json", added_tokens=[dict(id=-1, content=7)]), words_class=edit("merged_model/tokenizer_config.json", tokenizer_class="Evil"), words_code=edit("merged_model/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}, tokenizer_class="T"),
-    words_list=edit("merged_model/tokenizer_config.json", tokenizer_class=[7]), words_end=edit("merged_model/tokenizer_config.json", eos_token=7, pad_token=[]), words_far=edit("merged_model/tokenizer_config.json", added_tokens_decoder={"x": 7}), template=with_bytes("merged_model/chat_template.jinja", b"{{ messages | nothing }}"),
-    template_open=with_bytes("merged_model/chat_template.jinja", b"{% for"), template_bytes=with_bytes("merged_model/chat_template.jinja", b"\xff\xfe"), lie=lambda run: with_header(run/"merged_model/model.safetensors", LIES["beyond"]), fewer=lambda run: with_header(run/"merged_model/model.safetensors", LIES["gone"]),
-    nothing=with_bytes("merged_model/model.safetensors", b""), index=with_bytes("merged_model/model.safetensors.index.json", as_json(dict(weight_map={"a": "../../../etc/passwd"}))), pickled=lambda run: ((run/"merged_model/model.safetensors").unlink(), (run/"merged_model/pytorch_model.bin").write_bytes(b"\x80\x04N.")))
+MERGED = dict(layers=edit(MODEL, num_hidden_layers=10**9, layer_types=...), wide=edit(MODEL, hidden_size=10**8),
+    words=edit(MODEL, vocab_size=10**9), heads=edit(MODEL, num_attention_heads=10**6), no_heads=edit(MODEL, num_key_value_heads=0),
+    text=edit(MODEL, hidden_size="wide"), kind=edit(MODEL, model_type="evil"),
+    kind_list=edit(MODEL, model_type=[1]), no_kind=edit(MODEL, model_type=..., architectures=...), other=edit(MODEL, model_type="gpt2"),
+    number_format=edit(MODEL, dtype="float99"), ends=edit("merged_model/generation_config.json", eos_token_id={}),
+    ends_text=edit("merged_model/generation_config.json", eos_token_id=["x"]),
+    places=edit(MODEL, max_position_embeddings=-1), quantised=edit(MODEL, quantization_config=dict(quant_method="gptq")),
+    code=edit(MODEL, auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}),
+    deep=with_bytes(MODEL, WHOLE["deep"]), listed=with_bytes(MODEL, b"[]"), empty=with_bytes(MODEL, b""),
+    words_deep=with_bytes("merged_model/tokenizer.json", WHOLE["deep"]), words_empty=with_bytes("merged_model/tokenizer.json", b"{}"),
+    words_cut=lambda run: replace(run/"merged_model/tokenizer.json", cut((run/"merged_model/tokenizer.json").read_bytes(), .5)),
+    words_model=edit("merged_model/tokenizer.json", model={}),
+    words_none=edit("merged_model/tokenizer.json", model=dict(type="BPE", vocab={}, merges=[])),
+    words_added=edit("merged_model/tokenizer.json", added_tokens=[dict(id=-1, content=7)]),
+    words_class=edit("merged_model/tokenizer_config.json", tokenizer_class="Evil"),
+    words_code=edit("merged_model/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}, tokenizer_class="T"),
+    words_list=edit("merged_model/tokenizer_config.json", tokenizer_class=[7]),
+    words_end=edit("merged_model/tokenizer_config.json", eos_token=7, pad_token=[]),
+    words_far=edit("merged_model/tokenizer_config.json", added_tokens_decoder={"x": 7}),
+    template=with_bytes("merged_model/chat_template.jinja", b"{{ messages | nothing }}"),
+    template_open=with_bytes("merged_model/chat_template.jinja", b"{% for"),
+    template_bytes=with_bytes("merged_model/chat_template.jinja", b"\xff\xfe"),
+    lie=lambda run: with_header(run/"merged_model/model.safetensors", LIES["beyond"]),
+    fewer=lambda run: with_header(run/"merged_model/model.safetensors", LIES["gone"]),
+    nothing=with_bytes("merged_model/model.safetensors", b""),
+    index=with_bytes("merged_model/model.safetensors.index.json", as_json(dict(weight_map={"a": "../../../etc/passwd"}))),
+    pickled=lambda run: ((run/"merged_model/model.safetensors").unlink(), (run/"merged_model/pytorch_model.bin").write_bytes(b"\x80\x04N.")))
 
 
 @pytest.mark.parametrize("how", MERGED)
