@@ -89,13 +89,13 @@ def check_layers(
     "Refuse a model folder whose config.json asks for more layers than any model has. Raises `ModelError`."
     path = Path(find_model(model_name))/'config.json'
     try: waiting = [json.loads(path.read_text(encoding='utf-8'))] if path.is_file() else []
-    except (OSError, ValueError, RecursionError) as error: raise ModelError(f'{path} cannot be read ({first_line(error)}). Restore it from a copy.') from error
+    except (OSError, ValueError, RecursionError) as error: raise ModelError(f'the config.json of model_name={model_name!r} cannot be read ({first_line(error)}). Restore it from a copy.') from error
     while waiting:
         content = waiting.pop()
         for name, value in content.items() if isinstance(content, dict) else ():
             waiting += [value] if isinstance(value, dict) else []
             if 'layer' in name and type(value) in (int, float) and value > MOST_LAYERS:
-                raise ModelError(f'{path} says {name}={value:.3g}, and no model has more than {MOST_LAYERS:,} layers. Restore it from a copy.')
+                raise ModelError(f'model_name={model_name!r}: config.json says {name}={value:.3g}, and no model has more than {MOST_LAYERS:,} layers. Restore it from a copy.')
 
 @contextmanager
 def refusing(
