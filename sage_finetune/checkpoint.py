@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from .core.places import (
     MANIFEST, bring_back, check_links, note_files, note_folder, own_files, put_aside, read_manifest, remove_own)
 from .core.storage import OLD, PART, folder_atomic, open_append, why_unwritable, write_atomic, write_json
 from .model import restore_adapter, save_adapter
-from .runs import LOCK, describe_trainer
+from .runs import LOCK, describe_trainer, is_number, printable, typed
 from .runs import (
     CONFIG, META, METRICS, MODEL_FILE, STATUS, is_own_state, is_run, old_files, process_gone, read_metrics, read_status, refuse_replacing, run_files, still_works, write_status)
 
@@ -58,8 +58,11 @@ def _apart(value: Any, tensors: dict) -> Any:
 def read_state(
     path: str | Path # what `write_state` wrote
 ) -> Any: # the same tree, tensors on the processor
-    "Read a tree of tensors and plain values back."
-    with safe_open(path, 'pt') as file: return _together(json.loads(file.metadata()['state']), file.get_tensor)
+    "Read a tree of tensors and plain values back. Raises `RunError` for a file that holds none."
+    try:
+        with safe_open(path, 'pt') as file: return _together(json.loads((file.metadata() or {})['state']), file.get_tensor)
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
+        raise RunError(f'{path} cannot be read ({type(error).__name__}: {str(error).strip()[:150]}). Restore it from a copy.') from error
 
 def _together(told: Any, tensor: Any) -> Any:
     "The value that `_apart` took apart"
@@ -95,7 +98,7 @@ def checkpoints(
     folder: str | Path # `checkpoints` of a run folder
 ) -> list[Path]:       # oldest first
     "The checkpoints, by their step number."
-    found = [path for path in Path(folder).glob('checkpoint-*') if path.name.rpartition('-')[2].isdigit()]
+    found = [path for path in Path(folder).glob('checkpoint-*') if re.fullmatch('checkpoint-[0-9]{1,18}', path.name)]  # other alphabets have digits too
     return sorted(found, key=lambda path: int(path.name.rpartition('-')[2]))
 
 def save_checkpoint(
@@ -123,6 +126,15 @@ def own_names(
     return [name.removeprefix(f'{place}/') for name in own_files(run_dir, place)]
 
 # %% ../nbs/11_checkpoint.ipynb #f2ab7956
+def _checked_state(state: Any, path: Path) -> dict:
+    "The state as a run can go on from it, as far as that is known before there is a model"
+    if not isinstance(state, dict): raise RunError(f'it holds a {type(state).__name__}, not the state of a run')
+    kinds = dict(step=int, identity=dict, progress=dict, chance=list, optimizer=dict, schedule=dict)
+    wrong = [name for name, kind in kinds.items() if name in state and type(state[name]) is not kind]
+    if wrong: raise RunError(f'{wrong[0]} is a {type(state[wrong[0]]).__name__}, where a {kinds[wrong[0]].__name__} belongs')
+    if 'progress' in state: _checked_progress(state['progress'], path)
+    return state
+
 def newest_checkpoint(
     folder: str | Path # `checkpoints` of a run folder
 ) -> tuple[Path, dict] | None: # the checkpoint and its state; None where there is none
@@ -130,9 +142,9 @@ def newest_checkpoint(
     broken = []
     for path in reversed(checkpoints(folder)):
         try:
-            state = read_state(path/STATE)
+            state = _checked_state(read_state(path/STATE), path/STATE)
             with safe_open(path/'adapter_model.safetensors', 'pt') as file: file.keys()
-        except Exception as error: broken.append(f'{path} cannot be read ({str(error).strip() or type(error).__name__})')
+        except (OSError, RunError, SafetensorError) as error: broken.append(f'{path} cannot be read ({printable(str(error).strip()) or type(error).__name__})')
         else:
             for said in broken: warnings.warn(f'{said}, so the run goes on from {path.name}.')
             return path, state
@@ -371,6 +383,13 @@ class Progress:
         "Steps that stand in the run folder's metrics."
         return self.step - bool(self.pending)
 
+def _checked_progress(told: dict, path: Path) -> Progress:
+    "The progress a checkpoint tells of. Raises `RunError` for one that cannot be"
+    progress = typed(told, Progress, path)
+    best = progress.best or (0., 0)
+    if len(best) == 2 and is_number(best[0]) and type(best[1]) is int and 0 <= best[1] <= progress.step and progress.halvings < 64: return progress
+    raise RunError(f'{path} tells of a progress that cannot be: {printable(repr(told)[:100])}')
+
 BEST_KEPT = 'the adapter is that of step {}, where the held-out loss was lowest'  # also read back, by who warns of learning by heart
 
 class Keeper:
@@ -427,19 +446,33 @@ class Keeper:
         state: dict # what was read there
     ):
         "Put everything back as it was. Raises `RunError` naming what has changed since."
-        if changed := differences(state['identity'], self.about):
+        if changed := differences(state.get('identity') or {}, self.about):
             raise RunError(f'{self.config.output_dir} was begun with other settings, so going on would be another run: {"; ".join(changed)}. Put them back, or start anew in another output_dir; '
                            f'to go on from its adapter with what is new, use continue_from={str(self.config.output_dir)!r} there.')
         restore_adapter(self.model, path)
+        try: progress = self._take_back(state, path)
+        except RunError: raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+            raise RunError(f'{path/STATE} does not hold what this run needs to go on ({type(error).__name__}: {str(error).strip()[:150]}). Restore it from a copy, or start anew with overwrite_output_dir=True.') from error
+        self.saved = path
+        self.remember(**vars(progress))
+
+    def _take_back(self, state: dict, path: Path) -> Progress:
+        "Optimizer, learning rate and chance as they were; what the config says of them stays as the config says it"
+        own = [{name: value for name, value in group.items() if name != 'params'} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state['optimizer'])
-        self.schedule.load_state_dict(state['schedule'])
+        for group, mine in zip(self.optimizer.param_groups, own): group.update(mine)
+        for p, memory in self.optimizer.state.items():
+            wrong = [name for name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer') if isinstance(memory.get(name), Tensor) and memory[name].shape != p.shape]
+            if wrong: raise ValueError(f'{wrong[0]} of a weight has shape {tuple(memory[wrong[0]].shape)}, the weight {tuple(p.shape)}')
+        done = int(state['schedule']['last_epoch'])
+        self.schedule.last_epoch, self.schedule._step_count = done, done + 1
         rates = [rate * shape(self.schedule.last_epoch) for rate, shape in zip(self.schedule.base_lrs, self.schedule.lr_lambdas)]  # of a run that may have become longer
         for group, rate in zip(self.optimizer.param_groups, rates): group['lr'] = rate
         self.schedule._last_lr = rates
         if self.accelerator.scaler is not None: self.accelerator.scaler.load_state_dict(state['scaler'])
         set_random_state(state['chance'][self.accelerator.process_index])
-        self.saved = path
-        self.remember(**state['progress'])
+        return _checked_progress(state['progress'], path/STATE)
 
     @property
     def wants_best(self) -> bool:

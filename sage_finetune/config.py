@@ -43,14 +43,25 @@ def _as_kind(value: Any, kind: type) -> Any:
     "`value` as `kind`, or a ValueError"
     if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool): return value
-    elif kind is Path and isinstance(value, (str, Path)): return expand_home(value)
-    elif kind is str and isinstance(value, str): return value
+    elif kind is Path and isinstance(value, (str, Path)) and _can_be_path(str(value)): return expand_home(value)
+    elif kind is str and isinstance(value, str) and _can_be_written(value): return value
     elif kind is float and isinstance(value, (int, float, str)): return float(value)
     elif kind is int and isinstance(value, (int, float, str)) and float(value) == int(float(value)): return int(float(value))
     elif typing.get_origin(kind) is list and isinstance(value, (list, tuple)): return [_as_kind(o, typing.get_args(kind)[0]) for o in value]
     elif typing.get_origin(kind) is dict and isinstance(value, dict): return {_as_kind(name, str): _as_kind(o, typing.get_args(kind)[1]) for name, o in value.items()}
     elif dataclasses.is_dataclass(kind) and isinstance(value, (kind, dict)): return kind(**value) if isinstance(value, dict) else value
     raise ValueError
+
+def _can_be_written(text: str) -> bool:
+    "Whether a text holds no half of a character, which JSON may say; half of a byte that stands for a name of this disk is none"
+    return not any('\ud800' <= char <= '\udfff' and not '\udc80' <= char <= '\udcff' for char in text)
+
+def _can_be_path(text: str) -> bool:
+    "Whether a text can name a file: no zero byte, no name longer than disks hold, no home folder of a user there is not"
+    if not _can_be_written(text) or '\0' in text or len(text) > 4096 or any(len(part.encode('utf-8', 'surrogateescape')) > 255 for part in Path(text).parts): return False
+    try: Path(text).expanduser()
+    except RuntimeError: return False
+    return True
 
 def _kinds(annotation: Any) -> tuple:
     "The types an annotation allows: `int | None` is (int, NoneType)"
@@ -151,6 +162,7 @@ def find_model(
 ) -> str:           # what `from_pretrained` takes
     "Where a model is to be loaded from. Raises `ModelError` when it is a folder that is missing or holds no model."
     if model_name == 'tiny': return str(tiny_path())
+    if not _can_be_path(model_name): raise ModelError(f'model_name={model_name[:80]!r} can be no folder and no name on the Hub. Check model_name; the packaged model is model_name="tiny".')
     folder = expand_home(model_name)
     if folder.is_dir():
         if not (folder/'config.json').exists(): raise ModelError(f'the folder {model_name} holds no model: config.json is missing. Check model_name.')
@@ -305,8 +317,9 @@ def _read_fields(path: str | Path, cls: type) -> dict:
     path = expand_home(path)
     try: content = json.loads(path.read_text(encoding='utf-8-sig'))
     except FileNotFoundError as error: raise ConfigError(f'there is no config file {path}. Write one with config.save(path).') from error
-    except (OSError, ValueError) as error: raise ConfigError(f'{path} is not a readable JSON file ({error}). Write it anew with config.save(path).') from error
+    except (OSError, ValueError, RecursionError) as error: raise ConfigError(f'{path} is not a readable JSON file ({error}). Write it anew with config.save(path).') from error
     if not isinstance(content, dict): raise ConfigError(f'{path} holds a JSON {type(content).__name__}, not an object of settings. Write it with config.save(path).')
+    if not isinstance(content.get('lora') or {}, dict): raise ConfigError(f'{path} says lora {str(content["lora"])[:60]!r}, which is no object of settings. Write it with config.save(path).')
     for names, known in ((content, cls.__dataclass_fields__), (content.get('lora') or {}, LoRAConfig.__dataclass_fields__)):
         for name in names:
             if name not in known: raise ConfigError(f'in {path}: ' + unknown_field('the config', name, known))

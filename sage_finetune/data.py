@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.table import MemoryMappedTable
 from tqdm import tqdm
@@ -608,6 +609,19 @@ def _kept(table: _KeptTable, keeper: Any) -> _KeptTable:
     return table
 
 # %% ../nbs/06_data.ipynb #0c8115f7
+def _check_table(table: pa.Table, vocabulary: int):
+    "Refuse a table with other columns, with lists that point outside of it, or with ids that no tokenizer has given"
+    wrong = [name for name in SCHEMA.names if name not in table.schema.names or table.schema.field(name).type != SCHEMA.field(name).type]
+    if wrong: raise ValueError(f'there is no column {wrong[0]} of the right kind')
+    table.validate(full=True)
+    for ids, labels in zip(table['input_ids'].chunks, table['labels'].chunks):
+        if ids.null_count or labels.null_count or not ids.value_lengths().equals(labels.value_lengths()): raise ValueError('labels and ids are of different lengths')
+        for column, lowest in ((ids, 0), (labels, -100)):
+            values = column.flatten()
+            low, high = values.null_count, 0
+            if len(values): low, high = pc.min_max(values).as_py().values()
+            if values.null_count or low is None or low < lowest or high >= vocabulary: raise ValueError(f'{low} to {high} are not ids below {vocabulary}')
+
 def open_prepared(
     path: Path, # a file `one_pass` wrote
     report: DataReport, # on it
@@ -615,8 +629,11 @@ def open_prepared(
     key: str = '', # names the content; '' for none
     keeper: Any = None # lives as long as the table
 ) -> PreparedDataset:
-    "Open a file of examples."
-    table = _kept(_KeptTable.from_file(str(path)), keeper)
+    "Open a file of examples. Raises `DataError` for one that holds something else: a cache may have come from somebody."
+    try:
+        table = _kept(_KeptTable.from_file(str(path)), keeper)
+        _check_table(table.table, len(tokenizer))
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error: raise DataError(f'the prepared data in {path} are no examples of this tokenizer ({str(error).strip()[:150]}). Delete {path.parent}.') from error
     fingerprint = hashlib.sha256(f'{key or os.urandom(16)}{path.name}'.encode()).hexdigest()[:16]
     return PreparedDataset(table, fingerprint=fingerprint, tokenizer=tokenizer, report=report, max_length=report.max_length)
 
@@ -662,7 +679,10 @@ def report_from_dict(
     "A report back from plain values."
     given = dict(held_out=Counts(**content['held_out']), bad_rows=[BadRow(**row) for row in content['bad_rows']],
                  long_rows=[LongRow(**row) for row in content['long_rows']], notes={kind: Note(*values) for kind, values in content['notes'].items()})
-    return DataReport(**content | given)
+    report = DataReport(**content | given)
+    wrong = [name for made in (report, report.held_out) for name, plain in vars(type(made)()).items() if isinstance(plain, (int, str, list, dict)) and type(getattr(made, name)) is not type(plain)]
+    if wrong: raise ValueError(f'{wrong[0]} is of another kind')
+    return report
 
 # %% ../nbs/06_data.ipynb #04a64f5a
 def read_prepared(
@@ -674,7 +694,7 @@ def read_prepared(
         content = json.loads((folder/REPORT).read_text(encoding='utf-8'))
         wrong = [name for name, written in content['files'].items() if not (folder/name).exists() or checksum(folder/name) != written]
         if not wrong: return replace(report_from_dict(content['report']), cached=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): wrong = [REPORT]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError): wrong = [REPORT]
     raise DataError(f'the prepared data in {folder} are damaged ({wrong[0]}).')
 
 # %% ../nbs/06_data.ipynb #4c80c24d

@@ -21,7 +21,7 @@ from .core.errors import DataError, ModelError, RunError
 from .core.places import check_links, content_hash, is_plain_name, name_some, note_folder, why_protected
 from .core.storage import expand_home, folder_atomic, write_json
 from .data import Sample, iter_rows, read_row
-from .model import load_adapter, load_base, quiet
+from .model import first_line, load_adapter, load_base, quiet, refusing
 from .prompt import render, render_text
 from .runs import MODEL_FILE, confine, html_table, read_meta, read_object, text_table
 
@@ -122,7 +122,8 @@ def merge(
     tuned = load_adapter(base, config.lora_dir).eval()
     examples = _real_texts(config, tokenizer, texts)
     before = logits_of(tuned, examples)
-    merged = tuned.merge_and_unload(safe_merge=True)
+    with refusing(lambda error: f'the adapter in {config.lora_dir} cannot be merged ({first_line(error)}). Train it anew, or use it beside its base.'):
+        merged = tuned.merge_and_unload(safe_merge=True)
     with folder_atomic(out, old) as temp:
         with quiet(bars=base.num_parameters() > 100_000_000): merged.save_pretrained(temp)
         tokenizer.save_pretrained(temp)

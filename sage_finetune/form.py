@@ -26,7 +26,7 @@ from .core.storage import expand_home, write_atomic
 from .core.trust import safe_environment
 from .files import is_hub_name, iter_rows, packaged_held_out, source_size
 from .panel import Panel, fields_row, heading, line_html, marked, shown_text
-from .runs import CONFIG, METRICS, STATUS, html_table, printable, read_status
+from .runs import CONFIG, METRICS, STATUS, html_table, metrics_row, printable, read_status
 
 # %% ../nbs/23_form.ipynb #ede2c614
 _A_LINE_EACH = ('eval_prompts',)  # a question has commas of its own
@@ -375,11 +375,7 @@ def _last_steps(path: Path) -> list[dict]:
     with open(path, 'rb') as file:
         file.seek(max(0, path.stat().st_size - 65_536))
         lines = file.read().split(b'\n')[1 if file.tell() > 65_536 else 0:]
-    found = []
-    for line in lines:
-        try: found.append(json.loads(line))
-        except ValueError: continue  # half a line
-    return [row for row in found if isinstance(row, dict) and 'step' in row and 'seconds' in row]
+    return [row for row in filter(None, map(metrics_row, lines)) if row.get('step') and row.get('seconds')]  # half a line is none
 
 def earlier_pace(
     config: TrainingConfig # of a run to come

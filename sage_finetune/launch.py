@@ -22,7 +22,7 @@ from .core.errors import ConfigError, FinetuneError, RunError
 from .core.processes import ask_to_stop, core_count, detached, is_pid, on_windows, signal_workers, start_mark, wait_for
 from .core.storage import open_append, write_json
 from .core.trust import safe_environment
-from .runs import MetricsTail, Status, describe_trainer, printable, process_gone, read_meta, read_object, read_status, still_works, trainer_process
+from .runs import MetricsTail, Status, describe_trainer, moment, printable, process_gone, read_meta, read_object, read_status, still_works, trainer_process, typed
 
 # %% ../nbs/20_launch.ipynb #15031a90
 def train_command(
@@ -75,19 +75,11 @@ def last_launch(
     "The last start that was noted. Raises `RunError` when the note is broken."
     path = Path(run_dir)/LAUNCH
     if not path.exists(): return None
-    content = read_object(path)
-    try: launch = Launch(**content)
-    except TypeError as error: raise RunError(f'{path} is not what this version notes at a start ({error}). Delete it.') from error
-    if wrong := _wrong_fields(launch): raise RunError(f'{path} is not what is noted at a start: {", ".join(wrong)} cannot be so. Delete it.')
-    return launch
-
-def _wrong_fields(launch: Launch) -> list[str]:
-    "Fields of a note that nobody at a start would write; the file may come from anybody"
-    whole = lambda value: type(value) is int and value >= 0
-    good = dict(pid=is_pid(launch.pid), processes=whole(launch.processes), said=whole(launch.said), stopped=isinstance(launch.stopped, bool))
-    good |= {name: isinstance(getattr(launch, name), str) for name in ('host', 'started', 'start_mark')}
-    good['before'] = isinstance(launch.before, dict) and all(whole(launch.before.get(name)) for name in ('step', 'total'))
-    return [name for name, is_good in good.items() if not is_good]
+    launch = typed(read_object(path), Launch, path)
+    if not is_pid(launch.pid): raise RunError(f'{path} says pid {launch.pid}, which no started process has. Delete it.')
+    if moment(launch.started) is None: raise RunError(f'{path} says started {printable(launch.started[:60])!r}, which is no time. Delete it.')
+    before = typed(launch.before, Status, path)
+    return replace(launch, processes=max(1, launch.processes), before=asdict(before))
 
 def _note(folder: Path, child: subprocess.Popen, processes: int, said: int, before: Status):
     "Note a start; a process nobody could find again is not left alone"

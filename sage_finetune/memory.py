@@ -33,8 +33,8 @@ from transformers import AutoConfig
 from . import engine as engines
 from .batches import plan_batches
 from .config import LoRAConfig, TrainingConfig, find_model, model_code
-from .core.errors import ConfigError, FinetuneError, ModelError
-from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, pick_device, plan_precision, quiet, refuse_kernels
+from .core.errors import ConfigError, FinetuneError
+from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, check_layers, first_line, pick_device, plan_precision, quiet, refuse_kernels, refusing
 from .runs import html_table, text_table
 
 # %% ../nbs/12_memory.ipynb #bcfa3774
@@ -42,10 +42,8 @@ def read_shape(
     config: TrainingConfig # `model_name`
 ) -> Any: # its config.json, as transformers reads it
     "What a model is made of: from its folder, from what was downloaded before, or from the Hub, if that answers at once. Code that comes with it is not run, whatever the config allows. Raises `ModelError`."
-    try: shape = _shape(find_model(config.model_name))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if code := model_code(config.model_name): raise ModelError(_unknown_without(config.model_name, code)) from error
-        raise ModelError(f'the config.json of model_name={config.model_name!r} cannot be read ({str(error).strip().splitlines()[0]}). Check the spelling and the network; "tiny" is packaged.') from error
+    check_layers(config.model_name)
+    with refusing(lambda error: _unreadable(config.model_name, error)): shape = _shape(find_model(config.model_name))
     refuse_kernels(shape, config.model_name)
     return shape
 
@@ -55,6 +53,11 @@ def _shape(place: str) -> Any:
     try: return AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     except OSError: _ask_the_hub()  # the library would try for a minute
     return AutoConfig.from_pretrained(place, trust_remote_code=False)
+
+def _unreadable(model_name: str, error: BaseException) -> str:
+    "Why nothing is counted: because code would have to run, or because the file is broken or not to be had"
+    if code := model_code(model_name): return _unknown_without(model_name, code)
+    return f'the config.json of model_name={model_name!r} cannot be read ({first_line(error)}). Check the spelling and the network; "tiny" is packaged.'
 
 def _unknown_without(model_name: str, code: list[str]) -> str:
     "Why nothing is counted"
@@ -75,11 +78,12 @@ def empty_model(
 def _hollow(config: TrainingConfig, dtype: torch.dtype, few: int = 0) -> tuple[nn.Module, int]:
     "The model, only the first few of its layers where all are alike; and how many are left out"
     shape, left_out = read_shape(config), 0
-    with torch.device('meta'), quiet():
-        try: base = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False)
-        except ValueError as error:
-            if code := model_code(config.model_name): raise ModelError(_unknown_without(config.model_name, code)) from error
-            raise
+    def unbuilt(error):
+        code = model_code(config.model_name)
+        if code and isinstance(error, ValueError): return _unknown_without(config.model_name, code)
+        return f'the config.json of model_name={config.model_name!r} describes no model that can be built ({first_line(error)}). Restore it from a copy.'
+    with torch.device('meta'), quiet(), refusing(unbuilt):
+        base = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False)
         if few and (stack := _alike_layers(base, config.lora)) and len(stack) > 2 * FEW + 2:  # else all are sooner rehearsed than twice a few
             left_out = len(stack) - few
             del stack[few:]

@@ -125,8 +125,8 @@ class Curve:
 
     def _back_to(self, step: float):
         "Forget this step and what came after it; the mean goes on from the row before, which is exact while no row was left out"
-        kept, memory = [row for row in self._rows() if row['step'] < step], self.mean.memory
-        seams = [row for row in self.seams if row['step'] < step]
+        kept, memory = [row for row in self._rows() if finite(row['step']) < step], self.mean.memory
+        seams = [row for row in self.seams if finite(row['step']) < step]
         self.clear()
         for row in kept:
             self.steps.add(_height(row['loss']), lambda row=row: row)

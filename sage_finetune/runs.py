@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'LOCK', 'RUN_FOLDERS', 'TASK_NAMES', 'STATES', 'WORKING', 'ROWS_FILE',
-           'MODEL_FILE', 'RUN_COLUMNS', 'printable', 'notes_printed', 'text_table', 'html_table', 'Meta', 'read_object',
-           'confine', 'read_meta', 'write_meta', 'Status', 'write_status', 'read_status', 'trainer_process',
-           'process_gone', 'still_works', 'describe_trainer', 'MetricsTail', 'read_metrics', 'is_own_state', 'is_run',
-           'old_files', 'run_files', 'other_files', 'refuse_replacing', 'RunInfo', 'run_info', 'Runs', 'list_runs']
+           'MODEL_FILE', 'RUN_COLUMNS', 'printable', 'notes_printed', 'text_table', 'html_table', 'Meta', 'is_text',
+           'is_number', 'typed', 'can_be_path', 'read_object', 'confine', 'read_meta', 'write_meta', 'Status', 'moment',
+           'write_status', 'read_status', 'trainer_process', 'process_gone', 'still_works', 'describe_trainer',
+           'MetricsTail', 'metrics_row', 'read_metrics', 'is_own_state', 'is_run', 'old_files', 'run_files',
+           'other_files', 'refuse_replacing', 'RunInfo', 'run_info', 'Runs', 'list_runs']
 
 # %% ../nbs/10_runs.ipynb #1fd28dcd
-import io, json, os, platform, re, stat, unicodedata, warnings, time, sys
+import io, json, os, platform, re, stat, unicodedata, warnings, time, sys, math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, replace
 from datetime import datetime, timezone
 from html import escape
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import UnionType
+from typing import Any, BinaryIO, get_args, get_origin
 
 import psutil
 
@@ -111,6 +113,38 @@ class Meta:
     def __str__(self): return text_table(('meta', ''), self.__dict__.items())
     def _repr_html_(self): return html_table(('', ''), self.__dict__.items(), caption=f'run {self.output_dir.name}')
 
+# %% ../nbs/10_runs.ipynb #b35508ec
+def is_text(
+    value: Any # from a file
+) -> bool:     # whether it can be shown and written again
+    "Whether this is text without half of a character, which JSON may hold and no file."
+    return isinstance(value, str) and not any('\ud800' <= char <= '\udfff' for char in value)
+
+def is_number(
+    value: Any # from a file
+) -> bool:     # also for what is infinite or not a number
+    "Whether this is a number one can calculate with."
+    return type(value) in (int, float) and not 1e99 <= abs(value) < math.inf
+
+_FITS = {int: ('a whole number from 0 on', lambda value: type(value) is int and 0 <= value < 2**63), float: ('a number', lambda value: is_number(value) and math.isfinite(value)),
+         str: ('a text', is_text), bool: ('true or false', lambda value: isinstance(value, bool)), tuple: ('a list', lambda value: isinstance(value, tuple)), type(None): ('null', lambda value: value is None)}
+
+def typed(
+    content: dict,   # what a file says
+    kind: type,      # a dataclass whose annotations say what each field may be
+    path: str | Path # the file, for the sentence
+) -> Any:            # an object of that class; a field that is missing has its default
+    "A dataclass from a file that anybody may have written. Raises `RunError` naming the field that is of another kind."
+    made = {}
+    for one in fields(kind):
+        if one.name not in content and (one.default, one.default_factory) != (MISSING, MISSING): continue
+        value, kinds = content.get(one.name), [get_origin(each) or each for each in (get_args(one.type) if isinstance(one.type, UnionType) else (one.type,))]
+        if any(_FITS[each][1](value) if each in _FITS else isinstance(value, each) for each in kinds): made[one.name] = value
+        else:
+            wanted = ' or '.join(_FITS[each][0] if each in _FITS else f'a {each.__name__}' for each in kinds)
+            raise RunError(f'{path} says {one.name} {printable(repr(value)[:60])}, where {wanted} belongs: another program wrote it, or it was edited. Restore it from a copy, or delete it.')
+    return kind(**made)
+
 # %% ../nbs/10_runs.ipynb #0a671e56
 def _find(folder: Path, text: str | None) -> Path | None:
     "A path of the meta file, as it stands, relative to the folder, or by its last name beside the meta file"
@@ -123,12 +157,21 @@ def _has_name(text: str) -> bool:
     "Whether this is the name of a packaged data set, like example, or of one on the Hub, like owner/name:split, and no path"
     return is_hub_name(text) or text.isidentifier() and not Path(text).exists()
 
+def can_be_path(
+    text: str # from a file
+) -> bool:    # whether something is there or not
+    "Whether a text can name a file on this machine: one with a zero byte or of a thousand letters cannot."
+    try: Path(text).lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError): return True
+    except (OSError, ValueError): return False
+    return True
+
 def read_object(
     path: str | Path # a file of a run folder
 ) -> dict:           # as it stands there
     "The JSON object in a file. Raises `RunError` that says what is there instead."
     try: content = json.loads(Path(path).read_text(encoding='utf-8-sig'))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # a file that opens a thousand brackets
         raise RunError(f'{path} cannot be read ({error}). Restore it from a copy, or prepare the run anew in another folder.') from error
     if isinstance(content, dict): return content
     raise RunError(f'{path} holds a JSON {type(content).__name__}, not an object: some other program wrote it. Name another run folder.')
@@ -164,8 +207,9 @@ def read_meta(
     content = read_object(path)
     known = {name: content.get(name) for name in Meta.__dataclass_fields__}
     bad = [name for name in ('task_type', 'model', 'dataset') if not known[name]]
-    bad += [name for name, value in known.items() if value is not None and not isinstance(value, str)]
-    if bad: raise RunError(f"{path} does not say {', '.join(bad)} as text: another program wrote it, or it was edited. Prepare the run anew.")
+    bad += [name for name, value in known.items() if value is not None and not is_text(value)]
+    bad += [name for name in ('dataset', 'config', 'code_root', 'data_file') if name not in bad and known[name] and not can_be_path(known[name])]
+    if bad: raise RunError(f"{path} does not say {', '.join(bad)} as text, or as a path that can be: another program wrote it, or it was edited. Prepare the run anew.")
     if known['task_type'] not in TASK_NAMES:
         raise RunError(f"{path} says task_type {known['task_type']!r}; there are: {', '.join(TASK_NAMES)}. Correct it in the file.")
     paths = {name: _find(folder, known[name]) for name in ('dataset', 'config')}
@@ -220,6 +264,13 @@ class Status:
         return html_table(('', ''), [(name, value) for name, value in self.__dict__.items() if silent.get(name, ...) != value], caption='status')
 
 # %% ../nbs/10_runs.ipynb #c562261a
+def moment(
+    text: str # a time as ISO 8601 writes it
+) -> float | None: # seconds since 1970; None where it is no time
+    "When something was, as far as a text says so."
+    try: return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError): return None
+
 def write_status(
     run_dir: str | Path, # run folder
     state: str,          # one of `STATES`
@@ -240,10 +291,10 @@ def read_status(
     "Read how a run is doing. Raises `RunError` when the file is broken."
     path = expand_home(run_dir)/STATUS
     if not path.exists(): return Status()
-    content = read_object(path)
-    status = Status(**{name: content.get(name, default) for name, default in Status().__dict__.items()})
-    if status.state in STATES: return status
-    raise RunError(f"{path} says state {status.state!r}; there are: {', '.join(STATES)}. Delete the file and run again.")
+    status = typed(read_object(path), Status, path)
+    if status.updated and moment(status.updated) is None: raise RunError(f'{path} says updated {printable(status.updated[:60])!r}, which is no time. Delete the file and run again.')
+    if status.state in STATES: return replace(status, processes=max(1, status.processes))
+    raise RunError(f"{path} says state {status.state[:60]!r}; there are: {', '.join(STATES)}. Delete the file and run again.")
 
 # %% ../nbs/10_runs.ipynb #e005524d
 def trainer_process(
@@ -316,6 +367,7 @@ class MetricsTail:
         "The rows that are new; `restarted` says that the file was cut or replaced meanwhile, so that they are its first. Raises `RunError` for a broken line that is not the last."
         try: file = open(self.path, 'rb')
         except (FileNotFoundError, NotADirectoryError): file = io.BytesIO()
+        except OSError as error: raise RunError(f'{self.path} cannot be read ({error.strerror}). Restore it from a copy, or delete it.') from error
         with file:
             file.seek(self.place - len(self.last))
             self.restarted = file.read(len(self.last)) != self.last
@@ -326,18 +378,24 @@ class MetricsTail:
     def _rows(self, file: BinaryIO) -> Iterator[dict]:
         "Line by line; one that is no object stays unread while nothing stands behind it"
         for line in file:
-            row = _object(line)
+            row = metrics_row(line)
             if row is None and line.strip():
                 if any(later.strip() for later in file): raise RunError(f'{self.path}, line {self.lines + 1}, is not a JSON object. Delete that line and read again.')
                 return
             self.place, self.lines, self.last = self.place + len(line), self.lines + line.endswith(b'\n'), line if row is not None else self.last + line
             if row is not None: yield row
 
-def _object(line: bytes) -> dict | None:
-    "The JSON object a line holds"
+def metrics_row(
+    line: bytes # of metrics.jsonl
+) -> dict | None: # None where it holds no object
+    "What was measured in a step; a value of another kind than a step's is left out."
     try: row = json.loads(line)
-    except ValueError: return None
-    return row if isinstance(row, dict) else None
+    except (ValueError, RecursionError): return None
+    return {name: value for name, value in row.items() if name not in _MEASURED or _MEASURED[name](value)} if isinstance(row, dict) else None
+
+_whole, _number, _any_number = (lambda value: value is None or _FITS[int][1](value)), (lambda value: value is None or _FITS[float][1](value)), (lambda value: value is None or is_number(value))
+_MEASURED = dict(step=_FITS[int][1], total=_whole, tokens=_whole, learnt=_whole, loss=_any_number, eval_loss=_any_number, grad_norm=_any_number, epoch=_number, learning_rate=_number,
+    seconds=_number, tokens_per_second=_number, note=is_text)  # a loss may be infinite or not a number, and is then shown as such
 
 # %% ../nbs/10_runs.ipynb #de5a0dda
 def read_metrics(
@@ -486,15 +544,14 @@ def run_info(
     "One run at a glance."
     folder = expand_home(run_dir)
     info = RunInfo(name or folder.absolute().name, folder)
-    info.adapter = (folder/'lora_weights'/'adapter_config.json').is_file()
-    info.merged = (folder/'merged_model'/'config.json').is_file()
     try:
+        info.adapter, info.merged = (folder/'lora_weights'/'adapter_config.json').is_file(), (folder/'merged_model'/'config.json').is_file()
         info.task, info.model = _task_and_model(folder)
         status = read_status(folder)
         info.state, info.step, info.total, info.message = status.state, status.step, status.total, status.message
         if process_gone(status, folder): info.state = 'failed (process gone)'
         elif info.adapter and not (folder/STATUS).exists(): info.state = 'completed'
-        losses = [row['loss'] for row in read_metrics(folder) if isinstance(row.get('loss'), (int, float))]
+        losses = [row['loss'] for row in read_metrics(folder) if row.get('loss') is not None]
         info.loss = losses[-1] if losses else None
     except (FinetuneError, OSError) as error: info.state, info.message = 'unreadable', str(error)
     return info
@@ -504,7 +561,7 @@ def _task_and_model(folder: Path) -> tuple:
     if (folder/META).exists():
         meta = read_meta(folder)
         return meta.task_type, meta.model
-    if (folder/CONFIG).exists(): return '', str(read_object(folder/CONFIG).get('model_name', ''))
+    if (folder/CONFIG).exists(): return '', str(read_object(folder/CONFIG).get('model_name', ''))[:200]
     return '', ''
 
 # %% ../nbs/10_runs.ipynb #a27ac52f

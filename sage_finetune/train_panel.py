@@ -12,7 +12,6 @@ import atexit, hashlib, os, platform, shutil, subprocess, tempfile, threading, t
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from .launch import LOG, attached, follow, last_launch, log_lines, start_run, st
 from .model import free
 from .panel import Panel, Ticker, fields_row, image, line_html, marked, said_by, shown_text
 from .plot import Curve, draw_run
-from .runs import CONFIG, META, METRICS, STATUS, WORKING, MetricsTail, Status, confine, html_table, printable, read_meta, read_status, still_works, text_table, write_meta
+from .runs import CONFIG, META, METRICS, STATUS, WORKING, MetricsTail, Status, confine, html_table, moment, printable, read_meta, read_status, still_works, text_table, write_meta
 from .trainer import clock, train_from_meta
 
 # %% ../nbs/25_train_panel.ipynb #e2a42a49
@@ -487,7 +486,7 @@ class RunControl:
         if any(line.strip() == 'plan' for line in self.watch.log): return 'The run is planned; the first step comes next.'
         if self.lesson: return 'The rows are prepared and the model is loaded.'
         launch, rows = last_launch(self.folder), self.folder/'prepared'
-        ready = launch and rows.exists() and rows.stat().st_mtime > datetime.fromisoformat(launch.started).timestamp()
+        ready = launch and rows.exists() and rows.stat().st_mtime > moment(launch.started)
         return 'The rows are ready; the model is loaded, and the run is planned (where layers are compiled, that takes a minute or two).' if ready else 'A new process loads its libraries and prepares the rows.'
 
 _KILLED = ' It was ended by force (SIGKILL): by somebody, or by the system because memory ran out; a smaller batch or max_length needs less.'

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .batches import BatchPlan, PlannedStep, at_rest, collate, learnt_tokens, plan_batches
-from .checkpoint import Keeper, Progress, RunWriter, Stop, check_folder, checkpoints, identity, newest_checkpoint, own_names
+from .checkpoint import STATE, Keeper, Progress, RunWriter, Stop, check_folder, checkpoints, identity, newest_checkpoint, own_names
 from .config import TrainingConfig
 from .core.errors import ConfigError, FinetuneError, RunError
 from .core.processes import stop_requested
@@ -37,7 +37,7 @@ from .engine import compile_decision, compile_layers, hand_back, keep_memory, lo
 from .memory import fitting, line_layout, whole_room
 from .model import adapter_folder, attach_lora, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, pick_device, plan_precision, quiet, run_tokenizer, save_adapter
 from .prompt import render, render_prompt, template_of
-from .runs import html_table, notes_printed, printable, read_meta, read_status, text_table
+from .runs import html_table, notes_printed, printable, read_meta, read_status, text_table, typed
 from .tokens import visible
 
 # %% ../nbs/13_trainer.ipynb #7a2d7e38
@@ -720,6 +720,7 @@ class Run:
         self.keeper = Keeper(self.config, len(trainer.plan), trainer.model, trainer.optimizer, trainer.schedule, self.accelerator, about)
         if not (found := newest_checkpoint(self.config.checkpoint_dir) if resume else None): return
         self.keeper.restore(*found)
+        if self.keeper.progress.pending: typed(self.keeper.progress.pending, Step, found[0]/STATE)
         self.note = f'resumed after step {self.keeper.progress.step}'
         if self.batching.halvings != self.keeper.progress.halvings: self.batching.draw(self.keeper.progress.halvings)
 
