@@ -23,6 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from .config import Checked, TrainingConfig, dial, find_model
 from .core.errors import ConfigError, DataError, ModelError
 from .core.storage import write_atomic
+from .core.text import html_table, text_table
 from .data import to_messages
 from .export import open_run, run_config
 from .files import load_training_data
@@ -31,7 +32,6 @@ from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from .prompt import render, render_prompt, stop_ids
-from .runs import html_table, text_table
 from .tokens import token_texts
 
 # %% ../nbs/15_chat.ipynb #b74492f3

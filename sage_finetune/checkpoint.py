@@ -27,6 +27,7 @@ from torch import Tensor
 from .config import TrainingConfig
 from .core.errors import RunError
 from .core.storage import folder_atomic, why_unwritable, write_atomic, write_json
+from .core.text import sanitize_line
 from .model import restore_adapter, save_adapter
 from .runs import CONFIG, METRICS, STATUS, process_gone, read_metrics, read_status, still_works, write_status
 
@@ -120,7 +121,7 @@ def newest_checkpoint(
             with safe_open(path/'adapter_model.safetensors', 'pt') as file: file.keys()
         except Exception as error: broken.append(f'{path} cannot be read ({str(error).strip() or type(error).__name__})')
         else:
-            for said in broken: warnings.warn(f'{said}, so the run goes on from {path.name}.')
+            for said in broken: warnings.warn(sanitize_line(f'{said}, so the run goes on from {path.name}.'))
             return path, state
     if broken: raise RunError(f'{"; ".join(broken)}. Restore one from a copy, or start anew with overwrite_output_dir=True.')
 

@@ -19,10 +19,11 @@ from torch import Tensor
 from .config import TrainingConfig
 from .core.errors import DataError, ModelError, RunError
 from .core.storage import folder_atomic, write_json
+from .core.text import html_table, text_table
 from .data import Sample, iter_rows, read_row
 from .model import load_adapter, load_base, quiet
 from .prompt import render, render_text
-from .runs import html_table, read_meta, text_table
+from .runs import read_meta
 
 # %% ../nbs/14_export.ipynb #26a6542f
 def run_config(

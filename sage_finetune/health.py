@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from .core.errors import ConfigError, DataError, FinetuneError
 from .core.storage import write_json
+from .core.text import sanitize_html, sanitize_line
 from .tokens import visible
 from .prompt import render_prompt, stop_ids
 from .data import prepare_dataset, report_line
@@ -389,7 +390,7 @@ class Finding:
     rows: list[int] = field(default_factory=list) # row numbers, from 1, at most `MOST_ROWS`
     figures: dict = field(default_factory=dict) # the numbers behind the sentence, as JSON can hold them
 
-    def __repr__(self): return visible(f'{self.level}: {self.name}: {self.said} {self.do}')
+    def __repr__(self): return sanitize_line(visible(f'{self.level}: {self.name}: {self.said} {self.do}'))
     def _repr_html_(self): return _findings_html([self])
 
 _COLOURS = dict(ok=('#d3f9d8', '#1b4332'), note=('#d0ebff', '#0b3d66'), warn=('#ffec99', '#5c3c00'), error=('#ffc9c9', '#6b0f0f'))  # behind, letters
@@ -397,8 +398,8 @@ _COLOURS = dict(ok=('#d3f9d8', '#1b4332'), note=('#d0ebff', '#0b3d66'), warn=('#
 def _rows_html(headers: tuple, lines: list[tuple], style: str = 'text-align:left;vertical-align:top') -> str:
     "A table; every value is escaped, and a level has its colours"
     coloured = lambda value: '{};background:{};color:{}'.format(style, *_COLOURS[value]) if value in _COLOURS else style
-    cell = lambda value: f'<td style="{coloured(value)}">{"<b>" * (value in _COLOURS)}{escape(visible(str(value)))}{"</b>" * (value in _COLOURS)}</td>'
-    head = ''.join(f'<th style="{style}">{escape(name)}</th>' for name in headers)
+    cell = lambda value: f'<td style="{coloured(value)}">{"<b>" * (value in _COLOURS)}{sanitize_html(visible(str(value)))}{"</b>" * (value in _COLOURS)}</td>'
+    head = ''.join(f'<th style="{style}">{sanitize_html(name)}</th>' for name in headers)
     return f'<table><thead><tr>{head}</tr></thead><tbody>' + ''.join(f'<tr>{"".join(map(cell, one))}</tr>' for one in lines) + '</tbody></table>'
 
 def _findings_html(findings: list[Finding]) -> str:
@@ -715,10 +716,10 @@ def _as_text(findings: list[Finding]) -> str:
     wrapped = lambda text, first='': textwrap.fill(visible(text), 100, initial_indent=f'{first:<30}', subsequent_indent=' ' * 30)
     lines, longest = [_summary(findings), ''], _look(findings, 'longest rows').figures['longest']
     for one in findings:
-        lines.append(wrapped(one.said, f'{one.level:<6} {one.name}'))
+        lines.append(wrapped(one.said, sanitize_line(f'{one.level:<6} {one.name}')))
         if not one.do.startswith('Nothing'): lines.append(wrapped(f'→ {one.do}'))
     lines += ['', 'longest rows:  row    tokens  learnt  begins with']
-    return '\n'.join(lines + [f'{one["row"]:>18,} {one["tokens"]:>9,} {one["share"]:>7.1%}  {one["head"]}' for one in longest])
+    return '\n'.join(lines + [f'{one["row"]:>18,} {one["tokens"]:>9,} {one["share"]:>7.1%}  {sanitize_line(one["head"])}' for one in longest])
 
 # %% ../nbs/17_health.ipynb #c9438162
 @dataclass(repr=False)

@@ -34,8 +34,9 @@ from . import engine as engines
 from .batches import plan_batches
 from .config import LoRAConfig, TrainingConfig, find_model
 from .core.errors import ConfigError, FinetuneError, ModelError
+from .core.text import html_table, sanitize_line, text_table
 from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, pick_device, plan_precision, quiet
-from .runs import html_table, text_table
+
 
 # %% ../nbs/12_memory.ipynb #bcfa3774
 def read_shape(
@@ -510,7 +511,9 @@ class Fix(NamedTuple):
     price: str # what it costs, in words
     estimate: MemoryEstimate # what is then needed
 
-    def __str__(self): return ', '.join(f'{name}={value!r}' for name, value in self.changes.items()) + f' ({self.price}): about {size_text(self.estimate.total)}'
+    def __str__(self):
+        changes = ', '.join(f'{name}={value!r}' for name, value in self.changes.items())
+        return sanitize_line(f'{changes} ({self.price}): about {size_text(self.estimate.total)}')
 
 def _ways(config: TrainingConfig, device: str) -> Iterator[tuple[dict, str]]:
     "Changes that make a run smaller, the cheapest first, and what they cost"

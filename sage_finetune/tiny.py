@@ -25,6 +25,7 @@ from . import world
 from .chat import accuracy
 from .config import PresetConfigs, tiny_path
 from .core.storage import write_atomic, write_json
+from .core.text import safe_streams, sanitize_line
 from .trainer import LoRATrainer
 
 # %% ../nbs/31_tiny.ipynb #70e35e20
@@ -363,9 +364,12 @@ def main(
     parser.add_argument("--steps", type=int, default=3300, help="steps of the whole run")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the next call goes on")
     parser.add_argument("--fp32", action="store_true", help="multiply in fp32: for processors without bf16")
-    chosen = parser.parse_args(arguments)
+    with safe_streams(): return _make(parser.parse_args(arguments))
+
+def _make(chosen: argparse.Namespace) -> Path:
+    "What was asked for; the folder of the model"
     run, started = Pretraining(chosen.out, chosen.steps, bf16=not chosen.fp32), time.perf_counter()
-    print(f"{chosen.out}: from step {run.progress.step} to {run.steps}", flush=True)
+    print(f"{sanitize_line(chosen.out)}: from step {run.progress.step} to {run.steps}", flush=True)
     for progress in pretrain(run):
         if progress.step % 25 == 0: print(progress.line(run.steps), flush=True)
         if chosen.minutes and time.perf_counter() - started > 60 * chosen.minutes:

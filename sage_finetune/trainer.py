@@ -30,12 +30,13 @@ from .checkpoint import Keeper, Progress, RunWriter, Stop, check_folder, checkpo
 from .config import TrainingConfig
 from .core.errors import ConfigError, FinetuneError, RunError
 from .core.storage import folder_atomic
+from .core.text import html_table, safe_streams, sanitize_line, text_table
 from .data import packaged_held_out, prepare, report_line, report_parts
 from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
 from .memory import fitting, line_layout, whole_room
 from .model import adapter_folder, attach_lora, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, pick_device, plan_precision, quiet, run_tokenizer, save_adapter
 from .prompt import render, render_prompt, template_of
-from .runs import html_table, printable, read_meta, read_status, text_table
+from .runs import read_meta, read_status
 from .tokens import visible
 
 # %% ../nbs/13_trainer.ipynb #7a2d7e38
@@ -64,7 +65,8 @@ class Step:
     def __str__(self):
         said = f'step {self.step:>{len(str(self.total))}}/{self.total} · epoch {self.epoch:.1f} · loss {self.loss:.3f}'
         if self.eval_loss is not None: said += f' · eval {self.eval_loss:.3f}'
-        return said + f' · lr {self.learning_rate:.1e} · {self.tokens_per_second:,.0f} tok/s · {clock(self.seconds_left)} left' + f' · {self.note}' * bool(self.note)
+        said += f' · lr {self.learning_rate:.1e} · {self.tokens_per_second:,.0f} tok/s · {clock(self.seconds_left)} left'
+        return sanitize_line(said + f' · {self.note}' * bool(self.note))
 
 def clock(
     seconds: float # a duration
@@ -542,7 +544,8 @@ class Audience:
     ):
         "Tell everybody about a step."
         if self.show and (step.step % self.every == 0 or step.step in (1, step.total) or step.note): print(step, flush=True)
-        for question, answer in zip(self.questions, step.answers) if self.show and step.answers else (): print(printable(f'    {question} → {answer}'), flush=True)
+        for question, answer in zip(self.questions, step.answers) if self.show and step.answers else ():
+            print('    ' + sanitize_line(f'{question} → {answer}'), flush=True)  # one line: a log is read back
         if self.on_step: self.on_step(step)
         self.hear('on_step', step)
         if step.eval_loss is not None: self.hear('on_evaluate', step)
@@ -817,12 +820,16 @@ def main(
     parser.add_argument('run_dir', metavar='RUN_DIR', help='run folder')
     parser.add_argument('--resume', nargs='?', const=True, default=False, choices=(True, 'auto'), help='go on from the newest checkpoint; "auto": if there is one')
     parser.add_argument('--overwrite', action='store_true', help='start anew and replace what an earlier run left')
-    try: asked = parser.parse_args(arguments)
-    except SystemExit as done: return done.code
+    with safe_streams():
+        try: return _train(parser.parse_args(arguments))
+        except SystemExit as done: return done.code
+
+def _train(asked: argparse.Namespace) -> int:
+    "What was asked for; the exit status"
     try:
         result = train_from_meta(asked.run_dir, asked.overwrite, resume=asked.resume)
     except FinetuneError as error:
-        print(f'error: {printable(str(error))}' if is_main() else f'process {os.environ["RANK"]}: {printable(str(error))}', file=sys.stderr)
+        print(f'error: {sanitize_line(error)}' if is_main() else f'process {os.environ["RANK"]}: {sanitize_line(error)}', file=sys.stderr)
         return 2
     if is_main(): print(result)
     return 130 if read_status(asked.run_dir).state == 'cancelled' and 'RANK' not in os.environ else 0  # torchrun would call it a failure
