@@ -171,12 +171,12 @@ def _gb(size: float) -> str: return f'{size / 1e9:.1f} GB'
 def _control_group(kind: str, *names: str) -> str | None:
     "What the control groups of this process say under one of several names, the nearest first; None where they are silent"
     groups, root = Path('/proc/self/cgroup'), Path('/sys/fs/cgroup')
-    for line in groups.read_text().splitlines() if groups.exists() else ():
+    for line in groups.read_text(encoding='utf-8', errors='replace').splitlines() if groups.exists() else ():
         _, kinds, inside = line.split(':', 2)
         if kinds and kind not in kinds.split(','): continue
         base = root/kinds if kinds else root
         for place in ((base/inside.strip('/')), *(base/inside.strip('/')).parents):
-            said = next(((place/name).read_text().strip() for name in names if (place/name).is_file()), None) if place.is_relative_to(base) else None
+            said = next(((place/name).read_text(encoding='utf-8').strip() for name in names if (place/name).is_file()), None) if place.is_relative_to(base) else None
             if said and not said.startswith(('max', '-1')): return said
     return None
 

@@ -20,7 +20,7 @@ import ipywidgets as W
 from .config import PRESETS, LoRAConfig, PresetConfigs, TrainingConfig, accepted, help_phrases, preset, suggest_preset
 from .core.errors import ConfigError, DataError, FinetuneError
 from .core.storage import write_atomic
-from .core.text import html_table, sanitize_for_terminal, sanitize_html, sanitize_line, sanitize_repr
+from .core.text import sanitize_for_terminal, sanitize_html, sanitize_line, sanitize_repr
 from .files import is_hub_name, iter_rows, packaged, packaged_held_out, source_size
 from .panel import Panel, fields_row, heading, line_html, marked, shown_text
 from .runs import CONFIG, METRICS, STATUS, read_status

@@ -476,8 +476,8 @@ def _limits(root: Path, groups: str) -> Iterator[int]:
         for place in (folder/inside.strip('/'), *(folder/inside.strip('/')).parents):
             if not place.is_relative_to(folder): break
             try:
-                limit, used = ((place/name).read_text().strip() for name in names[:2])
-                cached = next((int(one.split()[1]) for one in (place/'memory.stat').read_text().splitlines() if one.split()[0] == names[2]), 0)
+                limit, used = ((place/name).read_text(encoding='utf-8').strip() for name in names[:2])
+                cached = next((int(one.split()[1]) for one in (place/'memory.stat').read_text(encoding='utf-8').splitlines() if one.split()[0] == names[2]), 0)
             except OSError: continue
             if limit != 'max': yield max(0, int(limit) - int(used) + cached)
 
@@ -489,7 +489,7 @@ def free_memory(
     if device == 'cuda': return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if device == 'mps': return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     groups = Path('/proc/self/cgroup')
-    return min([psutil.virtual_memory().available, *_limits(Path('/sys/fs/cgroup'), groups.read_text() if groups.exists() else '')])
+    return min([psutil.virtual_memory().available, *_limits(Path('/sys/fs/cgroup'), groups.read_text(encoding='utf-8', errors='replace') if groups.exists() else '')])
 
 def whole_room(
     device: str # "cpu", "cuda" or "mps"
@@ -502,7 +502,7 @@ def _resident(name: str = 'VmRSS') -> int:
     "Bytes of this process in memory, now or (VmHWM) at most since they were last reset"
     status = Path('/proc/self/status')
     if not status.exists(): return psutil.Process().memory_info().rss
-    return 1024 * int(status.read_text().split(f'{name}:')[1].split()[0])
+    return 1024 * int(status.read_text(encoding='utf-8', errors='replace').split(f'{name}:')[1].split()[0])
 
 # %% ../nbs/12_memory.ipynb #94118e89
 class Fix(NamedTuple):
@@ -596,7 +596,7 @@ def fitting(
 # %% ../nbs/12_memory.ipynb #ee4c7bc7
 def _reset_highest() -> bool:
     "Let the system forget the highest resident size, where it can"
-    try: Path('/proc/self/clear_refs').write_text('5')
+    try: Path('/proc/self/clear_refs').write_text('5', encoding='utf-8')
     except OSError: return False
     return True
 

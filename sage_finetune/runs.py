@@ -9,12 +9,12 @@ __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'RUN_FOLDERS', 'TASK_NAMES', '
 
 # %% ../nbs/10_runs.ipynb #1fd28dcd
 import io, json, os, platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import psutil
 

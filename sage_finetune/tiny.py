@@ -342,7 +342,7 @@ def finish(
     "Write weights (bf16), tokenizer, settings for generation, record and card."
     run.tokenizer.save_pretrained(run.folder)
     run.model.to(torch.bfloat16).save_pretrained(run.folder)
-    settings = json.loads((run.folder/"config.json").read_text()) | {"use_cache": True}
+    settings = json.loads((run.folder/"config.json").read_text(encoding="utf-8")) | {"use_cache": True}
     write_json(run.folder/"config.json", settings)
     GenerationConfig(eos_token_id=2, pad_token_id=0).save_pretrained(run.folder)
     model = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32)

@@ -25,7 +25,7 @@ from .core.errors import ConfigError, RunError
 from .core.storage import write_atomic
 from .core.text import html_table, sanitize_html, sanitize_line, text_table
 from .diagnosis import released
-from .launch import LOG, attached, follow, last_launch, log_lines, start_run, stop_run, train_command
+from .launch import LOG, LOG_TEXT, attached, follow, last_launch, log_lines, start_run, stop_run, train_command
 from .model import free
 from .panel import Panel, Ticker, fields_row, image, line_html, marked, said_by, shown_text
 from .plot import Curve, draw_run
@@ -346,7 +346,7 @@ def never_stopped(
 
 def _losses_until(step: int, folder: Path) -> dict:
     "Train a prepared folder up to a step; the process ends with this one"
-    with open(folder/LOG, 'wb') as log: process = subprocess.Popen(train_command(folder, resume='auto'), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    with open(folder/LOG, 'wb') as log: process = subprocess.Popen(train_command(folder, resume='auto'), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | LOG_TEXT)
     atexit.register(process.kill)
     losses = {}
     try:

@@ -72,7 +72,8 @@ def write_json(
     content: Any      # anything `json` can write; paths become strings
 ) -> Path:            # the file
     "Write an object as indented JSON, whole or not at all (`write_atomic`)."
-    return write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + '\n')
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + '\n'
+    return write_atomic(path, text.encode('utf-8', 'backslashreplace'))  # half a character, as in some paths, is \ud800 in JSON too
 
 # %% ../../nbs/core/01_storage.ipynb #fe47c590
 @contextmanager

@@ -55,7 +55,7 @@ def sanitize_for_terminal(
         if not special: marks = marks + 1 if unicodedata.category(char) in ('Mn', 'Me') else 0
         hidden = not _shapes(char, before) if special else char not in '\n\t' and is_hidden(char) or marks > MARKS
         shown.append(char if not hidden else show(char) if show else REPLACEMENT)
-        before = REPLACEMENT if hidden else char
+        before = '' if hidden or char == REPLACEMENT else char
     return ''.join(shown)
 
 # %% ../../nbs/core/02_text.ipynb #17a3071d

@@ -1,0 +1,324 @@
+"""Text from a stranger is shown, never obeyed, hidden or lost: by whatever shows itself, in a terminal, a notebook, a picture and a log."""
+import ast
+import dataclasses
+import importlib
+import inspect
+import io
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import types
+import typing
+import unicodedata
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from helpers import prepared, recipe, rows, start, trained, write_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+import sage_finetune
+from sage_finetune.cli import main
+from sage_finetune.config import LoRAConfig, PresetConfigs, TrainingConfig
+from sage_finetune.core.errors import FinetuneError, RunError
+from sage_finetune.core.text import REPLACEMENT, html_table, safe_streams, sanitize_for_terminal, sanitize_html, sanitize_line, sanitize_repr, text_table
+from sage_finetune.runs import MetricsTail, Status, list_runs, read_status, write_status
+
+PAYLOAD = ("x\x1b[2J\x1b]0;title\x07\x9b31m\u202e\u2066\u061c\u200b\ufeff\U000e0041\ud800\u3164\r\nerror: forged\nfailed  forged\t\x85error: forged\u2028error: forged"
+    "<script>alert(1)</script>\"'><img src=http://a.example/b onerror=x>[a](javascript:b) $x_1$ e" + "\u0301" * 60)
+
+
+NUMBER_SIGNS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"  # format characters that are drawn
+
+
+def faults(text, one_line=True):
+    "What a screen would obey or not show, judged without the library's own tables; and lines that look like ours"
+    text = re.sub("(?<=[\u0600-\u10ff\u1700-\u1cff\u2000-\u2bff\ua800-\uabff\ufe0f\U00010a00-\U0001ffff])[\u200c\u200d]", "", text)  # joiners, where they join
+    acts = lambda char: unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in NUMBER_SIGNS or char == "\u3164"
+    wrong = [f"U+{ord(char):04X}" for char in text if char not in "\n\t" and acts(char)]
+    marks = highest = 0
+    for char in text:
+        marks = marks + 1 if unicodedata.category(char) == "Mn" else 0
+        highest = max(highest, marks)
+    if highest > 8: wrong.append(f"{highest} accents on a letter")
+    if one_line: wrong += [f"the line {line[:30]!r}" for line in text.split("\n") if line.startswith(("error: forged", "failed  forged"))]
+    return list(dict.fromkeys(wrong))
+
+
+class Page(HTMLParser):
+    "What a browser would make of HTML"
+    def __init__(self, page):
+        super().__init__()
+        self.wrong = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        if tag in ("script", "iframe", "object", "embed", "link", "base", "form", "svg", "meta"): self.wrong.append(f"<{tag}>")
+        for name, value in attributes:
+            if name.startswith("on") or not name.replace("-", "").isalpha(): self.wrong.append(f"the attribute {name}")
+            if name in ("src", "href") and not (value or "").startswith("data:image/png"): self.wrong.append(f"{name}={value}")
+
+
+def page_faults(page): return faults(page, one_line=False) + Page(page).wrong
+
+
+# ---- the one function -------------------------------------------------------------------------------------------------
+
+HIDDEN = ["\x1b[31mred", "\x9b31mred", "\x1b]8;;http://a.example\x07link", "\x08\x08\x08", "\rover", "\x00", "\x7f", "\x85", "\ud800", "\udc9b", "\u202egpj.exe", "\u2066a\u2069", "\u200f", "\u061c",
+    "pay\u200bpal", "pay\u200dpal", "я\u200cя", "\ufeffx", "\U000e0041\U000e0042", "a\u2028b", "a\u2029b", "\u3164", "\u115f", "\uffa0", "\u034f", "a\u00adb", "\ufff9a\ufffa", "a\ufe0f", "😀\U000e0100\U000e0101\U000e0102",
+    "❤\ufe0f\ufe0f", "\u200d\u200d", "\x00\u200d", "👩\u200d\u200d🚀", "\u2060", "\U0001d173", "e" + "\u0301" * 300]
+KEPT = ["Grüße", "你好 日本語 한국어", "नमस्ते क्\u200dष", "نمی\u200cخواهم", "שָׁלוֹם", "ไทย ที่", "👩\u200d👩\u200d👧 ❤\ufe0f 👍🏽 1\ufe0f\u20e3 🇩🇪", "x₁ ≤ ½ → ∞", "tab\tline\n", "a\u00a0b", "قال ۝ ١", "བསྒྲུབས", "café naïve Việt"]
+
+
+@pytest.mark.parametrize("text", HIDDEN, ids=ascii)
+def test_what_is_hidden_or_acts_leaves_a_sign(text):
+    shown = sanitize_for_terminal(text)
+    assert not faults(shown) and REPLACEMENT in shown and shown.encode()
+
+
+@pytest.mark.parametrize("text", KEPT, ids=ascii)
+def test_what_people_write_stays(text): assert sanitize_for_terminal(text) == text
+
+
+@given(st.text(st.characters(), max_size=60), st.text(st.characters(), max_size=10))
+def test_any_text(text, more):
+    "Harmless, the same when done twice, and what was shown of a beginning stays when more comes"
+    shown = sanitize_for_terminal(text)
+    assert not faults(shown, one_line=False) and sanitize_for_terminal(shown) == shown
+    assert sanitize_for_terminal(text + more).startswith(shown)
+    assert "\n" not in sanitize_line(text) and eval(sanitize_repr(text)) == text and not faults(sanitize_repr(text))
+    assert not page_faults(f'<b title="{sanitize_html(text)}">{sanitize_html(text)}</b>')
+
+
+def test_a_name_forges_no_row():
+    table = text_table(("run", "state"), [("a\nb  completed", "failed"), ("c\u2028d\x85e\rf\x0bg", "failed")])
+    assert len(table.splitlines()) == 3
+
+
+def test_columns_are_as_wide_as_a_terminal_draws_them():
+    lines = text_table(("run", "state"), [(name, "|") for name in ("a", "你好", "e\u0301\u0301", "👩\u200d🚀", "한국어", "ไที่")]).splitlines()[1:]
+    assert len({cell_len(line) for line in lines}) == 1
+
+
+def test_a_giant_cell_is_cut(): assert len(text_table(("a", "b"), [("x" * 10**6, PAYLOAD)])) < 10_000 and len(html_table(("a",), [("x" * 10**6,)])) < 10_000
+
+
+# ---- whatever shows itself --------------------------------------------------------------------------------------------
+
+def classes():
+    "Every class of the package that shows itself"
+    for info in pkgutil.walk_packages(sage_finetune.__path__, "sage_finetune."):
+        if info.name.rpartition(".")[2].startswith("_") or ".examples" in info.name: continue
+        module = importlib.import_module(info.name)
+        for one in vars(module).values():
+            if inspect.isclass(one) and one.__module__ == module.__name__ and {"__str__", "__repr__", "_repr_html_", "static_html"} & set(vars(one)): yield one
+
+
+def hostile(kind):
+    "A value of a type with the payload in it"
+    origin, inside = typing.get_origin(kind), [one for one in typing.get_args(kind) if one is not type(None)]
+    if origin in (typing.Union, types.UnionType): return hostile(next((one for one in inside if one in (str, Path)), inside[0]))
+    if origin is list: return [hostile(inside[0])] if inside else [PAYLOAD]
+    if origin is tuple: return tuple(map(hostile, (one for one in inside if one is not Ellipsis)))
+    if origin is dict: return {hostile(inside[0]): hostile(inside[1])}
+    plain = {str: PAYLOAD, Path: Path(PAYLOAD), int: 3, float: 0.5, bool: True, list: [PAYLOAD], tuple: (PAYLOAD,), dict: {PAYLOAD: PAYLOAD}, set: {PAYLOAD}, typing.Any: PAYLOAD, object: PAYLOAD}
+    if kind in plain: return plain[kind]
+    if dataclasses.is_dataclass(kind) or hasattr(kind, "_fields"): return filled(kind)
+    return PAYLOAD  # a foreign class: whatever stands there is shown by its own text
+
+
+def filled(kind, /, **given):
+    "An object of a dataclass or named tuple, the payload in every text"
+    hints = typing.get_type_hints(kind, vars(sys.modules[kind.__module__]))
+    names = [one.name for one in dataclasses.fields(kind) if one.init] if dataclasses.is_dataclass(kind) else kind._fields
+    return kind(**{name: hostile(hints[name]) for name in names} | given)
+
+
+def config(kind=TrainingConfig):
+    "A config with the payload wherever it takes one"
+    made = kind()
+    for one in dataclasses.fields(kind):
+        for value in (PAYLOAD, Path(PAYLOAD), [PAYLOAD], {PAYLOAD: PAYLOAD}):
+            try: setattr(made, one.name, value)
+            except FinetuneError: continue
+            break
+    return made
+
+
+def tiny():
+    from sage_finetune.model import load_tokenizer
+    return load_tokenizer("tiny")
+
+
+def line():
+    from sage_finetune.tokens import TokenLine
+    ids = tiny()("hello")["input_ids"]
+    return TokenLine(ids, list(ids), tiny(), names=[PAYLOAD] * len(ids), title=PAYLOAD)
+
+
+def dataset():
+    from sage_finetune.data import prepare_dataset
+    return prepare_dataset(rows(3), tiny(), show=False)
+
+
+def plan():
+    from sage_finetune.batches import plan_batches
+    return plan_batches([3, 4, 5], 2)
+
+
+def report():
+    from sage_finetune.data import DataReport, LongRow, Note
+    from sage_finetune.files import BadRow
+    return filled(DataReport, notes={PAYLOAD: Note(2, PAYLOAD)}, bad_rows=[filled(BadRow)], long_rows=[filled(LongRow)], overlong={}, bad=1)
+
+
+def talk():
+    from sage_finetune.chat import Chat
+    made = Chat(None, tiny())
+    made.messages = [dict(role="user", content=PAYLOAD), dict(role=PAYLOAD, content=PAYLOAD)]
+    return made
+
+
+def both():
+    from sage_finetune.chat import SideBySide
+    made = SideBySide.__new__(SideBySide)
+    made.base = made.tuned = types.SimpleNamespace(messages=[dict(role="user", content=PAYLOAD), dict(role="assistant", content=PAYLOAD)])
+    return made
+
+
+def health():
+    from sage_finetune.health import health_report
+    made = health_report(dataset(), show=False)
+    for one in made.findings: one.said = one.do = PAYLOAD
+    for row in made["longest rows"].figures["longest"]: row["head"] = PAYLOAD
+    return made
+
+
+def batch_view():
+    from sage_finetune.batches import BatchView, collate
+    return BatchView(collate([[dataset()[0]]], 0), tiny())
+
+
+def survey():
+    from sage_finetune.health import survey
+    return survey(dataset(), tiny(), show=False)
+
+
+def tasks():
+    from sage_finetune.tasks import Task, Tasks
+    return Tasks({PAYLOAD: filled(Task)})
+
+
+def estimate():
+    from sage_finetune.memory import MemoryEstimate
+    return MemoryEstimate(dict(weights=10, adapter=1), "cpu", PAYLOAD)
+
+
+def from_module(module, name, *given, **named):
+    "An object of a class that is imported when it is needed"
+    return lambda: getattr(importlib.import_module(f"sage_finetune.{module}"), name)(*(one() if callable(one) else one for one in given),
+        **{key: one() if callable(one) else one for key, one in named.items()})
+
+
+def score():
+    from sage_finetune.chat import Score
+    return Score(1, 2, 2, [(PAYLOAD, PAYLOAD, PAYLOAD)])
+
+
+def demo_report():
+    from sage_finetune.chat import Comparison
+    from sage_finetune.demo import Report
+    from sage_finetune.trainer import TrainingResult
+    return Report(TrainingResult(Path(PAYLOAD)), score(), score(), score(), score(), Comparison([(PAYLOAD, PAYLOAD, PAYLOAD)]))
+
+
+def hostile_form():
+    from sage_finetune.form import ConfigForm
+    return ConfigForm(config(), counts=False) if "counts" in inspect.signature(ConfigForm).parameters else ConfigForm(config())
+
+
+def in_panel(module, name, **attributes):
+    "A panel with things in it as a hostile run would have put them there, without a kernel"
+    def make():
+        kind = getattr(importlib.import_module(f"sage_finetune.{module}"), name)
+        made = kind.__new__(kind)
+        for key, value in attributes.items(): setattr(made, key, value() if callable(value) else value)
+        return made
+    return make
+
+
+def chat_panel():
+    from sage_finetune.chat_panel import ChatPanel, Turn
+    made = ChatPanel.__new__(ChatPanel)
+    made.turns, made.shift, made.partner = [Turn(PAYLOAD, PAYLOAD, PAYLOAD, PAYLOAD), filled(Turn)], None, types.SimpleNamespace(title=PAYLOAD)
+    return made
+
+
+def data_panel(folder):
+    from sage_finetune.data_panel import DataPanel
+    named = folder/"a\x1b[2J\u202e<img onerror=x>"
+    return DataPanel(recipe(named, data_path=write_rows(named/"rows.jsonl", [dict(instruction=PAYLOAD, output=PAYLOAD)]), max_length=4096)).join()
+
+
+def code_corpus(folder):
+    from sage_finetune.corpus import CodeCorpus, Fact, PHRASINGS, Skip
+    return CodeCorpus(Path(PAYLOAD), 1, [filled(Fact, kind=next(iter(PHRASINGS)))], 1, [filled(Skip)])
+
+
+def train_panel(folder):
+    from sage_finetune.train_panel import TrainPanel
+    run = prepared(folder/"run\x1b[2J\u202e<script>")
+    write_status(run, "failed", message=PAYLOAD)
+    (run/"metrics.jsonl").write_text(json.dumps(dict(step=1, total=2, epoch=1., loss=1., learning_rate=1., grad_norm=1., tokens=1, learnt=1, seconds=1., tokens_per_second=1., note=PAYLOAD)) + "\n")
+    return TrainPanel(run)
+
+
+FACTORIES = {
+    "BatchPlan": plan, "Shard": lambda: plan().part(0, 1) if hasattr(plan(), "part") else from_module("batches", "Shard", plan, 0, 1)(), "BatchView": batch_view,
+    "PlannedStep": lambda: plan()[0], "_Recipe": lambda: plan().recipe, "_Epoch": None, "_Pattern": None, "_Plan": None, "_Answer": None, "_Mould": None,
+    "TokenLine": line, "TokenShift": from_module("chat", "TokenShift", [1, 2], [-1., -2.], [-2., -1.], tiny), "Chat": talk, "SideBySide": both, "Score": score, "ChatPanel": chat_panel,
+    "Comparison": from_module("chat", "Comparison", [(PAYLOAD, PAYLOAD, PAYLOAD)]), "Checked": config, "PreparedDataset": dataset,
+    "Prepared": lambda: importlib.import_module("sage_finetune.data").Prepared(dataset(), None, report()), "DataReport": report, "DataPanel": data_panel, "Report": demo_report,
+    "Engine": in_panel("engine", "Engine", head=None, lean={PAYLOAD: 1}, packing=types.SimpleNamespace(name=""), remarks=[PAYLOAD]),
+    "HealthReport": health, "Survey": survey, "MemoryEstimate": estimate, "Fix": from_module("memory", "Fix", {PAYLOAD: PAYLOAD}, PAYLOAD, estimate),
+    "Measurement": from_module("memory", "Measurement", estimate, 10), "Curve": from_module("plot", "Curve"), "Picture": from_module("plot", "Picture", b"", PAYLOAD),
+    "Rendered": lambda: importlib.import_module("sage_finetune.prompt").Rendered(line().ids, line().labels, [], tiny(), notes=[PAYLOAD]),
+    "Runs": lambda: importlib.import_module("sage_finetune.runs").Runs([filled(importlib.import_module("sage_finetune.runs").RunInfo)]), "Tasks": tasks,
+    "Batching": from_module("trainer", "Batching", PresetConfigs.tiny, [3, 4]), "Panel": from_module("panel", "Panel"), "ConfigForm": hostile_form,
+    "TrainPanel": train_panel, "Studio": None, "Task": None, "CodeCorpus": code_corpus, "DataSettings": None, "Fitted": None, "Again": from_module("train_panel", "Again"),
+    "Diagnosis": lambda: importlib.import_module("sage_finetune.diagnosis").Diagnosis([filled(importlib.import_module("sage_finetune.diagnosis").Look, state="problem")]),
+    "RunSummary": lambda: filled(importlib.import_module("sage_finetune.train_panel").RunSummary, losses=(1., 2.), eval_losses=(1., 2.), best=(1., 2)),
+    "TrainingResult": lambda: filled(importlib.import_module("sage_finetune.trainer").TrainingResult, eval_losses=[(1, 2.)], best=(1., 2))}
+
+
+def text_forms(one):
+    "The texts an object shows itself as, and whether its class wrote them (the standard library's show text as Python escapes it)"
+    for name in ("__str__", "__repr__"):
+        method = getattr(type(one), name)
+        yield f"{type(one).__name__}.{name}", method(one), "sage_finetune" in getattr(getattr(method, "__code__", None), "co_filename", "")
+
+
+SHOWN = sorted(classes(), key=lambda kind: (kind.__module__, kind.__qualname__))
+
+
+@pytest.mark.parametrize("kind", SHOWN, ids=lambda kind: f"{kind.__module__.removeprefix('sage_finetune.')}.{kind.__name__}")
+def test_whatever_shows_itself_is_harmless(kind, tmp_path):
+    "A class that is new is filled by its types; where that cannot be done, it is added to FACTORIES"
+    if issubclass(kind, BaseException): one = kind(*[PAYLOAD] * (2 if "__init__" in vars(kind) else 1))
+    elif kind.__name__ in FACTORIES:
+        make = FACTORIES[kind.__name__]
+        if make is None: pytest.skip("holds arrays and numbers, or what is looked at elsewhere")
+        one = make(tmp_path) if "folder" in inspect.signature(make).parameters else make()
+    else:
+        try: one = filled(kind)
+        except Exception as error: pytest.fail(f"{kind.__name__} shows itself and cannot be filled by its types ({error!r}): add it to FACTORIES")
+    for name, text, own in text_forms(one):
+        wrong = faults(text, one_line=not isinstance(one, BaseException) and kind.__name__ != "DataPanel")  # tokens are shown with their line breaks
+        assert not [fault for fault in wrong if own or fault.startswith("U+") and fault != "U+3164"], f"{name} lets through {wrong}"
+    for name in ("_repr_html_", "static_html"):
+        if hasattr(one, name): assert not (wrong := page_faults(getattr(one, name)())), f"{kind.__name__}.{name} lets through {wrong}"
