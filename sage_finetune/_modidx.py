@@ -521,6 +521,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'sage_finetune.core.text._shapes': ('core/text.html#_shapes', 'sage_finetune/core/text.py'),
                                          'sage_finetune.core.text._write_plainly': ( 'core/text.html#_write_plainly',
                                                                                      'sage_finetune/core/text.py'),
+                                         'sage_finetune.core.text.describe_encode_error': ( 'core/text.html#describe_encode_error',
+                                                                                            'sage_finetune/core/text.py'),
                                          'sage_finetune.core.text.escape_char': ( 'core/text.html#escape_char',
                                                                                   'sage_finetune/core/text.py'),
                                          'sage_finetune.core.text.html_table': ('core/text.html#html_table', 'sage_finetune/core/text.py'),

@@ -15,7 +15,7 @@ from typing import Annotated, Optional
 import typer
 
 from .core.errors import FinetuneError
-from .core.text import safe_streams, sanitize_for_terminal, sanitize_line
+from .core.text import describe_encode_error, safe_streams, sanitize_for_terminal, sanitize_line
 from .runs import list_runs
 
 # %% ../nbs/35_cli.ipynb #d361f7c0
@@ -41,8 +41,8 @@ def _run(arguments: list[str] | None) -> int:
     "One command; its exit status"
     try: app(args=arguments, prog_name='sage-finetune')
     except SystemExit as done: return done.code or 0
-    except FinetuneError as error:
-        print(f'error: {sanitize_line(error)}', file=sys.stderr)
+    except (FinetuneError, UnicodeEncodeError) as error:
+        print(f'error: {sanitize_line(describe_encode_error(error) if isinstance(error, UnicodeEncodeError) else error)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('interrupted. A run that has saved a checkpoint goes on with: sage-finetune run RUN_DIR --resume', file=sys.stderr)

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -705,11 +704,11 @@ def health_html(
     "The table of findings, and under it the longest rows."
     longest = _look(findings, 'longest rows').figures['longest']
     listed = _rows_html(('row', 'tokens', 'learnt', 'begins with'), [(f'{one["row"]:,}', f'{one["tokens"]:,}', f'{one["share"]:.1%}', one['head']) for one in longest])
-    return f'<p><b>{escape(_summary(findings))}</b></p>{_findings_html(findings)}<p>The longest rows:</p>{listed}'
+    return f'<p><b>{sanitize_html(_summary(findings))}</b></p>{_findings_html(findings)}<p>The longest rows:</p>{listed}'
 
 def _embedded(picture: Picture) -> str:
     "A picture as a part of HTML"
-    return f'<img alt="{escape(repr(picture))}" src="data:image/png;base64,{base64.b64encode(picture.png).decode()}">'
+    return f'<img alt="{sanitize_html(repr(picture))}" src="data:image/png;base64,{base64.b64encode(picture.png).decode()}">'
 
 def _as_text(findings: list[Finding]) -> str:
     "The same for a terminal of a hundred columns"

@@ -9,7 +9,7 @@ __all__ = ['TOKENS_AT_ONCE', 'FEW', 'PARTS', 'RUNTIME', 'CONTEXT', 'HOLES', 'COU
            'measure_memory']
 
 # %% ../nbs/12_memory.ipynb #c2316648
-import copy, html, json, math, sys, threading, time, warnings, weakref
+import copy, json, math, sys, threading, time, warnings, weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -34,7 +34,7 @@ from . import engine as engines
 from .batches import plan_batches
 from .config import LoRAConfig, TrainingConfig, find_model
 from .core.errors import ConfigError, FinetuneError, ModelError
-from .core.text import html_table, sanitize_line, text_table
+from .core.text import html_table, sanitize_html, sanitize_line, text_table
 from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, pick_device, plan_precision, quiet
 
 
@@ -371,7 +371,7 @@ def size_text(
 def _bar(parts: dict, whole: float) -> str:
     "Parts as a stacked bar, in plain HTML"
     piece = '<div title="{}" style="width:{:.3f}%;background:{}"></div>'
-    pieces = ''.join(piece.format(html.escape(f'{name}: {size_text(size)}'), 100 * size / max(whole, 1), PARTS[name][0]) for name, size in parts.items())
+    pieces = ''.join(piece.format(sanitize_html(f'{name}: {size_text(size)}'), 100 * size / max(whole, 1), PARTS[name][0]) for name, size in parts.items())
     return f'<div style="display:flex;height:20px;max-width:760px;border:1px solid #888;margin:2px 0">{pieces}</div>'
 
 # %% ../nbs/12_memory.ipynb #e912ae21

@@ -6,7 +6,6 @@
 __all__ = ['KINDS', 'visible', 'token_texts', 'TokenLine', 'tokens_text', 'tokens_ansi', 'tokens_html']
 
 # %% ../nbs/01_tokens.ipynb #a772d1fa
-import html
 import itertools
 import re
 from collections import Counter
@@ -197,7 +196,7 @@ def _tag(part: _Part) -> str:
     if part.kind == 'border': return ' <b title="another example begins here" style="color:#e8590c">┃</b> '
     if part.kind == 'hole': return f'<br><i style="color:#868e96">{part.data.decode()}</i><br>'
     tag, colour = _TAGS[part.kind]
-    shown = html.escape(visible(part.data)).replace(' ', '·').replace('\t', '→') or '⟨…⟩'
+    shown = sanitize_html(visible(part.data)).replace(' ', '·').replace('\t', '→') or '⟨…⟩'
     if part.kind == 'padding': shown = shown.replace('·', ' ')
     style = f'{colour};margin:1px;text-decoration:none;unicode-bidi:isolate'
     return f'<{tag} title="{sanitize_html(part.note)}" style="{style}">' + shown.replace('\n', '↵') + f'</{tag}>' + ('<br>' if shown.endswith('\n') else '<wbr>')

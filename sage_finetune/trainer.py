@@ -30,7 +30,7 @@ from .checkpoint import Keeper, Progress, RunWriter, Stop, check_folder, checkpo
 from .config import TrainingConfig
 from .core.errors import ConfigError, FinetuneError, RunError
 from .core.storage import folder_atomic
-from .core.text import html_table, safe_streams, sanitize_line, text_table
+from .core.text import describe_encode_error, html_table, safe_streams, sanitize_line, text_table
 from .data import packaged_held_out, prepare, report_line, report_parts
 from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
 from .memory import fitting, line_layout, whole_room
@@ -828,8 +828,9 @@ def _train(asked: argparse.Namespace) -> int:
     "What was asked for; the exit status"
     try:
         result = train_from_meta(asked.run_dir, asked.overwrite, resume=asked.resume)
-    except FinetuneError as error:
-        print(f'error: {sanitize_line(error)}' if is_main() else f'process {os.environ["RANK"]}: {sanitize_line(error)}', file=sys.stderr)
+    except (FinetuneError, UnicodeEncodeError) as error:
+        said = sanitize_line(describe_encode_error(error) if isinstance(error, UnicodeEncodeError) else error)
+        print(f'error: {said}' if is_main() else f'process {os.environ["RANK"]}: {said}', file=sys.stderr)
         return 2
     if is_main(): print(result)
     return 130 if read_status(asked.run_dir).state == 'cancelled' and 'RANK' not in os.environ else 0  # torchrun would call it a failure

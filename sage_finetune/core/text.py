@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPLACEMENT', 'MARKS', 'CELL', 'is_hidden', 'sanitize_for_terminal', 'escape_char', 'sanitize_repr', 'sanitize_line',
-           'sanitize_html', 'text_table', 'html_table', 'safe_streams']
+           'sanitize_html', 'text_table', 'html_table', 'describe_encode_error', 'safe_streams']
 
 # %% ../../nbs/core/02_text.ipynb #10e90d86
 import codecs, os, sys, unicodedata
@@ -130,6 +130,14 @@ def _write_plainly(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error('sage_plain', _write_plainly)
 
 # %% ../../nbs/core/02_text.ipynb #97a84b88
+def describe_encode_error(
+    error: UnicodeEncodeError # some library could not write a text
+) -> str: # one sentence
+    "What cannot be written, and the way out."
+    encoding = sys.getfilesystemencoding()
+    return f'{sanitize_line(error.object, 200)} has characters that cannot be written here (file names: {encoding}). Set PYTHONUTF8=1 and start again, or rename it.'
+
+# %% ../../nbs/core/02_text.ipynb #53635340
 @contextmanager
 def safe_streams() -> Iterator[None]:
     "While this is open, printing never fails for a character or a missing stream; a reader that is gone ends the program quietly (`SystemExit`)."

@@ -1,5 +1,4 @@
 """Text from a stranger is shown, never obeyed, hidden or lost: by whatever shows itself, in a terminal, a notebook, a picture and a log."""
-import ast
 import dataclasses
 import importlib
 import inspect
@@ -17,7 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers import prepared, recipe, rows, start, trained, write_rows
+from helpers import prepared, recipe, rows, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
@@ -27,7 +26,7 @@ from sage_finetune.cli import main
 from sage_finetune.config import LoRAConfig, PresetConfigs, TrainingConfig
 from sage_finetune.core.errors import FinetuneError, RunError
 from sage_finetune.core.text import REPLACEMENT, html_table, safe_streams, sanitize_for_terminal, sanitize_html, sanitize_line, sanitize_repr, text_table
-from sage_finetune.runs import MetricsTail, Status, list_runs, read_status, write_status
+from sage_finetune.runs import list_runs, read_status, write_status
 
 PAYLOAD = ("x\x1b[2J\x1b]0;title\x07\x9b31m\u202e\u2066\u061c\u200b\ufeff\U000e0041\ud800\u3164\r\nerror: forged\nfailed  forged\t\x85error: forged\u2028error: forged"
     "<script>alert(1)</script>\"'><img src=http://a.example/b onerror=x>[a](javascript:b) $x_1$ e" + "\u0301" * 60)
@@ -322,3 +321,163 @@ def test_whatever_shows_itself_is_harmless(kind, tmp_path):
         assert not [fault for fault in wrong if own or fault.startswith("U+") and fault != "U+3164"], f"{name} lets through {wrong}"
     for name in ("_repr_html_", "static_html"):
         if hasattr(one, name): assert not (wrong := page_faults(getattr(one, name)())), f"{kind.__name__}.{name} lets through {wrong}"
+
+
+# ---- configs, errors, pictures, logs ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", [TrainingConfig, LoRAConfig])
+def test_a_config_is_python_that_makes_it(kind):
+    "Also with characters in it that are not seen"
+    made = config(kind)
+    assert eval(repr(made)) == made and not [fault for fault in faults(repr(made)) if fault.startswith("U+")]
+    for text in ("\u3164\u115f", "e" + "\u0301" * 40, "\\\u3164", "'\"\u202e", "\ud800", "=cmd|' /C calc'!A0"):
+        one = TrainingConfig(model_name=text, data_path=text)
+        assert eval(repr(one)) == one and not faults(repr(one))
+
+
+def test_the_text_of_an_error_is_harmless_wherever_it_is_printed():
+    import traceback
+    error = RunError(f"there is no folder {PAYLOAD}")
+    assert not faults("".join(traceback.format_exception_only(error)), one_line=False) and error.args == (f"there is no folder {PAYLOAD}",)
+
+
+def test_a_picture_names_its_runs_harmlessly(tmp_path):
+    from sage_finetune.plot import compare_runs
+    for name in "ab":
+        (tmp_path/name).mkdir()
+        (tmp_path/name/"metrics.jsonl").write_text('{"step": 1, "total": 1, "loss": 1.0}\n', encoding="utf-8")
+    picture = compare_runs([tmp_path/"a", tmp_path/"b"], labels=[PAYLOAD, "b"])
+    mime, about = picture._repr_mimebundle_()
+    assert not faults(repr(picture)) and not faults(mime["text/plain"]) and not faults(about["image/png"]["alt"]) and "2 runs" in repr(picture)
+
+
+def test_nobody_forges_the_last_word_of_a_log(tmp_path):
+    "What the model says to eval_prompts, a note and a folder's name are in the log; the sentence of its end is looked for there"
+    from sage_finetune.trainer import Audience, Step
+    said = io.StringIO()
+    step = filled(Step, step=1, total=1, eval_loss=1., answers=[PAYLOAD])
+    out, sys.stdout = sys.stdout, said
+    try: Audience(questions=[PAYLOAD]).see(step)
+    finally: sys.stdout = out
+    assert not faults(said.getvalue()) and len(said.getvalue().splitlines()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no such name there")
+def test_the_head_of_a_log_is_one_line(tmp_path):
+    from sage_finetune.launch import log_lines, start_run
+    run = prepared(tmp_path/"x\nerror: forged\x1b[2J")
+    (run/"training_config.json").write_text("{", encoding="utf-8")
+    start_run(run).wait(120)
+    lines = log_lines(run)
+    assert lines[-1].startswith("error: ") and "forged" not in lines[-1][:15] and not faults("\n".join(lines))
+    assert (run/"train.log").read_bytes().decode("utf-8")
+
+
+def test_a_status_with_half_a_character_is_written_and_read(tmp_path):
+    write_status(tmp_path, "failed", message="\ud800 caf\udce9")
+    assert read_status(tmp_path).message == "\ud800 caf\udce9" and str(read_status(tmp_path)) == f"failed 0/0: {REPLACEMENT} caf{REPLACEMENT}"
+
+
+# ---- screens that cannot write everything -----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A run whose names, rows and answers are in no 8-bit encoding"
+    from sage_finetune.trainer import train_from_meta
+    base = tmp_path_factory.mktemp("runs")
+    data = write_rows(base/"行.jsonl", [dict(instruction="Welche Farbe hat Lampe 行 → 😀?", output="grün · 绿 \x1b[31m")] * 8)
+    from sage_finetune.tasks import prepare_run
+    made = prepare_run("custom", base/"跑 → ü", data=data, eval_ratio=0., per_device_train_batch_size=4, max_steps=2, device="cpu")
+    train_from_meta(made, show=False)
+    return made
+
+
+COMMANDS = {"help": ["--help"], "help of run": ["run", "--help"], "version": ["--version"], "list": ["list", "{runs}"], "data": ["data", "{data}", "--skip-bad"], "doctor": ["doctor", "{run}", "--no-online"],
+    "chat": ["chat", "{run}", "-p", "Welche 行 → ?", "--max-new-tokens", "8"], "compare": ["chat", "{run}", "-p", "→", "--compare", "--max-new-tokens", "4"], "merge": ["merge", "{run}", "-o", "{out}"],
+    "run": ["run", "{run}", "--overwrite"], "quickstart": ["quickstart", "custom", "-d", "{data}", "-o", "{out}", "--prepare-only"], "an error": ["run", "{runs}/没有 →"], "a wrong word": ["行 →"]}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_on_every_screen(name, encoding, run, tmp_path, monkeypatch):
+    "Nothing is raised for a character; our own signs have a stand-in that can be read"
+    words = [word.format(run=run, runs=run.parent, data=run.parent/"行.jsonl", out=tmp_path/"出") for word in COMMANDS[name]]
+    screens = {which: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for which in ("stdout", "stderr")}
+    for which, screen in screens.items(): monkeypatch.setattr(sys, which, screen)
+    status = main(words)
+    for screen in screens.values(): screen.flush()
+    said = "".join(screen.buffer.getvalue().decode(encoding, "replace") for screen in screens.values())
+    assert status == (2 if name in ("an error", "a wrong word") else 0) or name == "doctor", said
+    assert said and "Traceback" not in said and "\x1b" not in said
+    if name == "an error": assert said.count("\n") == 1 and said.startswith("error: there is no run folder")
+    if name == "run" and encoding != "gbk": assert "->" in said and "step 1/2" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [dict(PYTHONIOENCODING="cp1252"), dict(PYTHONIOENCODING="gbk"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")], ids=str)
+@pytest.mark.parametrize("module", ["sage_finetune.cli", "sage_finetune.trainer"])
+def test_the_program_itself_on_such_a_screen(module, environment, run, tmp_path):
+    words = ["list", str(run.parent)] if module.endswith("cli") else [str(run), "--overwrite"]
+    done = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, env=os.environ | environment, timeout=300)
+    assert b"Traceback" not in done.stderr, done.stderr
+    if module.endswith("trainer") and "LC_ALL" in environment:  # Python cannot spell the folder there
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(b"error: ") and b"PYTHONUTF8=1" in done.stderr
+    else: assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_a_program_without_streams_works(run, monkeypatch):
+    "As under pythonw"
+    for which in ("stdin", "stdout", "stderr"): monkeypatch.setattr(sys, which, None)
+    assert main(["list", str(run.parent)]) == 0 and main(["run", "nowhere"]) == 2
+    assert sys.stdout is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such pipes there")
+@pytest.mark.parametrize("module", ["sage_finetune.cli", pytest.param("sage_finetune.trainer", marks=pytest.mark.slow)])
+def test_a_reader_that_goes_is_no_error(module, tmp_path):
+    "`sage-finetune list | head -1`"
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = f"import sys; from {module} import main; sys.exit(main(['--help']))"
+    with os.fdopen(writer, "wb") as pipe: done = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, timeout=120)
+    assert done.stderr == b"" and done.returncode in (0, 1)
+
+
+def test_streams_of_a_closed_reader(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text): raise BrokenPipeError(32, "Broken pipe")
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(SystemExit), safe_streams(): print("anything")
+
+
+def test_an_answer_is_streamed_harmlessly(run, monkeypatch, capsys):
+    "Piece by piece as in one go: a sequence that is cut in two does not get through, and an emoji of several parts stays whole"
+    from sage_finetune import cli
+    from types import SimpleNamespace
+    pieces = ["a\x1b", "[31m", "👩", "\u200d", "🚀", "e", "\u0301", "\u0301" * 30, "\u202eb\n", "b"]
+    cli._show_answer(SimpleNamespace(stream=lambda text: iter(pieces)), "hi")
+    shown = capsys.readouterr().out
+    assert not faults(shown) and "👩\u200d🚀" in shown and shown.rstrip("\n").endswith("b\nb")
+
+
+# ---- notebooks --------------------------------------------------------------------------------------------------------
+
+def test_a_talk_loads_nothing_and_links_nowhere():
+    "Markdown of a model stays text: no picture that calls out, no link that runs code"
+    from sage_finetune.chat_panel import Turn, turns_html
+    page = turns_html([Turn("hi", "![x](http://a.example/?q=secret) [a](javascript:alert(1)) <img src=http://a.example> <a href='javascript:x'>a</a>", note=PAYLOAD)])
+    assert not page_faults(page) and "http://a.example/?q=secret" in page
+
+
+@given(st.text(max_size=40))
+def test_tables_of_any_text(text):
+    assert not page_faults(html_table((text, "b"), [(text, text)], caption=text))
+    assert len(text_table((text, "b"), [(text, text)]).split("\n")) == 2
+
+
+def test_runs_in_a_list_stay_one_line_each(tmp_path):
+    for name in ("a\nb  forged", "c\x1b[2J", "d\u202e"):
+        write_status(prepared(tmp_path/"runs"/name), "failed", message=PAYLOAD)
+    shown = list_runs(tmp_path/"runs")
+    assert len(str(shown).splitlines()) == 4 and not faults(str(shown)) and not page_faults(shown._repr_html_())
