@@ -25,7 +25,7 @@ from . import world
 from .chat import accuracy
 from .config import PresetConfigs, tiny_path
 from .core.storage import write_atomic, write_json
-from .core.text import safe_streams, sanitize_line
+from .core.text import ArgumentParser, safe_streams, sanitize_line
 from .trainer import LoRATrainer
 
 # %% ../nbs/31_tiny.ipynb #70e35e20
@@ -359,7 +359,7 @@ def main(
     arguments: list | None = None # words of the command line; those of the process when None
 ) -> Path: # the folder of the model
     "Make the embedded model: `python -m sage_finetune.tiny --out FOLDER`."
-    parser = argparse.ArgumentParser(prog="python -m sage_finetune.tiny", description="Pre-train the embedded model; goes on where it stopped.")
+    parser = ArgumentParser(prog="python -m sage_finetune.tiny", description="Pre-train the embedded model; goes on where it stopped.")
     parser.add_argument("--out", default="finetune_output/tiny-model", help="folder of the checkpoint and of the finished model")
     parser.add_argument("--steps", type=int, default=3300, help="steps of the whole run")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the next call goes on")

@@ -30,7 +30,7 @@ from .checkpoint import Keeper, Progress, RunWriter, Stop, check_folder, checkpo
 from .config import TrainingConfig
 from .core.errors import ConfigError, FinetuneError, RunError
 from .core.storage import folder_atomic
-from .core.text import describe_encode_error, html_table, safe_streams, sanitize_line, text_table
+from .core.text import ArgumentParser, describe_encode_error, html_table, safe_streams, sanitize_line, text_table
 from .data import packaged_held_out, prepare, report_line, report_parts
 from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
 from .memory import fitting, line_layout, whole_room
@@ -816,7 +816,7 @@ def main(
     arguments: list[str] | None = None # command line without the program's name; None: the real one
 ) -> int: # exit status: 0 trained, 2 something to put right, 130 stopped before its last step and saved
     "Train a prepared run folder from a shell; under `torchrun` or `accelerate launch`, one of several processes."
-    parser = argparse.ArgumentParser(prog='python -m sage_finetune.trainer', description='Train a prepared run folder.')
+    parser = ArgumentParser(prog='python -m sage_finetune.trainer', description='Train a prepared run folder.')
     parser.add_argument('run_dir', metavar='RUN_DIR', help='run folder')
     parser.add_argument('--resume', nargs='?', const=True, default=False, choices=(True, 'auto'), help='go on from the newest checkpoint; "auto": if there is one')
     parser.add_argument('--overwrite', action='store_true', help='start anew and replace what an earlier run left')

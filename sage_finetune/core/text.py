@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['REPLACEMENT', 'MARKS', 'CELL', 'is_hidden', 'sanitize_for_terminal', 'escape_char', 'sanitize_repr', 'sanitize_line',
-           'sanitize_html', 'text_table', 'html_table', 'describe_encode_error', 'safe_streams']
+           'sanitize_html', 'text_table', 'html_table', 'describe_encode_error', 'safe_streams', 'ArgumentParser']
 
 # %% ../../nbs/core/02_text.ipynb #10e90d86
-import codecs, os, sys, unicodedata
+import argparse, codecs, os, sys, unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape
 from typing import Any
 
@@ -142,10 +142,11 @@ def describe_encode_error(
 def safe_streams() -> Iterator[None]:
     "While this is open, printing never fails for a character or a missing stream; a reader that is gone ends the program quietly (`SystemExit`)."
     before = {name: getattr(sys, name) for name in ('stdin', 'stdout', 'stderr')}
+    strict = {stream: stream.errors for stream in before.values() if hasattr(stream, 'reconfigure')}
     nowhere = open(os.devnull, 'r+', encoding='utf-8')
     for name, stream in before.items():
-        if stream is None: setattr(sys, name, nowhere)
-        elif hasattr(stream, 'reconfigure'): stream.reconfigure(errors='sage_plain')
+        if stream is None or getattr(stream, 'closed', False): setattr(sys, name, nowhere)
+    _on_errors(dict.fromkeys(strict, 'sage_plain'))
     try:
         yield
         for stream in (sys.stdout, sys.stderr): stream.flush()
@@ -155,5 +156,20 @@ def safe_streams() -> Iterator[None]:
         raise SystemExit(1) from None
     finally:
         for name, stream in before.items():
-            if stream is None: setattr(sys, name, None)
+            if getattr(sys, name) is nowhere: setattr(sys, name, stream)
+        _on_errors(strict)
         nowhere.close()
+
+def _on_errors(handlers: dict):
+    "What streams do with characters they cannot write; one that is closed or was read from stays as it is"
+    for stream, handler in handlers.items():
+        with suppress(ValueError): stream.reconfigure(errors=handler)
+
+# %% ../../nbs/core/02_text.ipynb #b9ab957c
+class ArgumentParser(argparse.ArgumentParser):
+    "The standard library's parser, with complaints that are harmless."
+    def error(self,
+        message: str # what is wrong with the words
+    ):
+        "Say it and end the program."
+        super().error(sanitize_line(message))

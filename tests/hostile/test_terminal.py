@@ -12,6 +12,7 @@ import sys
 import types
 import typing
 import unicodedata
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -442,6 +443,21 @@ def test_a_reader_that_goes_is_no_error(module, tmp_path):
     code = f"import sys; from {module} import main; sys.exit(main(['--help']))"
     with os.fdopen(writer, "wb") as pipe: done = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, timeout=120)
     assert done.stderr == b"" and done.returncode in (0, 1)
+
+
+def test_streams_are_left_as_they_were(monkeypatch):
+    "Also one that was read from already, and one that is closed"
+    read, closed, screen = (io.TextIOWrapper(io.BytesIO(b"a\nb\n"), encoding="ascii") for _ in range(3))
+    read.readline(), closed.close()
+    for which, stream in dict(stdin=read, stderr=closed, stdout=screen).items(): monkeypatch.setattr(sys, which, stream)
+    with safe_streams(): print("→ 行")
+    assert screen.errors == "strict" and screen.buffer.getvalue().endswith(b"-> ?\n")
+
+
+@pytest.mark.parametrize("module", ["trainer", "tiny"])
+def test_words_of_a_command_line_are_quoted_harmlessly(module, capsys):
+    with suppress(SystemExit): importlib.import_module(f"sage_finetune.{module}").main(["a", "--b\x1b[2J\u202e\nerror: forged"])
+    assert not faults(said := capsys.readouterr().err) and "unrecognized" in said
 
 
 def test_streams_of_a_closed_reader(monkeypatch):
