@@ -21,7 +21,7 @@ def write_atomic(
 ) -> Path:               # the file
     "Write a file so that a reader sees the old one or the new one, never half of it. Raises `RunError` when it cannot be written."
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode('utf-8', 'backslashreplace') if isinstance(content, str) else content  # half a character: \ud800, which JSON reads
     temp = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +72,7 @@ def write_json(
     content: Any      # anything `json` can write; paths become strings
 ) -> Path:            # the file
     "Write an object as indented JSON, whole or not at all (`write_atomic`)."
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + '\n'
-    return write_atomic(path, text.encode('utf-8', 'backslashreplace'))  # half a character, as in some paths, is \ud800 in JSON too
+    return write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + '\n')
 
 # %% ../../nbs/core/01_storage.ipynb #fe47c590
 @contextmanager

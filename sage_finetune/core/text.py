@@ -34,7 +34,7 @@ _JOINERS = {0x200C, 0x200D}
 _SELECTORS = {*range(0x180B, 0x180E), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
 _JOINING = (range(0x600, 0x1100), range(0x1700, 0x1D00), range(0xA800, 0xAC00), range(0x10A00, 0x12000), range(0x1E900, 0x1E960))
 
-def _shapes(char: str, before: str) -> bool:
+def _is_needed(char: str, before: str) -> bool:
     "Whether a joiner or selector does its work behind this character, itself no joiner"
     code, category = ord(before or ' '), unicodedata.category(before or ' ')
     if ord(char) in _JOINERS: return 0xFE00 <= code <= 0xFE0F or category in ('So', 'Sk') or any(code in script for script in _JOINING)
@@ -53,7 +53,7 @@ def sanitize_for_terminal(
     for char in text:
         special = ord(char) in _JOINERS or ord(char) in _SELECTORS
         if not special: marks = marks + 1 if unicodedata.category(char) in ('Mn', 'Me') else 0
-        hidden = not _shapes(char, before) if special else char not in '\n\t' and is_hidden(char) or marks > MARKS
+        hidden = not _is_needed(char, before) if special else char not in '\n\t' and is_hidden(char) or marks > MARKS
         shown.append(char if not hidden else show(char) if show else REPLACEMENT)
         before = '' if hidden or char == REPLACEMENT else char
     return ''.join(shown)
@@ -119,8 +119,8 @@ def html_table(
     return f'<table><caption>{sanitize_html(caption, CELL)}</caption>{line(headers, "th")}' + ''.join(line(row, 'td') for row in rows) + '</table>'
 
 # %% ../../nbs/core/02_text.ipynb #47ea182c
-_PLAIN = {'→': '->', '←': '<-', '·': '-', '×': 'x', '…': '...', '⏎': '/', '↵': '/', '─': '-', '✓': '+', '✗': 'x', '⟦': '[[', '⟧': ']]', '⟨': '<', '⟩': '>', '┃': '|', '’': "'",
-          '±': '+-', '≈': '~', '≤': '<=', '≥': '>=', '–': '-', '—': '-', '“': '"', '”': '"', '█': '#', '▏': '|'}
+_PLAIN = {'→': '->', '·': '-', '×': 'x', '…': '...', '–': '-', '⏎': '/', '↵': '/', '─': '-', '┃': '|', '✓': '+', '✗': 'x', '▲': '+', '▼': '-', '⟦': '[[', '⟧': ']]',
+          '⟨': '<', '⟩': '>'}  # our own signs
 
 def _write_plainly(error: UnicodeError) -> tuple[str | bytes, int]:
     "What stands for characters that an encoding does not have"
