@@ -38,7 +38,9 @@ def _is_needed(char: str, before: str) -> bool:
     "Whether a joiner or selector does its work behind this character, itself no joiner"
     code, category = ord(before or ' '), unicodedata.category(before or ' ')
     if ord(char) in _JOINERS: return 0xFE00 <= code <= 0xFE0F or category in ('So', 'Sk') or any(code in script for script in _JOINING)
-    return before.isdigit() or before in ('#', '*') or code > 0xA0 and category[0] in 'LSPN' and not is_hidden(before)
+    if code < 0x80: return ord(char) in (0xFE0E, 0xFE0F) and before in set('0123456789#*')
+    if ord(char) >= 0xE0100: return category == 'Lo' and code >= 0x3400  # forms of ideographs
+    return category[0] in 'SPN' or category[0] == 'L' and code >= 0x1000
 
 # %% ../../nbs/core/02_text.ipynb #19e6535e
 REPLACEMENT, MARKS = '\N{REPLACEMENT CHARACTER}', 4  # marks on one letter
@@ -116,11 +118,12 @@ def html_table(
     "The same table for a notebook."
     cell = lambda value, tag: f'<{tag} style="text-align:left">{sanitize_html(value, CELL)}</{tag}>'
     line = lambda values, tag: '<tr>' + ''.join(cell(value, tag) for value in values) + '</tr>'
-    return f'<table><caption>{sanitize_html(caption, CELL)}</caption>{line(headers, "th")}' + ''.join(line(row, 'td') for row in rows) + '</table>'
+    body = line(headers, 'th') + ''.join(line(row, 'td') for row in rows)
+    return f'<table><caption>{sanitize_html(caption, CELL)}</caption>{body}</table>'
 
 # %% ../../nbs/core/02_text.ipynb #47ea182c
-_PLAIN = {'→': '->', '·': '-', '×': 'x', '…': '...', '–': '-', '⏎': '/', '↵': '/', '─': '-', '┃': '|', '✓': '+', '✗': 'x', '▲': '+', '▼': '-', '⟦': '[[', '⟧': ']]',
-          '⟨': '<', '⟩': '>'}  # our own signs
+_PLAIN = {'→': '->', '·': '-', '×': 'x', '…': '...', '–': '-', '⏎': '/', '↵': '/', '─': '-', '┃': '|', '✓': '+', '✗': 'x', '▲': '+', '▼': '-',
+          '⟦': '[[', '⟧': ']]', '⟨': '<', '⟩': '>'}  # our own signs
 
 def _write_plainly(error: UnicodeError) -> tuple[str | bytes, int]:
     "What stands for characters that an encoding does not have"
@@ -134,13 +137,13 @@ def describe_encode_error(
     error: UnicodeEncodeError # some library could not write a text
 ) -> str: # one sentence
     "What cannot be written, and the way out."
-    encoding = sys.getfilesystemencoding()
-    return f'{sanitize_line(error.object, 200)} has characters that cannot be written here (file names: {encoding}). Set PYTHONUTF8=1 and start again, or rename it.'
+    where = f'cannot be written here (file names: {sys.getfilesystemencoding()})'
+    return f'{sanitize_line(error.object, 200)} has characters that {where}. Set PYTHONUTF8=1 and start again, or rename it.'
 
 # %% ../../nbs/core/02_text.ipynb #53635340
 @contextmanager
 def safe_streams() -> Iterator[None]:
-    "While this is open, printing never fails for a character or a missing stream; a reader that is gone ends the program quietly (`SystemExit`)."
+    "While this is open, no character and no missing stream makes printing fail; a reader that is gone ends the program (`SystemExit`)."
     before = {name: getattr(sys, name) for name in ('stdin', 'stdout', 'stderr')}
     strict = {stream: stream.errors for stream in before.values() if hasattr(stream, 'reconfigure')}
     nowhere = open(os.devnull, 'r+', encoding='utf-8')
