@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from html import escape
 from typing import Any
 
-from rich.cells import cell_len
-
 from .errors import FinetuneError
 
 # %% ../../nbs/core/02_text.ipynb #51420b4c
@@ -106,6 +104,7 @@ def text_table(
     rows: Iterable[Iterable[Any]]  # one sequence of values a row
 ) -> str:                          # lines of equal columns
     "A table for a terminal."
+    from rich.cells import cell_len  # only here: the doctor speaks where libraries are missing
     grid = [[sanitize_line(value, CELL) for value in row] for row in (headers, *rows)]
     widths = [max(map(cell_len, column)) for column in zip(*grid)]
     return '\n'.join('  '.join(value + ' ' * (width - cell_len(value)) for value, width in zip(row, widths)).rstrip() for row in grid)
