@@ -8,7 +8,6 @@ __all__ = ['pack', 'PlannedStep', 'BatchPlan', 'plan_batches', 'Shard', 'collate
 
 # %% ../nbs/07_batches.ipynb #ee0f86af
 import heapq
-import html
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .core.errors import ConfigError, DataError
+from .core.text import sanitize_html
 from .tokens import TokenLine, tokens_ansi, tokens_html, tokens_text
 
 # %% ../nbs/07_batches.ipynb #02678cbb
@@ -336,7 +336,7 @@ def _facts_text(plan: BatchPlan) -> str: return '\n'.join(f'{name:<13}{value}' f
 
 def _facts_html(plan: BatchPlan) -> str:
     line = '<tr><th style="text-align:left">{}</th><td style="text-align:left">{}</td></tr>'
-    return '<table>' + ''.join(line.format(html.escape(name), html.escape(value)) for name, value in _facts(plan)) + '</table>'
+    return '<table>' + ''.join(line.format(sanitize_html(name), sanitize_html(value)) for name, value in _facts(plan)) + '</table>'
 
 # %% ../nbs/07_batches.ipynb #b76678bd
 def plan_batches(

@@ -7,7 +7,7 @@ __all__ = ['STRONGEST', 'adapter_strength', 'Sampling', 'generate', 'Answer', 'a
            'compare', 'TokenShift', 'token_shift', 'Chat', 'SideBySide', 'shared_model', 'forget_models']
 
 # %% ../nbs/15_chat.ipynb #6e1e5454
-import copy, html, json, math, threading
+import copy, json, math, threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,6 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from .config import Checked, TrainingConfig, dial, find_model
 from .core.errors import ConfigError, DataError, ModelError
 from .core.storage import expand_home, write_atomic
+from .core.text import html_table, sanitize_html, text_table
 from .data import to_messages
 from .export import open_run, run_config
 from .files import load_training_data
@@ -31,7 +32,6 @@ from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from .prompt import render, render_prompt, stop_ids
-from .runs import html_table, text_table
 from .tokens import token_texts
 
 # %% ../nbs/15_chat.ipynb #b74492f3
@@ -364,7 +364,7 @@ class TokenShift:
         texts, limit = token_texts(self.ids, self.tokenizer), 600
         tags = [_tag(text, after - before, f'{math.exp(before):.2%} → {math.exp(after):.2%}, {after - before:+.2f} nats') for text, before, after in zip(texts, self.base, self.tuned)]
         if len(tags) > limit: tags[limit // 2:-(limit // 2)] = [f'<br><i>… {len(tags) - limit:,} tokens …</i><br>']
-        return f'<div dir="ltr" style="font-family:monospace;line-height:1.9;overflow-wrap:anywhere">{"".join(tags)}</div><div>{html.escape(self.summary())}</div><div>{legend}</div>'
+        return f'<div dir="ltr" style="font-family:monospace;line-height:1.9;overflow-wrap:anywhere">{"".join(tags)}</div><div>{sanitize_html(self.summary())}</div><div>{legend}</div>'
 
 def _sign(shift: float) -> str:
     "A shift without colour"
@@ -375,9 +375,9 @@ def _tag(text: str, shift: float, hint: str) -> str:
     full = min(abs(shift) / 4, 1)
     pale = '233,236,239' if abs(shift) <= 0.1 else f'{round(233 - 110 * full)},{round(236 - 16 * full)},{round(239 - 100 * full)}' if shift > 0 else f'{round(233 + 22 * full)},{round(236 - 76 * full)},{round(239 - 142 * full)}'
     line = 'text-decoration:' + ('none' if abs(shift) <= 0.1 else 'underline solid #2b8a3e 2px' if shift > 0 else 'underline wavy #c92a2a 1px')
-    shown = html.escape(text).replace(' ', '·').replace('\t', '→') or '⟨…⟩'
+    shown = sanitize_html(text).replace(' ', '·').replace('\t', '→') or '⟨…⟩'
     style = f'background:rgb({pale});color:#212529;margin:1px;unicode-bidi:isolate;{line}'
-    return f'<span title="{html.escape(hint)}" style="{style}">' + shown.replace('\n', '↵') + '</span>' + ('<br>' if shown.endswith('\n') else '<wbr>')
+    return f'<span title="{sanitize_html(hint)}" style="{style}">' + shown.replace('\n', '↵') + '</span>' + ('<br>' if shown.endswith('\n') else '<wbr>')
 
 # %% ../nbs/15_chat.ipynb #c257fc18
 @torch.inference_mode()

@@ -6,7 +6,7 @@
 __all__ = ['Growing', 'Turn', 'said_html', 'beside', 'turns_html', 'TalkView', 'Partner', 'strength_words', 'ChatPanel']
 
 # %% ../nbs/26_chat_panel.ipynb #995141f6
-import html, json, re, threading, time
+import json, re, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +18,10 @@ import ipywidgets as W
 from .chat import Chat, Sampling, SideBySide, STRONGEST, TokenShift, adapter_strength, shared_model, token_shift
 from .config import TrainingConfig
 from .core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
+from .core.text import sanitize_html, sanitize_line, text_table
 from .model import load_base
 from .panel import Panel, fields_row, line_html, marked, shown_text
-from .runs import CONFIG, META, text_table
+from .runs import CONFIG, META
 from .trainer import out_of_memory
 
 # %% ../nbs/26_chat_panel.ipynb #34917bab
@@ -65,7 +66,7 @@ def said_html(
     "What one side said, with an edge in its colour."
     edge = 'var(--jp-brand-color1,#1976d2)' if own else 'var(--jp-border-color1,#9e9e9e)'
     return (f'<div class="sage-{"asked" if own else "said"}" style="flex:1 1 340px;min-width:0;max-width:100%;box-sizing:border-box;border-left:3px solid {edge};padding:2px 10px;margin:4px 0">'
-            f'<b>{html.escape(who)}</b> <small>{html.escape(note)}</small>{body}</div>')
+            f'<b>{sanitize_html(who)}</b> <small>{sanitize_html(note)}</small>{body}</div>')
 
 def beside(
     *parts: str # HTML
@@ -568,12 +569,13 @@ class ChatPanel(Panel):
         "Who said what and how, a line each"
         return [row for at, turn in enumerate(self.turns, 1) for row in ((f'You · {at}', turn.asked, ''), *turn.answers)]
 
-    def __repr__(self): return f'chat with {self.partner.title}\n' + text_table(('who', 'said'), [(who, f'{said[:2_000]}{" …" * (len(said) > 2_000)}') for who, said, _ in self._rows()])
+    def __repr__(self): return f'chat with {sanitize_line(self.partner.title)}\n' + text_table(('who', 'said'), [row[:2] for row in self._rows()])
 
     def static_html(self) -> str:
         "The conversation as a table."
-        rows = ''.join(f'<tr><th style="text-align:left">{html.escape(who)}</th><td style="text-align:left">{shown_text(said)}</td><td><small>{html.escape(note)}</small></td></tr>' for who, said, note in self._rows())
-        return f'<table><caption>chat with {html.escape(self.partner.title)}</caption>{rows}</table>' + (self.shift._repr_html_() if self.shift else '')
+        cells = '<tr><th style="text-align:left">{}</th><td style="text-align:left">{}</td><td><small>{}</small></td></tr>'
+        rows = ''.join(cells.format(sanitize_html(who), shown_text(said), sanitize_html(note)) for who, said, note in self._rows())
+        return f'<table><caption>chat with {sanitize_html(self.partner.title)}</caption>{rows}</table>' + (self.shift._repr_html_() if self.shift else '')
 
 _CLICKS = {'chat.reset()': 'Clear', 'chat.edit(number, text)': 'Edit', 'chat.correct(number, text)': 'chat.correct', 'max_new_tokens': 'Longest answer'}
 

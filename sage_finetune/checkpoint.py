@@ -30,6 +30,7 @@ from .core.processes import stop_requested, stop_signals
 from .core.places import (
     MANIFEST, bring_back, check_links, note_files, note_folder, own_files, put_aside, read_manifest, remove_own)
 from .core.storage import OLD, PART, folder_atomic, open_append, why_unwritable, write_atomic, write_json
+from .core.text import sanitize_line
 from .model import restore_adapter, save_adapter
 from .runs import LOCK, describe_trainer, is_number, printable, typed
 from .runs import (
@@ -146,7 +147,7 @@ def newest_checkpoint(
             with safe_open(path/'adapter_model.safetensors', 'pt') as file: file.keys()
         except (OSError, RunError, SafetensorError) as error: broken.append(f'{path} cannot be read ({printable(str(error).strip()) or type(error).__name__})')
         else:
-            for said in broken: warnings.warn(f'{said}, so the run goes on from {path.name}.')
+            for said in broken: warnings.warn(sanitize_line(f'{said}, so the run goes on from {path.name}.'))
             return path, state
     if broken: raise RunError(f'{"; ".join(broken)}. Restore one from a copy, or start anew with overwrite_output_dir=True.')
 

@@ -16,8 +16,9 @@ from typing import Annotated, Optional
 import typer
 
 from .core.errors import FinetuneError
+from .core.text import describe_encode_error, safe_streams, sanitize_for_terminal, sanitize_line
 from .core.storage import expand_home
-from .runs import list_runs, notes_printed, printable
+from .runs import list_runs, notes_printed
 
 # %% ../nbs/35_cli.ipynb #d361f7c0
 app = typer.Typer(name='sage-finetune', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=dict(help_option_names=['-h', '--help']),
@@ -43,13 +44,17 @@ def main(
     arguments: list[str] | None = None # command line without the program's name; None: the real one
 ) -> int: # exit status: 0 done, 2 something to put right, 130 interrupted
     "The program `sage-finetune`."
+    with safe_streams(): return _run(arguments)
+
+def _run(arguments: list[str] | None) -> int:
+    "One command; its exit status"
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda said, *rest, **options: print(f'note: {printable(str(said))}', file=sys.stderr)
+            warnings.showwarning = lambda message, *rest, **options: print(f'note: {sanitize_line(message)}', file=sys.stderr)
             with notes_printed(): app(args=arguments, prog_name='sage-finetune')
     except SystemExit as done: return done.code or 0
-    except FinetuneError as error:
-        print(f'error: {printable(str(error))}', file=sys.stderr)
+    except (FinetuneError, UnicodeEncodeError) as error:
+        print(f'error: {sanitize_line(describe_encode_error(error) if isinstance(error, UnicodeEncodeError) else error)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('interrupted. A run that has saved a checkpoint goes on with: sage-finetune run RUN_DIR --resume', file=sys.stderr)
@@ -89,7 +94,7 @@ def data_command(
         print(f'\n{example.ansi() if sys.stdout.isatty() else example}')
     health = health_report(dataset, evaluation)
     print(f'\n{health}')
-    if report: print(f'\nwritten to {health.save(report)}')
+    if report: print(f'\nwritten to {sanitize_line(health.save(report))}')
 
 # %% ../nbs/35_cli.ipynb #8b495fd1
 @app.command('quickstart')
@@ -113,11 +118,11 @@ def quickstart_command(
     if prepare_only:
         from sage_finetune.tasks import prepare_run
         prepare_run(task, folder, show=True, **options)
-        print(f'{folder} is ready. Train it with: sage-finetune run {folder}' + ' --trust-remote-code' * trust_remote_code)
+        print(sanitize_line(f'{folder} is ready. Train it with: sage-finetune run {folder}' + ' --trust-remote-code' * trust_remote_code))
     else:
         from sage_finetune.demo import quickstart
         quickstart(task, folder, **options)
-        print(f'\nThe adapter is in {folder}. Next: sage-finetune chat {folder}')
+        print('\n' + sanitize_line(f'The adapter is in {folder}. Next: sage-finetune chat {folder}'))
 
 # %% ../nbs/35_cli.ipynb #d50fe952
 @app.command('run')
@@ -138,7 +143,7 @@ def run_command(
     if num_processes == 1: print(f'\n{train_from_meta(run_dir, overwrite, resume=resume, **allowed)}')
     elif run_here(run_dir, num_processes, resume, overwrite, **allowed): raise typer.Exit(2)
     if read_status(run_dir).state == 'cancelled': raise typer.Exit(130)
-    print(f'\nNext: sage-finetune merge {run_dir}')
+    print('\n' + sanitize_line(f'Next: sage-finetune merge {run_dir}'))
 
 # %% ../nbs/35_cli.ipynb #d5c3ef4d
 @app.command('list')
@@ -157,7 +162,7 @@ def merge_command(
 ):
     "Merge an adapter into its base, with proof."
     from sage_finetune.export import merge
-    print(f'{merge(run_dir, output, trust_remote_code=trust_remote_code)}\n\nNext: sage-finetune chat {run_dir} --merged')
+    print(f'{merge(run_dir, output, trust_remote_code=trust_remote_code)}\n\n' + sanitize_line(f'Next: sage-finetune chat {run_dir} --merged'))
 
 # %% ../nbs/35_cli.ipynb #435c1780
 @app.command('chat')
@@ -194,7 +199,10 @@ def _show_answer(chat, text: str):
     "Stream an answer; Ctrl-C ends the answer, not the conversation"
     try:
         if sys.stdin.isatty(): print('model: ', end='')
-        for piece in chat.stream(text): print(printable(piece), end='', flush=True)
+        before = ''  # what a joiner or an accent at the start of a piece stands behind
+        for piece in chat.stream(text):
+            print(sanitize_for_terminal(before + piece)[len(sanitize_for_terminal(before)):], end='', flush=True)
+            before = (before + piece)[-8:]
     except KeyboardInterrupt: print(' [stopped]', end='')
     print()
 

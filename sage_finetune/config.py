@@ -8,7 +8,7 @@ __all__ = ['EFFECTS', 'PERMISSIONS', 'PRESETS', 'dial', 'accepted', 'Checked', '
            'granted', 'permission_flag', 'refused', 'preset', 'PresetConfigs', 'Suggestion', 'suggest_preset']
 
 # %% ../nbs/00_config.ipynb #2fb478ca
-import dataclasses, difflib, html, json, math, types, typing, warnings
+import dataclasses, difflib, json, math, types, typing, warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from fastcore.docments import docments
 
 from .core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
 from .core.storage import expand_home, folder_atomic, why_unwritable, write_atomic, write_json
+from .core.text import sanitize_html, sanitize_repr
 from .core.trust import code_files
 
 # %% ../nbs/00_config.ipynb #42d0c11e
@@ -116,7 +117,7 @@ class Checked:
     def __repr__(self):
         "Python that makes the same object: the fields that differ from their defaults"
         plain = lambda value: str(value) if isinstance(value, Path) else value
-        return f"{type(self).__name__}({', '.join(f'{name}={plain(value)!r}' for name, value in changed(self).items())})"
+        return f"{type(self).__name__}({', '.join(f'{name}={sanitize_repr(plain(value))}' for name, value in changed(self).items())})"
 
     def _repr_html_(self): return _dials_html(self)
 
@@ -147,9 +148,9 @@ def help_phrases(
 def _dials_html(config: Checked) -> str:
     "The table a notebook shows; values that were changed are bold"
     phrases, bold = help_phrases(config), changed(config)
-    cell = lambda name, value: f'<b>{html.escape(repr(value))}</b>' if name in bold else html.escape(repr(value))
+    cell = lambda name, value: f'<b>{sanitize_html(sanitize_repr(value))}</b>' if name in bold else sanitize_html(sanitize_repr(value))
     rows = ''.join(f'<tr><td style="text-align:left"><code>{name}</code></td><td style="text-align:left">{cell(name, value)}</td>'
-                   f'<td style="text-align:left">{html.escape(phrases.get(name, ""))}</td></tr>' for name, value in config.__dict__.items())
+                   f'<td style="text-align:left">{sanitize_html(phrases.get(name, ""))}</td></tr>' for name, value in config.__dict__.items())
     return f'<table><caption>{type(config).__name__} (bold: differs from the default)</caption>{rows}</table>'
 
 # %% ../nbs/00_config.ipynb #1f08b6ca

@@ -20,8 +20,8 @@ from textwrap import shorten
 from typing import NamedTuple
 
 from .core.errors import ConfigError, DataError
+from .core.text import html_table, sanitize_line, text_table
 from .core.storage import expand_home
-from .runs import html_table, text_table
 
 # %% ../nbs/18_corpus.ipynb #0584ed90
 _NO_END = re.compile(r'(?:\b(?:e\.g|i\.e|etc|vs|cf|approx|resp|incl|fig|eq|sec|no|al|dr|mr|ms|st|[a-z])|\.\.)\.$', re.IGNORECASE)
@@ -404,7 +404,7 @@ class CodeCorpus:
         return [('files read', self.files, ''), ('rows to learn from', len(self.rows), chosen),
                 ('held-out rows', len(self.held_out), 'the same facts in one more phrasing'), *kinds, *left]
 
-    def __repr__(self): return f'{self.root}\n' + text_table(('', 'count', 'for example'), self.lines)
+    def __repr__(self): return f'{sanitize_line(self.root)}\n' + text_table(('', 'count', 'for example'), self.lines)
     def _repr_html_(self): return html_table(('', 'count', 'for example'), self.lines, caption=str(self.root))
 
 # %% ../nbs/18_corpus.ipynb #6d9ef36f

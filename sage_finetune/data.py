@@ -11,7 +11,7 @@ __all__ = ['OVERLONG', 'ON_BAD_ROW', 'SCHEMA', 'CHUNK_ROWS', 'CHUNK_SIZE', 'TRAI
            'check_rows', 'encode']
 
 # %% ../nbs/06_data.ipynb #6bb1e45a
-import copy, hashlib, html, itertools, json, os, re, shutil, tempfile, time, weakref, zlib
+import copy, hashlib, itertools, json, os, re, shutil, tempfile, time, weakref, zlib
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from .core.errors import ConfigError, DataError, RunError
 from .core.processes import core_count
 from .core.storage import PART, copy_atomic, expand_home, folder_atomic, replace_path, why_unwritable
+from .core.text import sanitize_html, sanitize_line
 from .files import BadRow, RawRow, iter_rows, load_training_data, packaged, packaged_held_out, source_key, source_name, source_size
 from .prompt import THINKING, Rendered, Renderer, render_texts, template_notes
 from .rows import (FORMATS, RowError, Sample, detect_data_format, format_alpaca_sample, format_conversation_sample, format_prompt_sample,
@@ -182,7 +183,7 @@ class LongRow:
 
     def __str__(self):
         went = f'{self.turns} turn{"s" * (self.turns != 1)} went' if self.what == 'shortened' else self.what
-        return f'{self.place}: {self.tokens:,} tokens, {went}, {self.kept:,} kept: {self.head!r}'
+        return sanitize_line(f'{self.place}: {self.tokens:,} tokens, {went}, {self.kept:,} kept: {self.head!r}')
 
     def line(self,
         tokenizer: Any # the vocabulary of the ids
@@ -302,7 +303,7 @@ def report_parts(
 def _parts_html(parts: list[tuple[str, str]]) -> str:
     "The same as a table"
     row = '<tr><td style="text-align:left">{}</td><td style="text-align:left">{}</td></tr>'
-    return '<table>' + ''.join(row.format(*map(html.escape, part)) for part in parts) + '</table>'
+    return '<table>' + ''.join(row.format(*map(sanitize_html, part)) for part in parts) + '</table>'
 
 # %% ../nbs/06_data.ipynb #7deae156
 SCHEMA = pa.schema(dict(input_ids=pa.list_(pa.int32()), labels=pa.list_(pa.int32()), length=pa.int32(), row=pa.int64()))
@@ -569,8 +570,8 @@ class PreparedDataset(Dataset):
         "The rows of the report that were too long, around the place where they were cut."
         return [row.line(self.tokenizer) for row in self.report.long_rows]
 
-    def __repr__(self): return f'{type(self).__name__}: {report_line(self.report)}\n' + tokens_text(self._first())
-    def _repr_html_(self): return f'<p>{html.escape(report_line(self.report))}</p>' + tokens_html(self._first())
+    def __repr__(self): return f'{type(self).__name__}: {sanitize_line(report_line(self.report))}\n' + tokens_text(self._first())
+    def _repr_html_(self): return f'<p>{sanitize_html(report_line(self.report))}</p>' + tokens_html(self._first())
     def _first(self, count: int = 3) -> list[TokenLine]: return [self.example(number) for number in range(min(count, len(self)))]
 
     def __deepcopy__(self, memo: dict): # copies share the tokenizer and the report

@@ -9,7 +9,6 @@ __all__ = ['LETTERS', 'MOST_MESSAGES', 'TOUCHES', 'HEALTH_ROWS', 'message_text',
 # %% ../nbs/24_data_panel.ipynb #4914f023
 import copy, json, random, threading, time
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from .config import TrainingConfig
 from .core.errors import ConfigError, FinetuneError
+from .core.text import sanitize_html, sanitize_line
 from .data import report_line
 from .files import iter_rows, packaged_held_out
 from .health import HealthReport, decoded, health_html, health_report, histogram
@@ -27,7 +27,6 @@ from .panel import Panel, fields_row, heading, image, marked, shown_text
 from .plot import Picture, draw_lengths
 from .prompt import Renderer
 from .rows import Sample, read_row
-from .runs import printable
 from .tokens import tokens_html, tokens_text
 from .trainer import lengths_of, prepare_run_data
 
@@ -55,7 +54,7 @@ def messages_html(
     if sample.tools: turns = [dict(role='tools', content=json.dumps(sample.tools, ensure_ascii=False, indent=1, default=str)), *turns]
     for turn in turns[:MOST_MESSAGES]:
         text, learnt = message_text(turn), '' if turn.get('weight', 1) else ' <i>(not learnt)</i>'
-        parts.append(_turn_html(f'{escape(printable(str(turn["role"])))}{learnt}', shown_text(text, max(left, 100))))
+        parts.append(_turn_html(f'{sanitize_html(turn["role"])}{learnt}', shown_text(text, max(left, 100))))
         left -= len(text)
     more = len(turns) - MOST_MESSAGES
     return ''.join(parts) + (f'<div><i>… {more:,} more messages</i></div>' if more > 0 else '')
@@ -281,7 +280,7 @@ class DataPanel(Panel):
     def static_html(self) -> str:
         "The row that is shown, and the health."
         if self.dataset is None: return self._progress.value + self.problem.value
-        title = f'<p><b>{escape(self._side.value)}, row {self.number + 1:,} of {len(self.dataset):,}</b></p>'
+        title = f'<p><b>{sanitize_html(self._side.value)}, row {self.number + 1:,} of {len(self.dataset):,}</b></p>'
         return self._progress.value + title + self._messages.value + self._tokens.value + self._health.value + self.problem.value
 
     def static_png(self) -> bytes | None:
@@ -289,8 +288,8 @@ class DataPanel(Panel):
         return self.picture.png if self.picture else None
 
     def __repr__(self):
-        if self.dataset is None: return f'DataPanel: {self.failure or self._doing or "nothing yet"}'
-        return f'DataPanel: {report_line(self.report)}\n' + tokens_text([self.dataset.example(self.number)])
+        if self.dataset is None: return f'DataPanel: {sanitize_line(self.failure or self._doing or "nothing yet")}'
+        return f'DataPanel: {sanitize_line(report_line(self.report))}\n' + tokens_text([self.dataset.example(self.number)])
 
 def _spread(dataset: Any) -> Any:
     "All rows, or of many some that are evenly spread; with the report on all"

@@ -15,7 +15,8 @@ from .chat import Chat, Comparison, Score, accuracy, compare
 from .config import PERMISSIONS, PresetConfigs, TrainingConfig, permissions
 from .data import load_training_data, packaged_held_out, prompt_key
 from .export import merge, open_run, readable_rows
-from .runs import html_table, read_meta, text_table, write_meta
+from .core.text import html_table, sanitize_line, text_table
+from .runs import read_meta, write_meta
 from .tasks import prepare_run
 from .trainer import LoRATrainer, TrainingResult
 
@@ -104,7 +105,7 @@ def demo_example(
     print(f'{merge(run_dir)}\n\nAnd the merged model says:')
     chat = Chat(*open_run(run_dir, merged=True))
     for row in load_training_data('example_unseen')[4::20]:
-        print(f"  you:   {row['instruction']}\n  model: {chat(row['instruction'])}")
+        print(f"  you:   {sanitize_line(row['instruction'])}\n  model: {sanitize_line(chat(row['instruction']))}")
         chat.reset()
     return report
 
@@ -121,13 +122,14 @@ def demo(
     code_root: str | Path | None = None # source tree for the second part; None: this package's own
 ) -> tuple[Report, Report]: # the example's and the code's scores
     "The whole way in about a minute: an example with merge and chat, then a code base."
-    print(f'1 · The packaged model learns a new place ({folder}/example)\n')
+    named = sanitize_line(folder)
+    print(f'1 · The packaged model learns a new place ({named}/example)\n')
     example = demo_example(folder)
-    print(f'\n2 · The same model reads source code ({folder}/code)\n')
+    print(f'\n2 · The same model reads source code ({named}/code)\n')
     code = demo_code(folder, code_root)
     print(f'''
 What to try next
   make lab                                   the first lesson, in JupyterLab: nbs/tutorials/01_first_adapter.ipynb
-  sage-finetune chat {folder}/example        talk to the model you have just tuned
+  sage-finetune chat {named}/example        talk to the model you have just tuned
   sage-finetune quickstart code --code-root YOUR/FOLDER   questions about your own code''')
     return example, code

@@ -11,7 +11,6 @@ __all__ = ['STATES', 'LIBRARIES', 'PACKAGE', 'RESTART', 'TORCHAO', 'LITTLE', 'FU
 import gc, importlib.util, os, platform, re, shutil, sys, tempfile, textwrap, threading, time, traceback, warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from html import escape
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +24,9 @@ from .config import PermissionWarning, TrainingConfig, find_model, model_code
 from .core.errors import ConfigError, DataError, FinetuneError
 from .core.processes import core_count
 from .core.storage import expand_home, why_unwritable
+from .core.text import html_table, sanitize_html, sanitize_line, text_table
 from .core.trust import shadowing_files
-from .runs import CONFIG, confine, html_table, printable, read_meta, text_table
+from .runs import CONFIG, confine, read_meta
 
 # %% ../nbs/21_diagnosis.ipynb #160567da
 STATES = ('ok', 'note', 'problem')
@@ -38,7 +38,7 @@ class Look(NamedTuple):
     state: str = 'ok' # one of `STATES`
     run: str = '' # the line that puts it right
 
-    def __repr__(self): return f'{self.state}: {self.what}: {self.found}' + f'  → {self.run}' * bool(self.run)
+    def __repr__(self): return sanitize_line(f'{self.state}: {self.what}: {self.found}' + f'  → {self.run}' * bool(self.run))
 
 # %% ../nbs/21_diagnosis.ipynb #42615617
 _SECRET = re.compile(r'TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL|AUTH', re.I)
@@ -173,12 +173,12 @@ def _gb(size: float) -> str: return f'{size / 1e9:.1f} GB'
 def _control_group(kind: str, *names: str) -> str | None:
     "What the control groups of this process say under one of several names, the nearest first; None where they are silent"
     groups, root = Path('/proc/self/cgroup'), Path('/sys/fs/cgroup')
-    for line in groups.read_text().splitlines() if groups.exists() else ():
+    for line in groups.read_text(encoding='utf-8', errors='replace').splitlines() if groups.exists() else ():
         _, kinds, inside = line.split(':', 2)
         if kinds and kind not in kinds.split(','): continue
         base = root/kinds if kinds else root
         for place in ((base/inside.strip('/')), *(base/inside.strip('/')).parents):
-            said = next(((place/name).read_text().strip() for name in names if (place/name).is_file()), None) if place.is_relative_to(base) else None
+            said = next(((place/name).read_text(encoding='utf-8').strip() for name in names if (place/name).is_file()), None) if place.is_relative_to(base) else None
             if said and not said.startswith(('max', '-1')): return said
     return None
 
@@ -480,13 +480,15 @@ def _as_text(diagnosis: Diagnosis, width: int = 100) -> str:
     "For a terminal of a hundred columns"
     lines, indent = [], ' ' * 25
     for look in diagnosis.looks:
-        lines.append(textwrap.fill(printable(look.found), width, initial_indent=f'{_SIGNS[look.state][0]} {look.state:<8}{look.what:<15}', subsequent_indent=indent, break_on_hyphens=False, break_long_words=False))
-        if look.run: lines.append(f'{indent}→ {printable(look.run)}')  # one line, to be copied
-    return '\n'.join([*lines, '', f'{_SIGNS["ok" if diagnosis.healthy else "problem"][0]} {printable(diagnosis.sentence)}'])
+        head = f'{_SIGNS[look.state][0]} {look.state:<8}{sanitize_line(look.what):<15}'
+        wrapped = dict(initial_indent=head, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+        lines.append(textwrap.fill(sanitize_line(look.found), width, **wrapped))
+        if look.run: lines.append(f'{indent}→ {sanitize_line(look.run)}')  # one line, to be copied
+    return '\n'.join([*lines, '', f'{_SIGNS["ok" if diagnosis.healthy else "problem"][0]} {sanitize_line(diagnosis.sentence)}'])
 
 def _as_html(diagnosis: Diagnosis) -> str:
     "For a notebook; the words say what the colours say"
-    said = lambda text: escape(printable(text))
+    said = sanitize_html
     cell = 'style="text-align:left;vertical-align:top;overflow-wrap:anywhere;white-space:normal"'
     coloured = lambda state: 'background:{1};color:{2}'.format(*_SIGNS[state])
     rows = ''.join(f'<tr><td style="text-align:left;vertical-align:top;white-space:nowrap;{coloured(look.state)}"><b>{_SIGNS[look.state][0]} {look.state}</b></td><td {cell}>{said(look.what)}</td>'

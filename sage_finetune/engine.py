@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .batches import PackingPath, at_rest, attention_inputs, collate, packing_path, planted
 from .core.errors import ConfigError, FinetuneError
+from .core.text import sanitize_line
 from .model import BaseTunerLayer, LoRALinear
 
 # %% ../nbs/09_engine.ipynb #55a83d6a
@@ -477,7 +478,7 @@ class Engine:
     def __str__(self):
         parts = ['cross-entropy in chunks, at learnt tokens only'] * bool(self.head) + [', '.join(f'{count} {kind}' for kind, count in self.lean.items()) + ' in one piece'] * bool(self.lean)
         parts += [SAMPLE_BY_SAMPLE.reason] * (self.packing.name == 'samples')
-        return '; '.join(['transformers and PEFT as they are' if not parts else ' + '.join(parts), *self.remarks])
+        return sanitize_line('; '.join(['transformers and PEFT as they are' if not parts else ' + '.join(parts), *self.remarks]))
 
 # %% ../nbs/09_engine.ipynb #48c6d647
 class Trial(NamedTuple):

@@ -20,10 +20,11 @@ from .config import TrainingConfig
 from .core.errors import DataError, ModelError, RunError
 from .core.places import check_links, content_hash, is_plain_name, name_some, note_folder, why_protected
 from .core.storage import expand_home, folder_atomic, write_json
+from .core.text import html_table, text_table
 from .data import Sample, iter_rows, read_row
 from .model import first_line, load_adapter, load_base, quiet, refusing
 from .prompt import render, render_text
-from .runs import MODEL_FILE, confine, html_table, read_meta, read_object, text_table
+from .runs import MODEL_FILE, confine, read_meta, read_object
 
 # %% ../nbs/14_export.ipynb #26a6542f
 def run_config(

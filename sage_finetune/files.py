@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator, NamedTuple, TYPE_CHECKING
 
 from .core.errors import DataError
+from .core.text import sanitize_line
 from .core.storage import expand_home
 from .rows import FORMATS, suggest_column_map
 
@@ -54,7 +55,7 @@ class BadRow:
     expected: str   # what should, and the way out: whole sentences
     number: int = 0 # which row of its file it is, from 1
 
-    def __str__(self): return f'{place(self.file, self.line, self.number)}: {self.found}. {self.expected}'.rstrip()
+    def __str__(self): return sanitize_line(f'{place(self.file, self.line, self.number)}: {self.found}. {self.expected}'.rstrip())
 
     def to_dict(self) -> dict:
         "The fields, for a report in JSON."

@@ -11,7 +11,7 @@ __all__ = ['MODELS', 'STOPS', 'MAIN', 'FRONT', 'MORE', 'ABOUT', 'UPLOAD_LIMIT', 
            'ConfigForm']
 
 # %% ../nbs/23_form.ipynb #bc112d80
-import copy, dataclasses, functools, hashlib, html, itertools, json, os, platform, re, select, signal, subprocess, sys, tempfile, threading, time, types, typing, weakref
+import copy, dataclasses, functools, hashlib, itertools, json, os, platform, re, select, signal, subprocess, sys, tempfile, threading, time, types, typing, weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +23,11 @@ from .core.errors import ConfigError, DataError, FinetuneError, RunError
 from .core.processes import FORKS, detached
 from .core.places import is_inside
 from .core.storage import expand_home, write_atomic
+from .core.text import sanitize_for_terminal, sanitize_html, sanitize_line, sanitize_repr
 from .core.trust import safe_environment
 from .files import is_hub_name, iter_rows, packaged_held_out, source_size
 from .panel import Panel, fields_row, heading, line_html, marked, shown_text
-from .runs import CONFIG, METRICS, STATUS, html_table, metrics_row, printable, read_status
+from .runs import CONFIG, METRICS, STATUS, metrics_row, read_status
 
 # %% ../nbs/23_form.ipynb #ede2c614
 _A_LINE_EACH = ('eval_prompts',)  # a question has commas of its own
@@ -147,7 +148,7 @@ class Dial:
     ):
         "Small print, and the reason of a refusal."
         refused = f'<div class="sage-why">{line_html("error", why)}</div>' if why else ''
-        said = f'<div style="font-size:90%;opacity:.8">{html.escape(self.phrase)}</div>{refused}'
+        said = f'<div style="font-size:90%;opacity:.8">{sanitize_html(self.phrase)}</div>{refused}'
         if self.note.value != said: self.note.value = said
 
     def read(self) -> dict:
@@ -287,7 +288,7 @@ def python_code(
 ) -> str: # a small program
     "Python that makes the same config: the nearest recipe and what differs."
     name, differs = nearest_preset(config)
-    source = lambda value: repr(str(value)) if isinstance(value, Path) else repr(value)
+    source = lambda value: sanitize_repr(str(value) if isinstance(value, Path) else value)
     arguments = ''.join(f'\n    {field}={source(value)},' for field, value in differs.items())
     names = ', '.join(sorted({'PresetConfigs' if name else 'TrainingConfig', *['LoRAConfig'] * ('lora' in differs)}))
     return f'from sage_finetune import {names}\n\nconfig = {f"PresetConfigs.{name}" if name else "TrainingConfig"}({arguments}' + '\n' * bool(differs) + ')\n'
@@ -436,7 +437,8 @@ def memory_answers(
         estimate = estimate_memory(config)
         free, where = free_memory(estimate.device), 'this machine' if estimate.device == 'cpu' else 'the card'
         bar = memory_bar({name: (size, PARTS[name][0]) for name, size in estimate.parts.items()}, free)
-        yield dict(html=memory_line(estimate.total, free, where) + bar + f'<div style="font-size:90%;opacity:.8">{html.escape(printable(estimate.what))}</div>', text=str(estimate), fits=fits(estimate, free), free=free, where=where)
+        what = f'<div style="font-size:90%;opacity:.8">{sanitize_html(estimate.what)}</div>'
+        yield dict(html=memory_line(estimate.total, free, where) + bar + what, text=str(estimate), fits=fits(estimate, free), free=free, where=where)
         if not fits(estimate, free): yield dict(zip(('fix', 'changes'), cheapest_fix(config, free)))
     except FinetuneError as error: yield dict(error=str(error))
     except Exception as error: yield dict(error=f'{type(error).__name__}: {error}')  # an unknown model's code may raise anything
@@ -782,7 +784,7 @@ class ConfigForm(Panel):
             self.preset.value = preset_of(self._config) or 'custom'
             self.models.value = self._config.model_name if self._config.model_name in [one.name for one in MODELS] else ''
         finally: self.quiet = False
-        self.why_preset.value = f'<div style="font-size:90%;opacity:.8">{html.escape(_PRESET_WORDS.get(self.preset.value, "differs from every recipe"))}</div>'
+        self.why_preset.value = f'<div style="font-size:90%;opacity:.8">{sanitize_html(_PRESET_WORDS.get(self.preset.value, "differs from every recipe"))}</div>'
 
     def _choose(self):
         "A recipe was chosen"
@@ -868,12 +870,13 @@ class ConfigForm(Panel):
 
     def static_html(self) -> str:
         "The config that was chosen, what it comes to, and the bar."
-        cell = lambda value, bold: f'<td style="text-align:left">{"<b>" * bold}{html.escape(printable(value))}{"</b>" * bold}</td>'
+        cell = lambda value, bold: f'<td style="text-align:left">{"<b>" * bold}{sanitize_html(value)}{"</b>" * bold}</td>'
         rows = ''.join(f'<tr><td style="text-align:left"><code>{key}</code></td>{cell(value, bold)}</tr>' for key, value, bold in self._chosen())
         title = f'{preset_of(self._config) or "custom"} (bold: differs from the default)'
         wrong = line_html('error', self.problem_text) if self.problem_text else ''
         return f'<table><caption>{title}</caption>{rows}</table>{wrong}{self.code.value}{self.summary.value}{self.memory.bar}'
 
     def __repr__(self):
-        lines = [f'{key:32}{"*" if bold else " "} {printable(value)}' for key, value, bold in self._chosen()]
-        return '\n'.join([f'{preset_of(self._config) or "custom"} (*: differs from the default)', *lines, *(printable(text) for _, text in (*code_lines(self._config), *self._summary())), printable(self.memory.text)]).rstrip()
+        lines = [f'{key:32}{"*" if bold else " "} {sanitize_line(value)}' for key, value, bold in self._chosen()]
+        title, notes = f'{preset_of(self._config) or "custom"} (*: differs from the default)', (*code_lines(self._config), *self._summary())
+        return '\n'.join([title, *lines, *(sanitize_line(text) for _, text in notes), sanitize_for_terminal(self.memory.text)]).rstrip()

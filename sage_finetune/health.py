@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from .core.errors import ConfigError, DataError, FinetuneError
 from .core.storage import write_json
+from .core.text import sanitize_html, sanitize_line
 from .tokens import visible
 from .prompt import render_prompt, stop_ids
 from .data import prepare_dataset, report_line
@@ -389,7 +389,7 @@ class Finding:
     rows: list[int] = field(default_factory=list) # row numbers, from 1, at most `MOST_ROWS`
     figures: dict = field(default_factory=dict) # the numbers behind the sentence, as JSON can hold them
 
-    def __repr__(self): return visible(f'{self.level}: {self.name}: {self.said} {self.do}')
+    def __repr__(self): return sanitize_line(visible(f'{self.level}: {self.name}: {self.said} {self.do}'))
     def _repr_html_(self): return _findings_html([self])
 
 _COLOURS = dict(ok=('#d3f9d8', '#1b4332'), note=('#d0ebff', '#0b3d66'), warn=('#ffec99', '#5c3c00'), error=('#ffc9c9', '#6b0f0f'))  # behind, letters
@@ -397,8 +397,8 @@ _COLOURS = dict(ok=('#d3f9d8', '#1b4332'), note=('#d0ebff', '#0b3d66'), warn=('#
 def _rows_html(headers: tuple, lines: list[tuple], style: str = 'text-align:left;vertical-align:top') -> str:
     "A table; every value is escaped, and a level has its colours"
     coloured = lambda value: '{};background:{};color:{}'.format(style, *_COLOURS[value]) if value in _COLOURS else style
-    cell = lambda value: f'<td style="{coloured(value)}">{"<b>" * (value in _COLOURS)}{escape(visible(str(value)))}{"</b>" * (value in _COLOURS)}</td>'
-    head = ''.join(f'<th style="{style}">{escape(name)}</th>' for name in headers)
+    cell = lambda value: f'<td style="{coloured(value)}">{"<b>" * (value in _COLOURS)}{sanitize_html(visible(str(value)))}{"</b>" * (value in _COLOURS)}</td>'
+    head = ''.join(f'<th style="{style}">{sanitize_html(name)}</th>' for name in headers)
     return f'<table><thead><tr>{head}</tr></thead><tbody>' + ''.join(f'<tr>{"".join(map(cell, one))}</tr>' for one in lines) + '</tbody></table>'
 
 def _findings_html(findings: list[Finding]) -> str:
@@ -704,21 +704,21 @@ def health_html(
     "The table of findings, and under it the longest rows."
     longest = _look(findings, 'longest rows').figures['longest']
     listed = _rows_html(('row', 'tokens', 'learnt', 'begins with'), [(f'{one["row"]:,}', f'{one["tokens"]:,}', f'{one["share"]:.1%}', one['head']) for one in longest])
-    return f'<p><b>{escape(_summary(findings))}</b></p>{_findings_html(findings)}<p>The longest rows:</p>{listed}'
+    return f'<p><b>{sanitize_html(_summary(findings))}</b></p>{_findings_html(findings)}<p>The longest rows:</p>{listed}'
 
 def _embedded(picture: Picture) -> str:
     "A picture as a part of HTML"
-    return f'<img alt="{escape(repr(picture))}" src="data:image/png;base64,{base64.b64encode(picture.png).decode()}">'
+    return f'<img alt="{sanitize_html(repr(picture))}" src="data:image/png;base64,{base64.b64encode(picture.png).decode()}">'
 
 def _as_text(findings: list[Finding]) -> str:
     "The same for a terminal of a hundred columns"
     wrapped = lambda text, first='': textwrap.fill(visible(text), 100, initial_indent=f'{first:<30}', subsequent_indent=' ' * 30)
     lines, longest = [_summary(findings), ''], _look(findings, 'longest rows').figures['longest']
     for one in findings:
-        lines.append(wrapped(one.said, f'{one.level:<6} {one.name}'))
+        lines.append(wrapped(one.said, sanitize_line(f'{one.level:<6} {one.name}')))
         if not one.do.startswith('Nothing'): lines.append(wrapped(f'→ {one.do}'))
     lines += ['', 'longest rows:  row    tokens  learnt  begins with']
-    return '\n'.join(lines + [f'{one["row"]:>18,} {one["tokens"]:>9,} {one["share"]:>7.1%}  {one["head"]}' for one in longest])
+    return '\n'.join(lines + [f'{one["row"]:>18,} {one["tokens"]:>9,} {one["share"]:>7.1%}  {sanitize_line(one["head"])}' for one in longest])
 
 # %% ../nbs/17_health.ipynb #c9438162
 @dataclass(repr=False)

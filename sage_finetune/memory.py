@@ -9,7 +9,7 @@ __all__ = ['TOKENS_AT_ONCE', 'FEW', 'PARTS', 'RUNTIME', 'CONTEXT', 'HOLES', 'COU
            'measure_memory']
 
 # %% ../nbs/12_memory.ipynb #c2316648
-import copy, html, json, math, sys, threading, time, warnings, weakref
+import copy, json, math, sys, threading, time, warnings, weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -34,8 +34,8 @@ from . import engine as engines
 from .batches import plan_batches
 from .config import LoRAConfig, TrainingConfig, find_model, model_code
 from .core.errors import ConfigError, FinetuneError
+from .core.text import html_table, sanitize_html, sanitize_line, text_table
 from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, check_layers, first_line, pick_device, plan_precision, quiet, refuse_kernels, refusing
-from .runs import html_table, text_table
 
 # %% ../nbs/12_memory.ipynb #bcfa3774
 def read_shape(
@@ -386,7 +386,7 @@ def size_text(
 def _bar(parts: dict, whole: float) -> str:
     "Parts as a stacked bar, in plain HTML"
     piece = '<div title="{}" style="width:{:.3f}%;background:{}"></div>'
-    pieces = ''.join(piece.format(html.escape(f'{name}: {size_text(size)}'), 100 * size / max(whole, 1), PARTS[name][0]) for name, size in parts.items())
+    pieces = ''.join(piece.format(sanitize_html(f'{name}: {size_text(size)}'), 100 * size / max(whole, 1), PARTS[name][0]) for name, size in parts.items())
     return f'<div style="display:flex;height:20px;max-width:760px;border:1px solid #888;margin:2px 0">{pieces}</div>'
 
 # %% ../nbs/12_memory.ipynb #e912ae21
@@ -491,8 +491,8 @@ def _limits(root: Path, groups: str) -> Iterator[int]:
         for place in (folder/inside.strip('/'), *(folder/inside.strip('/')).parents):
             if not place.is_relative_to(folder): break
             try:
-                limit, used = ((place/name).read_text().strip() for name in names[:2])
-                cached = next((int(one.split()[1]) for one in (place/'memory.stat').read_text().splitlines() if one.split()[0] == names[2]), 0)
+                limit, used = ((place/name).read_text(encoding='utf-8').strip() for name in names[:2])
+                cached = next((int(one.split()[1]) for one in (place/'memory.stat').read_text(encoding='utf-8').splitlines() if one.split()[0] == names[2]), 0)
             except OSError: continue
             if limit != 'max': yield max(0, int(limit) - int(used) + cached)
 
@@ -504,7 +504,7 @@ def free_memory(
     if device == 'cuda': return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if device == 'mps': return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     groups = Path('/proc/self/cgroup')
-    return min([psutil.virtual_memory().available, *_limits(Path('/sys/fs/cgroup'), groups.read_text() if groups.exists() else '')])
+    return min([psutil.virtual_memory().available, *_limits(Path('/sys/fs/cgroup'), groups.read_text(encoding='utf-8', errors='replace') if groups.exists() else '')])
 
 def whole_room(
     device: str # "cpu", "cuda" or "mps"
@@ -517,7 +517,7 @@ def _resident(name: str = 'VmRSS') -> int:
     "Bytes of this process in memory, now or (VmHWM) at most since they were last reset"
     status = Path('/proc/self/status')
     if not status.exists(): return psutil.Process().memory_info().rss
-    return 1024 * int(status.read_text().split(f'{name}:')[1].split()[0])
+    return 1024 * int(status.read_text(encoding='utf-8', errors='replace').split(f'{name}:')[1].split()[0])
 
 # %% ../nbs/12_memory.ipynb #94118e89
 class Fix(NamedTuple):
@@ -526,7 +526,9 @@ class Fix(NamedTuple):
     price: str # what it costs, in words
     estimate: MemoryEstimate # what is then needed
 
-    def __str__(self): return ', '.join(f'{name}={value!r}' for name, value in self.changes.items()) + f' ({self.price}): about {size_text(self.estimate.total)}'
+    def __str__(self):
+        changes = ', '.join(f'{name}={value!r}' for name, value in self.changes.items())
+        return sanitize_line(f'{changes} ({self.price}): about {size_text(self.estimate.total)}')
 
 def _ways(config: TrainingConfig, device: str) -> Iterator[tuple[dict, str]]:
     "Changes that make a run smaller, the cheapest first, and what they cost"
@@ -609,7 +611,7 @@ def fitting(
 # %% ../nbs/12_memory.ipynb #ee4c7bc7
 def _reset_highest() -> bool:
     "Let the system forget the highest resident size, where it can"
-    try: Path('/proc/self/clear_refs').write_text('5')
+    try: Path('/proc/self/clear_refs').write_text('5', encoding='utf-8')
     except OSError: return False
     return True
 

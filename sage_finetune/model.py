@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from .config import LoRAConfig, TrainingConfig, changed, find_model, model_code
 from .core.errors import ConfigError, FinetuneError, ModelError
+from .core.text import sanitize_line
 from .core.storage import expand_home
 
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,7 +65,7 @@ class Precision(NamedTuple):
         "The format of the base weights; the adapter is always kept in 32 bits."
         return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[self.name]
 
-    def __str__(self): return f'{self.name}: {self.reason}'
+    def __str__(self): return sanitize_line(f'{self.name}: {self.reason}')
 
 def plan_precision(
     config: TrainingConfig # `fp16`, `bf16` (None: choose) and `device`

@@ -6,15 +6,16 @@
 __all__ = ['shown_text', 'line_html', 'Ticker', 'Panel', 'said_by', 'marked', 'fields_row', 'heading', 'image']
 
 # %% ../nbs/22_panel.ipynb #ad1fe85e
-import html, threading, traceback, weakref
+import threading, traceback, weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import ipywidgets as W
 
 from .core.errors import FinetuneError
+from .core.text import sanitize_html
 from .diagnosis import released
-from .runs import printable
+
 
 # %% ../nbs/22_panel.ipynb #ebe456e4
 def shown_text(
@@ -23,7 +24,8 @@ def shown_text(
 ) -> str: # HTML that shows the text and runs none of it
     "Foreign text as text: markup escaped, control characters visible, line breaks kept, each paragraph in its own direction."
     rest = f'<i>… {len(text) - limit:,} more characters</i>' if len(text) > limit else ''
-    return f'<div dir="auto" style="white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:plaintext">{html.escape(printable(text[:limit]))}{rest}</div>'
+    style = 'white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:plaintext'
+    return f'<div dir="auto" style="{style}">{sanitize_html(text[:limit])}{rest}</div>'
 
 # %% ../nbs/22_panel.ipynb #3348fce1
 _SIGNS = dict(error=('✗', 'problem', '--jp-error-color1', '#d32f2f'), warning=('!', 'note', '--jp-warn-color1', '#e65100'),
@@ -35,7 +37,7 @@ def line_html(
 ) -> str: # HTML, the text escaped
     "One line with a coloured edge, a sign and a word, so that the colour is not needed."
     sign, word, variable, fallback = _SIGNS[kind]
-    said = ': '.join(filter(None, (word, html.escape(printable(text)).replace('\n', '<br>'))))
+    said = ': '.join(filter(None, (word, sanitize_html(text).replace('\n', '<br>'))))
     role = ' role="alert"' if kind == 'error' else ''
     return f'<div{role} class="sage-line sage-{kind}" style="border-left:4px solid var({variable},{fallback});padding:2px 8px;margin:2px 0;line-height:1.4;white-space:normal;overflow-wrap:anywhere"><b>{sign}</b> {said}</div>'
 
@@ -220,7 +222,7 @@ def heading(
     text: str # a few words
 ) -> W.HTML:
     "A title inside a panel."
-    return W.HTML(f'<b>{html.escape(text)}</b>')
+    return W.HTML(f'<b>{sanitize_html(text)}</b>')
 
 def image(
     css: str # a class of its own

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from .core.errors import ConfigError, RunError
+from .core.text import REPLACEMENT, escape_char, sanitize_for_terminal, sanitize_line
 from .core.storage import write_atomic
-from .runs import MetricsTail, printable, process_gone, read_status
+from .runs import MetricsTail, process_gone, read_status
 
 # %% ../nbs/16_plot.ipynb #0c58cfe3
 class RunningMean:
@@ -176,18 +177,16 @@ def drawable(
 ) -> tuple[str, list[str]]: # what is drawn, and the font families for it
     "Text with nothing in it that acts or cannot be drawn."
     text = text if len(text := str(text)) <= 1000 else text[:700] + text[-300:]
-    hidden = lambda char: ord(char) not in INVISIBLE and unicodedata.category(char) in ('Cf', 'Co', 'Cn')
-    text = ''.join(' ' if char.isspace() else _escape(char) if hidden(char) else char for char in _without_towers(printable(text)))
+    no_glyph = lambda char: unicodedata.category(char) in ('Co', 'Cn')
+    text = ''.join(' ' if char.isspace() else escape_char(char) if no_glyph(char) else char for char in sanitize_for_terminal(text, _hidden_glyph))
     families, missing = _fonts_for(frozenset(char for char in text if not char.isascii()))
-    text = ''.join(char if char not in missing else '' if ord(char) in INVISIBLE else _escape(char) for char in text)
+    text = ''.join(char if char not in missing else '' if ord(char) in INVISIBLE else escape_char(char) for char in text)
     if sum(map(_columns, text)) > width: text = _side(text, width * 2 // 3) + '…' + _side(text[::-1], width - width * 2 // 3 - 1)[::-1]
     return text, ['DejaVu Sans', *(family for family in families if family != 'DejaVu Sans')]
 
-def _escape(char: str) -> str: return f'\\u{ord(char):04x}' if ord(char) < 0x10000 else f'\\U{ord(char):08x}'
-
-def _without_towers(text: str) -> str:
-    "At most three accents on a letter; some write three hundred"
-    return ''.join(char for place, char in enumerate(text) if place < 3 or not all(map(unicodedata.combining, text[place - 3:place + 1])))
+def _hidden_glyph(char: str) -> str:
+    "What is drawn for a character that is not seen; of three hundred accents on a letter the first few are enough"
+    return {'Cc': REPLACEMENT, 'Cs': REPLACEMENT, 'Mn': '', 'Me': ''}.get(unicodedata.category(char), escape_char(char))
 
 def _columns(char: str) -> int: return 2 if unicodedata.east_asian_width(char) in 'WF' else 0 if unicodedata.combining(char) else 1
 
@@ -212,7 +211,7 @@ class Picture:
         png: bytes, # the file's content
         title: str = '', # what is said where there are no pictures
         figure: Any = None # the matplotlib figure it was made from, to change or to save in another format; None: there is none to keep
-    ): self.png, self.title, self.figure = png, title, figure
+    ): self.png, self.title, self.figure = png, sanitize_line(title), figure
     def _repr_png_(self): return self.png
     def _repr_mimebundle_(self, include=None, exclude=None):
         "The image, and beside it the words that stand for it"

@@ -8,7 +8,6 @@ __all__ = ['Turn', 'Rendered', 'Renderer', 'render', 'render_all', 'render_promp
            'template_text', 'end_of_turn', 'mended']
 
 # %% ../nbs/03_prompt.ipynb #39a78fb4
-import html
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from os.path import commonprefix
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from .core.errors import ConfigError, DataError, ModelError
+from .core.text import sanitize_html, sanitize_line
 from .template import (ANSWER_SIGN, ChatFormat, EMPTY_THINKING, PLAIN_TEMPLATE, PRIVATE_USE, REASONING_KEYS, StandIns, TEMPLATE_ERRORS, THINKING, THINKING_TAGS, Talk,
     adds_bos, closing_tokens, end_of_turn, is_learnt, make_talk, mended, opening_tokens, probe, put_back, split_thinking, template_of, template_text)
 from .tokens import TokenLine, tokens_html
@@ -265,8 +265,8 @@ class Rendered:
         names += [''] * (len(self.ids) - len(names))
         return TokenLine(self.ids, self.labels, self.tokenizer, names=names, weights=[float(label != -100) for label in self.labels])
 
-    def __repr__(self): return '\n'.join([repr(self.line()), *self.notes])
-    def _repr_html_(self): return ''.join([tokens_html([self.line()]), *(f'<div>{html.escape(note)}</div>' for note in self.notes)])
+    def __repr__(self): return '\n'.join([repr(self.line()), *map(sanitize_line, self.notes)])
+    def _repr_html_(self): return ''.join([tokens_html([self.line()]), *(f'<div>{sanitize_html(note)}</div>' for note in self.notes)])
 
 # %% ../nbs/03_prompt.ipynb #e7356f35
 def _edges(plan: _Plan) -> list[int]:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Callable, NamedTuple
 
 from .core.errors import DataError
+from .core.text import sanitize_for_terminal
 
 # %% ../nbs/04_rows.ipynb #671f339c
 FORMATS = {  # format -> (fields it needs, fields it may have)
@@ -36,7 +37,7 @@ class RowError(DataError):
         super().__init__(found, expected)
         self.found, self.expected = found, expected
 
-    def __str__(self): return f'{self.found}. {self.expected}'
+    def __str__(self): return sanitize_for_terminal(f'{self.found}. {self.expected}')
 
 # %% ../nbs/04_rows.ipynb #b15daeb5
 def _missing(value: Any) -> bool:

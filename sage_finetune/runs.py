@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'LOCK', 'RUN_FOLDERS', 'TASK_NAMES', 'STATES', 'WORKING', 'ROWS_FILE',
-           'MODEL_FILE', 'RUN_COLUMNS', 'printable', 'notes_printed', 'text_table', 'html_table', 'Meta', 'is_text',
-           'is_number', 'typed', 'can_be_path', 'read_object', 'confine', 'read_meta', 'write_meta', 'Status', 'moment',
-           'write_status', 'read_status', 'trainer_process', 'process_gone', 'still_works', 'describe_trainer',
-           'MetricsTail', 'metrics_row', 'read_metrics', 'is_own_state', 'is_run', 'old_files', 'run_files',
-           'other_files', 'refuse_replacing', 'RunInfo', 'run_info', 'Runs', 'list_runs']
+           'MODEL_FILE', 'RUN_COLUMNS', 'notes_printed', 'Meta', 'is_text', 'is_number', 'typed', 'can_be_path',
+           'read_object', 'confine', 'read_meta', 'write_meta', 'Status', 'moment', 'write_status', 'read_status',
+           'trainer_process', 'process_gone', 'still_works', 'describe_trainer', 'MetricsTail', 'metrics_row',
+           'read_metrics', 'is_own_state', 'is_run', 'old_files', 'run_files', 'other_files', 'refuse_replacing',
+           'RunInfo', 'run_info', 'Runs', 'list_runs']
 
 # %% ../nbs/10_runs.ipynb #1fd28dcd
-import io, json, os, platform, re, stat, unicodedata, warnings, time, sys, math
-from collections.abc import Collection, Iterable, Iterator
+import io, json, os, platform, re, stat, warnings, time, sys, math
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from datetime import datetime, timezone
-from html import escape
 from itertools import islice
 from pathlib import Path
 from types import UnionType
-from typing import Any, BinaryIO, get_args, get_origin
+from typing import BinaryIO, get_args, get_origin
 
 import psutil
 
@@ -29,6 +28,7 @@ from .core.errors import FinetuneError, RunError
 from .core.processes import find_process, holds_lock, is_locked, is_pid, is_trainer_command, lock_holders, start_mark
 from .core.places import MANIFEST, check_readable, is_inside, name_some, own_files, read_manifest, why_protected
 from .core.storage import expand_home, write_json
+from .core.text import html_table, sanitize_for_terminal as printable, sanitize_line, text_table
 from .files import is_hub_name
 
 # %% ../nbs/10_runs.ipynb #b2874ab8
@@ -36,13 +36,6 @@ META, STATUS, METRICS, CONFIG = 'finetune_meta.json', 'status.json', 'metrics.js
 LOCK = '.lock' # held by whoever trains, for as long as its process lives
 RUN_FOLDERS = ('checkpoints', 'lora_weights', 'merged_model', 'logs')
 TASK_NAMES = ('code', 'qa', 'instruction', 'chat', 'custom')
-
-# %% ../nbs/10_runs.ipynb #9d6649ea
-def printable(
-    text: str # from a model, a file or anybody else
-) -> str:     # without control characters; line breaks and tabs stay
-    "Text that a terminal shows instead of obeying."
-    return ''.join(char if char in '\n\t' or unicodedata.category(char) not in ('Cc', 'Cs') else '\N{REPLACEMENT CHARACTER}' for char in text)
 
 # %% ../nbs/10_runs.ipynb #33f56110
 @contextmanager
@@ -58,25 +51,6 @@ def notes_printed(
         warnings.simplefilter('always', PermissionWarning)
         warnings.showwarning = show
         yield
-
-# %% ../nbs/10_runs.ipynb #409f1196
-def text_table(
-    headers: Iterable[str],        # one name a column
-    rows: Iterable[Iterable[Any]]  # one sequence of values a row
-) -> str:                          # lines of equal columns
-    "A table for a terminal."
-    grid = [[printable(str(value)).replace('\n', ' ⏎ ') for value in row] for row in (headers, *rows)]
-    widths = [max(map(len, column)) for column in zip(*grid)]
-    return '\n'.join('  '.join(value.ljust(width) for value, width in zip(row, widths)).rstrip() for row in grid)
-
-def html_table(
-    headers: Iterable[str],        # one name a column
-    rows: Iterable[Iterable[Any]], # one sequence of values a row
-    caption: str = ''              # a line above the table
-) -> str:                          # HTML, every value escaped
-    "The same table for a notebook."
-    line = lambda values, tag: '<tr>' + ''.join(f'<{tag} style="text-align:left">{escape(str(value))}</{tag}>' for value in values) + '</tr>'
-    return f'<table><caption>{escape(caption)}</caption>{line(headers, "th")}' + ''.join(line(row, 'td') for row in rows) + '</table>'
 
 # %% ../nbs/10_runs.ipynb #5fa662a9
 @dataclass
@@ -256,7 +230,7 @@ class Status:
     processes: int = 1 # that share every step, one of them writes this
     start_mark: str = '' # when that process started, as a mark to compare
 
-    def __str__(self): return f'{self.state} {self.step}/{self.total}' + (f': {self.message}' if self.message else '')
+    def __str__(self): return sanitize_line(f'{self.state} {self.step}/{self.total}' + (f': {self.message}' if self.message else ''))
     def __repr__(self): return f'Status({self})'
     def _repr_html_(self):
         "Where the machine is this one, its name says nothing"

@@ -26,6 +26,7 @@ from .chat import accuracy
 from .config import PresetConfigs, tiny_path
 from .core.errors import RunError
 from .core.storage import expand_home, write_atomic, write_json
+from .core.text import ArgumentParser, safe_streams, sanitize_line
 from .trainer import LoRATrainer
 
 # %% ../nbs/31_tiny.ipynb #70e35e20
@@ -343,7 +344,7 @@ def finish(
     "Write weights (bf16), tokenizer, settings for generation, record and card."
     run.tokenizer.save_pretrained(run.folder)
     run.model.to(torch.bfloat16).save_pretrained(run.folder)
-    settings = json.loads((run.folder/"config.json").read_text()) | {"use_cache": True}
+    settings = json.loads((run.folder/"config.json").read_text(encoding="utf-8")) | {"use_cache": True}
     write_json(run.folder/"config.json", settings)
     GenerationConfig(eos_token_id=2, pad_token_id=0).save_pretrained(run.folder)
     model = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32, trust_remote_code=False)
@@ -360,15 +361,18 @@ def main(
     arguments: list | None = None # words of the command line; those of the process when None
 ) -> Path: # the folder of the model
     "Make the embedded model: `python -m sage_finetune.tiny --out FOLDER`."
-    parser = argparse.ArgumentParser(prog="python -m sage_finetune.tiny", description="Pre-train the embedded model; goes on where it stopped.")
+    parser = ArgumentParser(prog="python -m sage_finetune.tiny", description="Pre-train the embedded model; goes on where it stopped.")
     parser.add_argument("--out", default="finetune_output/tiny-model", help="folder of the checkpoint and of the finished model")
     parser.add_argument("--steps", type=int, default=3300, help="steps of the whole run")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the next call goes on")
     parser.add_argument("--fp32", action="store_true", help="multiply in fp32: for processors without bf16")
-    chosen = parser.parse_args(arguments)
+    with safe_streams(): return _make(parser.parse_args(arguments), parser)
+
+def _make(chosen: argparse.Namespace, parser: ArgumentParser) -> Path:
+    "What was asked for; the folder of the model"
     try: run, started = Pretraining(chosen.out, chosen.steps, bf16=not chosen.fp32), time.perf_counter()
     except RunError as error: parser.error(str(error))
-    print(f"{chosen.out}: from step {run.progress.step} to {run.steps}", flush=True)
+    print(f"{sanitize_line(chosen.out)}: from step {run.progress.step} to {run.steps}", flush=True)
     for progress in pretrain(run):
         if progress.step % 25 == 0: print(progress.line(run.steps), flush=True)
         if chosen.minutes and time.perf_counter() - started > 60 * chosen.minutes:

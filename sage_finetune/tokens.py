@@ -6,16 +6,15 @@
 __all__ = ['KINDS', 'visible', 'token_texts', 'TokenLine', 'tokens_text', 'tokens_ansi', 'tokens_html']
 
 # %% ../nbs/01_tokens.ipynb #a772d1fa
-import html
 import itertools
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .core.errors import DataError
+from .core.text import sanitize_for_terminal, sanitize_html, sanitize_line
 
 # %% ../nbs/01_tokens.ipynb #27259e77
 def _byte_letters() -> dict[str, int]:
@@ -69,25 +68,19 @@ def _split_characters(data: list[bytes]) -> list[str]:
     return [''.join(letter for (_, letter), count in found.items() if count < size_of(letter)) for found in inside]
 
 # %% ../nbs/01_tokens.ipynb #4bb53f21
-class _Names(dict):
-    "Visible names of characters that are not seen, by code point; grows as it is asked"
-    def __missing__(self, code: int) -> str:
-        "Work one out"
-        hidden = unicodedata.category(chr(code)) in ('Cc', 'Cf', 'Cs', 'Zl', 'Zp') and code not in (0x09, 0x0A, 0x200C, 0x200D)  # tab and line break; joiners belong to letters and emoji
-        if code < 0x20 and hidden: name = chr(0x2400 + code)
-        elif code == 0x7F: name = '␡'
-        elif 0xDC80 <= code <= 0xDCFF: name = f'⟨{code - 0xDC00:02X}⟩'  # a byte that is only a part of a character
-        else: name = f'⟨U+{code:04X}⟩' if hidden else chr(code)
-        return self.setdefault(code, name)
-
-_NAMES = _Names()
+def _name_hidden(char: str) -> str:
+    "The visible name of a character that is not seen"
+    code = ord(char)
+    if code < 0x20: return chr(0x2400 + code)
+    if code == 0x7F: return '␡'
+    return f'⟨{code - 0xDC00:02X}⟩' if 0xDC80 <= code <= 0xDCFF else f'⟨U+{code:04X}⟩'  # the first: a byte that is only a part of a character
 
 def visible(
     text: str | bytes # anything, also half a character
 ) -> str:             # the same, harmless
-    "Text in which nothing is hidden: control characters, text direction marks and halves of characters are shown by name. Tab and line break stay."
+    "Text in which nothing is hidden: what a screen would obey or not show is there by name. Tab and line break stay."
     if isinstance(text, bytes): text = text.decode('utf-8', 'surrogateescape')
-    return text.translate(_NAMES)
+    return sanitize_for_terminal(text, _name_hidden)
 
 def token_texts(
     ids: list[int], # tokens
@@ -181,7 +174,7 @@ def tokens_text(
 ) -> str:
     "Lines of tokens in plain characters: ⟦learnt⟧, ~~cut~~, `… 37 padding`, and a rule where another example begins."
     shown = [''.join(map(_marked, _runs(_parts(line, limit)))) for line in lines]
-    return '\n\n'.join(f'{visible(line.title)}\n'.lstrip('\n') + f'{text}\n({line.counts()})' for line, text in zip(lines, shown))
+    return '\n\n'.join(f'{sanitize_line(line.title)}\n'.lstrip('\n') + f'{text}\n({line.counts()})' for line, text in zip(lines, shown))
 
 # %% ../nbs/01_tokens.ipynb #b9ba83b6
 _ANSI = dict(learnt='30;42', context='0', padding='90', cut='9;31', border='33', hole='90')
@@ -193,7 +186,7 @@ def tokens_ansi(
     "Lines of tokens with colour codes for a terminal: learnt on green, padding grey, cut struck through in red."
     drawn = lambda kind, text: f'\x1b[{_ANSI[kind]}m{text}\x1b[0m'
     shown = [''.join(drawn(kind, f'\n{_RULE}\n' if kind == 'border' else text) for kind, text in _runs(_parts(line, limit))) for line in lines]
-    return '\n\n'.join(f'{visible(line.title)}\n'.lstrip('\n') + f'{text}\n({line.counts()})' for line, text in zip(lines, shown))
+    return '\n\n'.join(f'{sanitize_line(line.title)}\n'.lstrip('\n') + f'{text}\n({line.counts()})' for line, text in zip(lines, shown))
 
 # %% ../nbs/01_tokens.ipynb #ee19d678
 _TAGS = dict(learnt=('ins', 'background:#b7e4c7;color:#212529'), context=('span', 'background:#e9ecef;color:#212529'), padding=('sub', 'color:#868e96'), cut=('del', 'background:#ffc9c9;color:#212529'))
@@ -203,10 +196,10 @@ def _tag(part: _Part) -> str:
     if part.kind == 'border': return ' <b title="another example begins here" style="color:#e8590c">┃</b> '
     if part.kind == 'hole': return f'<br><i style="color:#868e96">{part.data.decode()}</i><br>'
     tag, colour = _TAGS[part.kind]
-    shown = html.escape(visible(part.data)).replace(' ', '·').replace('\t', '→') or '⟨…⟩'
+    shown = sanitize_html(visible(part.data)).replace(' ', '·').replace('\t', '→') or '⟨…⟩'
     if part.kind == 'padding': shown = shown.replace('·', ' ')
     style = f'{colour};margin:1px;text-decoration:none;unicode-bidi:isolate'
-    return f'<{tag} title="{html.escape(visible(part.note))}" style="{style}">' + shown.replace('\n', '↵') + f'</{tag}>' + ('<br>' if shown.endswith('\n') else '<wbr>')
+    return f'<{tag} title="{sanitize_html(part.note)}" style="{style}">' + shown.replace('\n', '↵') + f'</{tag}>' + ('<br>' if shown.endswith('\n') else '<wbr>')
 
 def tokens_html(
     lines: list[TokenLine], # one below the other
@@ -215,7 +208,7 @@ def tokens_html(
     "Lines of tokens as static HTML, each token a tag with a tooltip; readable without its colours."
     found = []
     for line in lines:
-        title = f'<div><b>{html.escape(visible(line.title))}</b></div>' if line.title else ''
+        title = f'<div><b>{sanitize_html(line.title)}</b></div>' if line.title else ''
         words = ', '.join(f'<{_TAGS[kind][0]} style="{_TAGS[kind][1]};text-decoration:none">{kind}</{_TAGS[kind][0]}>' for kind in KINDS if kind in line.kinds)
         body = ''.join(map(_tag, _parts(line, limit)))
         found.append(f'{title}<div dir="ltr" style="font-family:monospace;line-height:1.7;overflow-wrap:anywhere">{body}</div><div>{line.counts()} ({words})</div>')

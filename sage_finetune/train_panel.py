@@ -12,7 +12,6 @@ import atexit, hashlib, os, platform, shutil, subprocess, tempfile, threading, t
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,14 @@ from .config import TrainingConfig, granted, permissions
 from .core.errors import ConfigError, RunError
 from .core.processes import find_process, is_notebook_kernel, was_killed
 from .core.storage import write_atomic
+from .core.text import html_table, sanitize_html, sanitize_line, text_table
 from .core.trust import safe_environment
 from .diagnosis import released
-from .launch import LOG, attached, follow, last_launch, log_lines, start_run, stop_run, train_command
+from .launch import LOG, LOG_TEXT, attached, follow, last_launch, log_lines, start_run, stop_run, train_command
 from .model import free
 from .panel import Panel, Ticker, fields_row, image, line_html, marked, said_by, shown_text
 from .plot import Curve, draw_run
-from .runs import CONFIG, META, METRICS, STATUS, WORKING, MetricsTail, Status, confine, html_table, moment, printable, read_meta, read_status, still_works, text_table, write_meta
+from .runs import CONFIG, META, METRICS, STATUS, WORKING, MetricsTail, Status, confine, moment, read_meta, read_status, still_works, write_meta
 from .trainer import clock, train_from_meta
 
 # %% ../nbs/25_train_panel.ipynb #e2a42a49
@@ -101,7 +101,7 @@ class RunSummary:
         way = lambda losses: f'{losses[0]:.3f} → {losses[-1]:.3f}' if losses else '–'
         held = way(self.eval_losses) + (f', lowest {self.best[0]:.3f} at step {self.best[1]}' if self.best else '')
         adapter = short_path(self.lora_dir) if self.lora_dir.exists() else 'not saved yet'
-        return [('state', self.state + f': {printable(self.message[:300])}' * bool(self.message)), ('steps', f'{self.steps:,} of {self.total:,}'), ('loss', way(self.losses)), ('held-out loss', held),
+        return [('state', self.state + f': {sanitize_line(self.message[:300])}' * bool(self.message)), ('steps', f'{self.steps:,} of {self.total:,}'), ('loss', way(self.losses)), ('held-out loss', held),
                 ('time', clock(self.seconds)), ('tokens', f'{self.tokens:,} ({self.tokens_per_second:,.0f} a second)'), ('adapter', adapter)]
 
     def __str__(self): return text_table(('run', short_path(self.output_dir)), self.rows())
@@ -272,7 +272,7 @@ class Lesson:
         try: train_from_meta(self.folder, overwrite, show=False, resume=resume, callbacks=[self], **allowed)
         except BaseException as error:
             self.error = released(error)
-            self._say(f'error: {printable(str(error))}')
+            self._say(f'error: {sanitize_line(error)}')
         self.trainer = None
         free()
 
@@ -349,7 +349,8 @@ def never_stopped(
 
 def _losses_until(step: int, folder: Path, allowed: dict) -> dict:
     "Train a prepared folder up to a step; the process ends with this one"
-    with open(folder/LOG, 'wb') as log: process = subprocess.Popen(train_command(folder, resume='auto', **allowed), env=safe_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    with open(folder/LOG, 'wb') as log:
+        process = subprocess.Popen(train_command(folder, resume='auto', **allowed), env=safe_environment() | LOG_TEXT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     atexit.register(process.kill)
     losses = {}
     try:
@@ -482,7 +483,7 @@ class RunControl:
 
     def stage(self) -> str: # a sentence
         "What is being done before the first step."
-        if self.status.message not in ('', 'starting'): return printable(self.status.message)
+        if self.status.message not in ('', 'starting'): return sanitize_line(self.status.message)
         if any(line.strip() == 'plan' for line in self.watch.log): return 'The run is planned; the first step comes next.'
         if self.lesson: return 'The rows are prepared and the model is loaded.'
         launch, rows = last_launch(self.folder), self.folder/'prepared'
@@ -561,7 +562,7 @@ class TrainPanel(Panel):
             self._rest()
             self.control, self._drawn, self._cost = control, (0.,), 0.
             self.replace.value = bool(control.config and control.config.overwrite_output_dir)
-            self.head.value = f'<b>{escape(printable(short_path(control.folder)))}</b>'
+            self.head.value = f'<b>{sanitize_html(short_path(control.folder))}</b>'
             self.picture.value, self._png = image('').value, None
             self.clear_failure()
         self.watch()
@@ -709,7 +710,7 @@ class TrainPanel(Panel):
         row, status, kind = control.watch.row, control.status, dict(completed='good', failed='warning', stopped='good').get(self.state, 'note')
         total = row.get('total') or status.total or 1
         self.bar.max, self.bar.value, self.bar.bar_style = total, min(row.get('step', 0), total), dict(completed='success', failed='danger', stopped='warning').get(self.state, 'info')
-        self.pace.value, self.line.value = escape(pace_line(row)), line_html(kind, standing_line(control))
+        self.pace.value, self.line.value = sanitize_html(pace_line(row)), line_html(kind, standing_line(control))
         self.proof.value = line_html('note', 'A copy is trained past the stop, without any stop.') if self._comparing else ''.join(line_html(kind, text) for kind, text in remark_lines(control))
         self.log.value = f'<div style="font-family:monospace;font-size:12px;max-height:16em;overflow:auto;display:flex;flex-direction:column-reverse">{shown_text(chr(10).join(line[:300] for line in control.watch.log))}</div>' if control.watch.log else ''
         busy, held = self.state in BUSY or self._comparing, holds_run(self.run_dir)
@@ -729,7 +730,8 @@ class TrainPanel(Panel):
         return line_html('note', standing_line(self.control)) + red + ''.join(line_html(*line) for line in remark_lines(self.control)) + self.summary._repr_html_()
 
     def __repr__(self):
-        red = [f'problem: {printable(said_by(self.failure))}'] if self.failure else []
-        return '\n'.join([standing_line(self.control), *red, *(text for _, text in remark_lines(self.control)), str(self.summary)])
+        red = [f'problem: {said_by(self.failure)}'] if self.failure else []
+        lines = [standing_line(self.control), *red, *(text for _, text in remark_lines(self.control))]
+        return '\n'.join([*map(sanitize_line, lines), str(self.summary)])
 
 BUSY = ('starting', 'training', 'stopping')

@@ -32,12 +32,13 @@ from .core.errors import ConfigError, FinetuneError, RunError
 from .core.processes import stop_requested
 from .core.places import keep_changed, note_folder
 from .core.storage import folder_atomic
+from .core.text import ArgumentParser, describe_encode_error, html_table, safe_streams, sanitize_line, text_table
 from .data import packaged_held_out, prepare, report_line, report_parts
 from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
 from .memory import fitting, line_layout, whole_room
 from .model import adapter_folder, attach_lora, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, pick_device, plan_precision, quiet, run_tokenizer, save_adapter
 from .prompt import render, render_prompt, template_of
-from .runs import html_table, notes_printed, printable, read_meta, read_status, text_table, typed
+from .runs import notes_printed, read_meta, read_status, typed
 from .tokens import visible
 
 # %% ../nbs/13_trainer.ipynb #7a2d7e38
@@ -66,7 +67,8 @@ class Step:
     def __str__(self):
         said = f'step {self.step:>{len(str(self.total))}}/{self.total} · epoch {self.epoch:.1f} · loss {self.loss:.3f}'
         if self.eval_loss is not None: said += f' · eval {self.eval_loss:.3f}'
-        return said + f' · lr {self.learning_rate:.1e} · {self.tokens_per_second:,.0f} tok/s · {clock(self.seconds_left)} left' + f' · {self.note}' * bool(self.note)
+        said += f' · lr {self.learning_rate:.1e} · {self.tokens_per_second:,.0f} tok/s · {clock(self.seconds_left)} left'
+        return sanitize_line(said + f' · {self.note}' * bool(self.note))
 
 def clock(
     seconds: float # a duration
@@ -544,7 +546,8 @@ class Audience:
     ):
         "Tell everybody about a step."
         if self.show and (step.step % self.every == 0 or step.step in (1, step.total) or step.note): print(step, flush=True)
-        for question, answer in zip(self.questions, step.answers) if self.show and step.answers else (): print(printable(f'    {question} → {answer}'), flush=True)
+        for question, answer in zip(self.questions, step.answers) if self.show and step.answers else ():
+            print('    ' + sanitize_line(f'{question} → {answer}'), flush=True)  # one line: a log is read back
         if self.on_step: self.on_step(step)
         self.hear('on_step', step)
         if step.eval_loss is not None: self.hear('on_evaluate', step)
@@ -823,19 +826,24 @@ def main(
     arguments: list[str] | None = None # command line without the program's name; None: the real one
 ) -> int: # exit status: 0 trained, 2 something to put right, 130 stopped before its last step and saved
     "Train a prepared run folder from a shell; under `torchrun` or `accelerate launch`, one of several processes."
-    parser = argparse.ArgumentParser(prog='python -m sage_finetune.trainer', description='Train a prepared run folder.')
+    parser = ArgumentParser(prog='python -m sage_finetune.trainer', description='Train a prepared run folder.')
     parser.add_argument('run_dir', metavar='RUN_DIR', help='run folder')
     parser.add_argument('--resume', nargs='?', const=True, default=False, choices=(True, 'auto'), help='go on from the newest checkpoint; "auto": if there is one')
     parser.add_argument('--overwrite', action='store_true', help='start anew and replace what an earlier run left')
     parser.add_argument('--trust-remote-code', action='store_true', help='run Python code that comes with the model: only for authors you trust')
     parser.add_argument('--allow-special-tokens', action='store_true', help='let text in the data become control tokens: only for data you trust')
     parser.add_argument('--report-to', choices=('none', 'tensorboard', 'wandb'), help='also send the curves to this tool; wandb sends them under your account')
-    try: asked = parser.parse_args(arguments)
-    except SystemExit as done: return done.code
+    with safe_streams():
+        try: return _train(parser.parse_args(arguments))
+        except SystemExit as done: return done.code
+
+def _train(asked: argparse.Namespace) -> int:
+    "What was asked for; the exit status"
     try:
         with notes_printed(is_main()): result = train_from_meta(**vars(asked))
-    except FinetuneError as error:
-        print(f'error: {printable(str(error))}' if is_main() else f'process {os.environ["RANK"]}: {printable(str(error))}', file=sys.stderr)
+    except (FinetuneError, UnicodeEncodeError) as error:
+        said = sanitize_line(describe_encode_error(error) if isinstance(error, UnicodeEncodeError) else error)
+        print(f'error: {said}' if is_main() else f'process {os.environ["RANK"]}: {said}', file=sys.stderr)
         return 2
     if is_main(): print(result)
     return 130 if read_status(asked.run_dir).state == 'cancelled' and 'RANK' not in os.environ else 0  # torchrun would call it a failure

@@ -330,6 +330,37 @@ sys.stdout.write("\\n".join(["", "SEEN", *seen]))
     return [line for line in found if not any(one in line for one in tolerate)]
 
 
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+# Calls that turn text into bytes or back; where no encoding is named, it is the locale's. In binary mode there is none.
+_CODING = {"open", "fdopen", "read_text", "write_text", "Popen", "run", "check_output", "check_call"}
+
+
+def unsafe_text(root):
+    "Text files and streams whose encoding nobody says, markup escaped by another function than core.text's, and tables written for a spreadsheet, which takes a cell for a formula"
+    found = []
+    for module, path in modules(root).items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found += [f"{module}.py:{node.lineno}: {ast.unparse(node)[:60]} says no encoding" for node in ast.walk(tree) if isinstance(node, ast.Call) and _locale_decides(node)]
+        if module != "core.text":
+            found += [f"{module}.py:{line} escapes markup itself; core.text has sanitize_html" for name, _, line, _ in imported(path) if name == "html"]
+        writers = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and (node.attr in ("to_csv", "to_excel", "DictWriter") or ast.unparse(node) == "csv.writer")]
+        found += [f"{module}.py:{node.lineno} writes a table for a spreadsheet; a cell that begins with = + - @ would be a formula there" for node in writers]
+    return found
+
+
+def _locale_decides(call):
+    "Whether a call reads or writes text and leaves its encoding to the locale"
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    named = {one.arg: ast.unparse(one.value) for one in call.keywords}
+    if name not in _CODING or "encoding" in named: return False
+    if name in ("read_text", "write_text"): return True
+    if name in ("Popen", "run", "check_output", "check_call"): return "True" in (named.get("text"), named.get("universal_newlines"))
+    if ast.unparse(call.func) not in ("open", "io.open", "os.fdopen"): return False
+    mode = named.get("mode") or next((ast.unparse(one) for one in call.args[1:2]), "'r'")
+    return "b" not in mode
+
+
 # ---- documentation --------------------------------------------------------------------------------------------------
 
 def comments(source): return {token.start[0]: token.string for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
@@ -418,7 +449,7 @@ def foreign_addresses(root):
 def all_guards():
     "Every guard by name; the last two run over all rooms, where libraries do things of their own"
     plain = (exports_out_of_sync, not_clean, widget_state, absolute_paths, unmatched, unintroduced, upward_imports, forbidden_imports, heavy_rooms,
-        heavy_package, side_effects, undocumented, stale_readme, metadata_faults)
+        heavy_package, side_effects, unsafe_text, undocumented, stale_readme, metadata_faults)
     return {guard.__name__: guard for guard in plain} | {"side_effects_of_all_rooms": lambda root: side_effects(root, sorted(modules(root)), NOT_OURS)}
 
 

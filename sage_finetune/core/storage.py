@@ -50,7 +50,7 @@ def write_atomic(
 ) -> Path:               # the file
     "Write a file so that a reader sees the old one or the new one, never half of it. Raises `RunError` when it cannot be written."
     path = expand_home(path)
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode('utf-8', 'backslashreplace') if isinstance(content, str) else content  # half a character: \ud800, which JSON reads
     temp = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
