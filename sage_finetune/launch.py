@@ -79,7 +79,7 @@ def last_launch(
     if not path.exists(): return None
     launch = typed(read_object(path), Launch, path)
     if not is_pid(launch.pid): raise RunError(f'{path} says pid {launch.pid}, which no started process has. Delete it.')
-    if moment(launch.started) is None: raise RunError(f'{path} says started {printable(launch.started[:60])!r}, which is no time. Delete it.')
+    if moment(launch.started) is None: raise RunError(f'{path} says started {sanitize_line(launch.started[:60])!r}, which is no time. Delete it.')
     before = typed(launch.before, Status, path)
     return replace(launch, processes=max(1, launch.processes), before=asdict(before))
 

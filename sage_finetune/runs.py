@@ -11,15 +11,15 @@ __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'LOCK', 'RUN_FOLDERS', 'TASK_N
            'RunInfo', 'run_info', 'Runs', 'list_runs']
 
 # %% ../nbs/10_runs.ipynb #1fd28dcd
-import io, json, os, platform, re, stat, warnings, time, sys, math
-from collections.abc import Collection, Iterator
+import io, json, math, os, platform, re, stat, sys, time, warnings
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from types import UnionType
-from typing import BinaryIO, get_args, get_origin
+from typing import Any, BinaryIO, get_args, get_origin
 
 import psutil
 
@@ -410,7 +410,7 @@ def _content_but_last(path: Path) -> list | None:
     "Lines of a metrics file whose last one a killed process left unfinished"
     try: lines = path.read_bytes().splitlines() if stat.S_ISREG(os.lstat(path).st_mode) else []
     except OSError: return None
-    rows = [_object(line) for line in lines[:-1]]
+    rows = [metrics_row(line) for line in lines[:-1]]
     return None if not rows or None in rows else rows
 
 def is_run(
