@@ -33,7 +33,6 @@ MAY_IMPORT = {
     "transformers": {
         "model": "loads models and tokenizers",
         "engine": "offers an attention function to models, by the registry the library has for that",
-        "template": "compiles chat templates as the library does, inside a function: it fills them a hundred thousand times",
         "memory": "reads a model's config.json, to rehearse a step without its weights",
         "chat": "streams answers: generation's streamer and stopping criteria are the library's",
         "tiny": "makes the embedded model: a Qwen2 from nothing and its tokenizer, which `model` then loads like any other"},
@@ -47,7 +46,7 @@ COMES_WITH = {"tokenizers": "transformers", "huggingface_hub": "transformers", "
 # Not there on every computer: imported inside a function, where its absence can be said in a sentence.
 EXTRAS = {"tensorboard", "wandb"}
 # These import no torch: a form, a prompt, a run folder or a corpus is looked at, and the command line helps, without waiting seconds.
-LIGHT = ("core.errors", "core.storage", "config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "diagnosis", "panel", "form", "world", "cli")
+LIGHT = ("core.errors", "core.storage", "core.limits", "core.sandbox", "config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "diagnosis", "panel", "form", "world", "cli")
 COPIED = ("nbs", PACKAGE, "tests", "benchmarks", ".ci", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "README.md",
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
 
