@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .config import TrainingConfig
 from .core.errors import RunError
+from .core.limits import open_regular, parse_json
 from .core.storage import folder_atomic, why_unwritable, write_atomic, write_json
 from .model import restore_adapter, save_adapter
 from .runs import CONFIG, METRICS, STATUS, process_gone, read_metrics, read_status, still_works, write_status
@@ -54,7 +55,8 @@ def read_state(
     path: str | Path # what `write_state` wrote
 ) -> Any: # the same tree, tensors on the processor
     "Read a tree of tensors and plain values back."
-    with safe_open(path, 'pt') as file: return _together(json.loads(file.metadata()['state']), file.get_tensor)
+    open_regular(path).close()  # safe_open would wait for a pipe
+    with safe_open(path, 'pt') as file: return _together(parse_json(file.metadata()['state']), file.get_tensor)
 
 def _together(told: Any, tensor: Any) -> Any:
     "The value that `_apart` took apart"
@@ -117,6 +119,7 @@ def newest_checkpoint(
     for path in reversed(checkpoints(folder)):
         try:
             state = read_state(path/STATE)
+            open_regular(path/'adapter_model.safetensors').close()
             with safe_open(path/'adapter_model.safetensors', 'pt') as file: file.keys()
         except Exception as error: broken.append(f'{path} cannot be read ({str(error).strip() or type(error).__name__})')
         else:

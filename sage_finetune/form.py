@@ -19,6 +19,7 @@ import ipywidgets as W
 
 from .config import PRESETS, LoRAConfig, PresetConfigs, TrainingConfig, accepted, help_phrases, preset, suggest_preset
 from .core.errors import ConfigError, DataError, FinetuneError
+from .core.limits import open_regular, parse_json
 from .core.storage import write_atomic
 from .files import is_hub_name, iter_rows, packaged, packaged_held_out, source_size
 from .panel import Panel, fields_row, heading, line_html, marked, shown_text
@@ -367,12 +368,12 @@ def _same_pace(run: Path, config: TrainingConfig) -> bool:
 
 def _last_steps(path: Path) -> list[dict]:
     "The last steps of a metrics file, without reading all of it"
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         file.seek(max(0, path.stat().st_size - 65_536))
         lines = file.read().split(b'\n')[1 if file.tell() > 65_536 else 0:]
     found = []
     for line in lines:
-        try: found.append(json.loads(line))
+        try: found.append(parse_json(line))
         except ValueError: continue  # half a line
     return [row for row in found if isinstance(row, dict) and 'step' in row and 'seconds' in row]
 

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import psutil
 
 from .core.errors import ConfigError, RunError
+from .core.limits import open_regular
 from .core.storage import why_unwritable, write_json
 from .runs import MetricsTail, Status, printable, process_gone, read_meta, read_object, read_status, still_works
 
@@ -147,7 +148,7 @@ def log_lines(
     "The last lines that were printed since the last start; empty ones are left out."
     launch = last_launch(run_dir)
     try:
-        with open(Path(run_dir)/LOG, 'rb') as log:
+        with open_regular(Path(run_dir)/LOG) as log:
             end = log.seek(0, os.SEEK_END)
             older = launch.said if launch and launch.said <= end else 0
             log.seek(max(older, end - 2**16))  # a long log is not read whole

@@ -23,6 +23,7 @@ import psutil
 from .checkpoint import BEST_KEPT, FREE, STATE, check_folder, checkpoints, holds_run
 from .config import TrainingConfig
 from .core.errors import ConfigError, RunError
+from .core.limits import open_regular
 from .core.storage import write_atomic
 from .diagnosis import released
 from .launch import LOG, attached, follow, last_launch, log_lines, start_run, stop_run, train_command
@@ -315,7 +316,7 @@ def fingerprint(
     "A short name for exactly these bytes: the adapter and all that is needed to go on."
     digest = hashlib.blake2b(digest_size=6)
     for name in ('adapter_model.safetensors', STATE):
-        with open(Path(checkpoint)/name, 'rb') as file:
+        with open_regular(Path(checkpoint)/name) as file:
             while piece := file.read(2**20): digest.update(piece)
     return digest.hexdigest()
 
