@@ -34,7 +34,7 @@ from . import engine as engines
 from .batches import plan_batches
 from .config import LoRAConfig, TrainingConfig, find_model
 from .core.errors import ConfigError, FinetuneError, ModelError
-from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, pick_device, plan_precision, quiet
+from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, check_model, pick_device, plan_precision, quiet
 from .runs import html_table, text_table
 
 # %% ../nbs/12_memory.ipynb #bcfa3774
@@ -42,6 +42,7 @@ def read_shape(
     config: TrainingConfig # `model_name`
 ) -> Any: # its config.json, as transformers reads it
     "What a model is made of: from its folder, from what was downloaded before, or from the Hub, if that answers at once. Raises `ModelError`."
+    check_model(config.model_name)
     place, trusts = find_model(config.model_name), dict(trust_remote_code=config.trust_remote_code)
     try:
         if Path(place).is_dir(): return AutoConfig.from_pretrained(place, **trusts)
