@@ -323,6 +323,10 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict): return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
+def _unpacked(size: int) -> int: return 2**30 + 1000 * size  # bytes that a file of so many may hold
+
+def _bomb(path: Path, size: int, holds: str) -> DataError: return DataError(f'{path} has {size:,} bytes and holds more than {holds}. No data set is packed so tightly, so it is not read.')
+
 def _batch_size(metadata: Any, path: Path, size: int) -> int:
     "Rows to read at once. Raises `DataError` for a small file that says it holds very much: such a file was made to fill memory"
     rows = columns = wide = whole = 0
@@ -332,18 +336,21 @@ def _batch_size(metadata: Any, path: Path, size: int) -> int:
         rows, whole = rows + group.num_rows, whole + sum(max(part.total_uncompressed_size, 0) for part in parts)
         columns = max([columns, *(part.num_values for part in parts)])
         wide = max(wide, sum(max(part.total_uncompressed_size, 0) for part in parts if part.has_dictionary_page))
-    many, large = max(rows, columns, metadata.num_rows) > 10**6 + 1000 * size, whole > 2**30 + 1000 * size
-    if many or large: raise DataError(f'{path} has {size:,} bytes and says that it holds {f"{whole:,} bytes" if large else f"{max(rows, columns):,} values"}. No data set is packed so tightly, so it is not read.')
-    return max(1, min(500, 2**30 // max(wide, 1)))  # a word of a dictionary may stand in every row
+    if whole > _unpacked(size): raise _bomb(path, size, f'{whole:,} bytes')
+    if max(rows, columns, metadata.num_rows) > 10**6 + 1000 * size: raise _bomb(path, size, f'{max(rows, columns, metadata.num_rows):,} values')
+    return max(1, min(500, 2**29 // max(wide, 1)))  # a word of a dictionary may stand in every row
 
 def _parquet(file: BinaryIO, path: Path, size: int) -> Iterator[RawRow]:
     "The rows of a parquet file, a group after the other"
     import pyarrow, pyarrow.parquet
-    number, name = 0, str(path)
+    number, name, seen = 0, str(path), 0
     try:
         table = pyarrow.parquet.ParquetFile(file)
         for batch in table.iter_batches(batch_size=_batch_size(table.metadata, path, size)):
-            for row in batch.to_pylist():
+            rows = batch.to_pylist()
+            seen += max(batch.nbytes, sum(len(value) for row in rows for value in row.values() if value.__class__ is str))
+            if seen > _unpacked(size): raise _bomb(path, size, f'{seen:,} bytes')
+            for row in rows:
                 number += 1
                 yield RawRow(_without_nulls(row), name, number, number, size * number // table.metadata.num_rows)
     except (pyarrow.ArrowException, OSError) as error:

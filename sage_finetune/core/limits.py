@@ -71,7 +71,7 @@ def is_deep(
 
 # %% ../../nbs/core/05_limits.ipynb #3dc05b6d
 MAX_ENTRIES = 200_000  # files and folders looked at in one walk
-MAX_WALK = 60.  # seconds of one walk
+MAX_WALK = 20.  # seconds of one walk
 
 def walk_folder(
     root: str | Path, # where to begin
