@@ -10,7 +10,7 @@ __all__ = ['ROWS', 'pick_device', 'Precision', 'plan_precision', 'check_model', 
            'neftune', 'free']
 
 # %% ../nbs/08_model.ipynb #f618922a
-import copy, gc, logging, re, warnings
+import copy, gc, logging, math, re, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -100,6 +100,7 @@ def _numbers(value: Any, name: str = '') -> Iterator[tuple[str, float]]:
     if isinstance(value, dict):
         for key, part in value.items(): yield from _numbers(part, str(key))
     elif isinstance(value, list):
+        if len(value) > 100_000: yield name, math.inf
         yield name, len(value)
         for part in value: yield from _numbers(part, name)
     elif isinstance(value, (int, float)) and not isinstance(value, bool): yield name, value
