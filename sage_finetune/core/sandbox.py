@@ -19,7 +19,6 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
 from jinja2.utils import Namespace
-from markupsafe import Markup
 
 from .errors import ModelError
 
@@ -123,7 +122,7 @@ def _before_format(meter: _Meter, text: str, values: Any):
 def _before_replace(meter: _Meter, text: Any, args: tuple):
     "Every find may become the new text"
     old, new = (args[0], args[1]) if len(args) > 1 else (args[0] if args else '', '')
-    if type(text) in (str, Markup) and isinstance(old, str) and isinstance(new, str): meter.spend(len(text) + text.count(old) * len(new))
+    if isinstance(text, str) and isinstance(old, str) and isinstance(new, str): meter.spend(len(text) + text.count(old) * len(new))
 
 def _before_operator(meter: _Meter, operator: str, left: Any, right: Any):
     "`*`, `**` and `%`"
@@ -313,7 +312,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def wrap_str_format(self, value: Any) -> Callable | None:
         if super().wrap_str_format(value) is None: return None
         text, mapped = value.__self__, value.__name__ == 'format_map'
-        formatter = _EscapeFormat(self, escape=text.escape) if isinstance(text, Markup) else _Format(self)
+        formatter = _EscapeFormat(self, escape=text.escape) if hasattr(text, 'escape') else _Format(self)  # Markup has it
         def form(*args: Any, **more: Any) -> str: return type(text)(formatter.vformat(text, *((), args[0]) if mapped else (args, more)))
         return form
 

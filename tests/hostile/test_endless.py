@@ -174,8 +174,8 @@ def test_rows_that_would_take_for_ever_are_refused_in_a_sentence(tmp_path, name)
 
 
 def test_a_line_longer_than_any_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("sage_finetune.files._LONGEST", 10_000)
-    for name, text in (("a.jsonl", '{"question": "' + "a" * 20_000 + '", "answer": "b"}\n'), ("a.json", '["' + "a" * 3_000_000 + '"]'), ("a.csv", "question,answer\n" + "a" * 20_000 + ",b\n")):
+    monkeypatch.setattr("sage_finetune.files._LONGEST", 100_000)
+    for name, text in (("a.jsonl", '{"question": "' + "a" * 200_000 + '", "answer": "b"}\n'), ("a.json", '["' + "a" * 3_000_000 + '"]'), ("a.csv", "question,answer\n" + "a" * 200_000 + ",b\n")):
         with pytest.raises(DataError): read_all(write(tmp_path/name, text))
 
 
@@ -184,9 +184,10 @@ def packed(path, question, rows, **options):
     return path
 
 
-def test_a_small_table_that_unpacks_to_gigabytes_is_refused(tmp_path):
+def test_a_small_table_that_unpacks_to_gigabytes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sage_finetune.files._unpacked", lambda size: 2**27 + 1000 * size)
     said = "No data set is packed so tightly"
-    words = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 5_000_000]))
+    words = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 1_000_000]))
     with within(60), pytest.raises(DataError, match=said): read_all(packed(tmp_path/"words.parquet", words, 100_000))
     pq.write_table(pa.table(dict(question=pa.nulls(20_000_000, pa.string()))), tmp_path/"nothing.parquet", row_group_size=20_000_000)
     size = os.path.getsize(tmp_path/"nothing.parquet")
