@@ -354,6 +354,17 @@ def _trains_tied(model: torch.nn.Module, lora: LoRAConfig) -> bool:
     if fits: raise ModelError(f'lora.target_modules={lora.target_modules!r} fits {fits[0][1:]!r}, and in this model embeddings and head are one table: an adapter on it cannot be merged. Leave it out, or name it in lora.modules_to_save.')
     return bool(meant(lora.modules_to_save or []))
 
+# %% ../nbs/08_model.ipynb #9e3344d3
+def _names(model: torch.nn.Module) -> list[str]: return [name for name, _ in model.named_modules()]
+
+def _patterns(settings: LoRAConfig | PeftConfig) -> list[tuple[str, str]]:
+    "The regular expressions of an adapter's settings, as PEFT uses them"
+    get, texts = (lambda name: getattr(settings, name, None) or ()), lambda value: [value] if isinstance(value, str) else [one for one in value if isinstance(one, str)]
+    whole = [('fullmatch', get(name)) for name in ('target_modules', 'exclude_modules') if isinstance(get(name), str)]
+    ends = [('match', rf'(.*\.)?({key})$') for name in ('rank_pattern', 'alpha_pattern') for key in texts(get(name))]
+    kept = [('match', rf'(^|.*\.){name}($|\..*)') for name in texts(get('modules_to_save'))]
+    return whole + ends + kept + [('match', rf'(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.') for pattern in texts(get('layers_pattern'))]
+
 # %% ../nbs/08_model.ipynb #e8260cab
 def _peft_settings(model: torch.nn.Module, lora: LoRAConfig, token_ids: list[int]) -> LoraConfig:
     "The dials of an adapter in PEFT's words"
@@ -500,16 +511,6 @@ def _can_go_on(folder: Path):
     settings = _saved_settings(folder)
     if settings.peft_type != 'LORA': raise ModelError(f'the adapter in {folder} is of the kind {settings.peft_type}. Only LoRA adapters can be continued.')
     if str(settings.init_lora_weights).startswith('pissa'): raise ModelError(f'the adapter in {folder} is PiSSA as it stands in a checkpoint, which fits no other base. Name the lora_weights of that run, or resume it.')
-
-def _names(model: torch.nn.Module) -> list[str]: return [name for name, _ in model.named_modules()]
-
-def _patterns(settings: LoRAConfig | PeftConfig) -> list[tuple[str, str]]:
-    "The regular expressions of an adapter's settings, as PEFT uses them"
-    get, texts = (lambda name: getattr(settings, name, None) or ()), lambda value: [value] if isinstance(value, str) else [one for one in value if isinstance(one, str)]
-    whole = [('fullmatch', get(name)) for name in ('target_modules', 'exclude_modules') if isinstance(get(name), str)]
-    ends = [('match', rf'(.*\.)?({key})$') for name in ('rank_pattern', 'alpha_pattern') for key in texts(get(name))]
-    kept = [('match', rf'(^|.*\.){name}($|\..*)') for name in texts(get('modules_to_save'))]
-    return whole + ends + kept + [('match', rf'(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.') for pattern in texts(get('layers_pattern'))]
 
 def _too_much(base: torch.nn.Module, settings: PeftConfig, folder: Path) -> str:
     "Why an adapter would take endless time or memory; empty: it does not"
