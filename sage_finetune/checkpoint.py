@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .config import TrainingConfig
 from .core.errors import RunError
+from .core.limits import open_regular, parse_json
 from .core.processes import stop_requested, stop_signals
 from .core.places import (
     MANIFEST, bring_back, check_links, note_files, note_folder, own_files, put_aside, read_manifest, remove_own)
@@ -61,7 +62,8 @@ def read_state(
 ) -> Any: # the same tree, tensors on the processor
     "Read a tree of tensors and plain values back. Raises `RunError` for a file that holds none."
     try:
-        with safe_open(path, 'pt') as file: return _together(json.loads((file.metadata() or {})['state']), file.get_tensor)
+        open_regular(path).close()  # safe_open would wait for a pipe
+        with safe_open(path, 'pt') as file: return _together(parse_json((file.metadata() or {})['state']), file.get_tensor)
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
         raise RunError(f'{path} cannot be read ({type(error).__name__}: {str(error).strip()[:150]}). Restore it from a copy.') from error
 
@@ -144,6 +146,7 @@ def newest_checkpoint(
     for path in reversed(checkpoints(folder)):
         try:
             state = _checked_state(read_state(path/STATE), path/STATE)
+            open_regular(path/'adapter_model.safetensors').close()
             with safe_open(path/'adapter_model.safetensors', 'pt') as file: file.keys()
         except (OSError, RunError, SafetensorError) as error: broken.append(f'{path} cannot be read ({printable(str(error).strip()) or type(error).__name__})')
         else:

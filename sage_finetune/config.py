@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from fastcore.docments import docments
 
 from .core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
+from .core.limits import parse_json, read_regular
 from .core.storage import expand_home, folder_atomic, why_unwritable, write_atomic, write_json
 from .core.text import sanitize_html, sanitize_repr
 from .core.trust import code_files
@@ -287,6 +288,8 @@ class TrainingConfig(Checked):
         for first, second, why in _CONTRADICTIONS:
             if getattr(self, first) and getattr(self, second):
                 raise ConfigError(f'{first}=True and {second}=True contradict each other: {why}. Set one of them to False.')
+        for name, most in _MOST.items():
+            if len(getattr(self, name) or ()) > most: raise ConfigError(f'{name} has {len(getattr(self, name)):,} entries; at most {most:,} are taken. Choose fewer.')
         return self
 
     def save(self,
@@ -308,6 +311,7 @@ class TrainingConfig(Checked):
             if mention is None or name in mention: warnings.warn(sentence, PermissionWarning, stacklevel=2)
         return cls(**fields | allowed)
 
+_MOST = dict(eval_prompts=1000, new_tokens=10_000)  # entries: each prompt is answered at every evaluation, each token gets a row of the embeddings
 _CONTRADICTIONS = [
     ('load_in_8bit', 'load_in_4bit', 'weights are kept in 8 bits or in 4'),
     ('fp16', 'bf16', 'a run computes in one 16-bit format')]
@@ -316,7 +320,7 @@ _CONTRADICTIONS = [
 def _read_fields(path: str | Path, cls: type) -> dict:
     "The keys of a config file, each checked to exist"
     path = expand_home(path)
-    try: content = json.loads(path.read_text(encoding='utf-8-sig'))
+    try: content = parse_json(read_regular(path).decode('utf-8-sig'))
     except FileNotFoundError as error: raise ConfigError(f'there is no config file {path}. Write one with config.save(path).') from error
     except (OSError, ValueError, RecursionError) as error: raise ConfigError(f'{path} is not a readable JSON file ({error}). Write it anew with config.save(path).') from error
     if not isinstance(content, dict): raise ConfigError(f'{path} holds a JSON {type(content).__name__}, not an object of settings. Write it with config.save(path).')

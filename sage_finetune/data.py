@@ -28,6 +28,7 @@ from datasets.table import MemoryMappedTable
 from tqdm import tqdm
 
 from .core.errors import ConfigError, DataError, RunError
+from .core.limits import open_regular, parse_json, read_regular
 from .core.processes import core_count
 from .core.storage import PART, copy_atomic, expand_home, folder_atomic, replace_path, why_unwritable
 from .core.text import sanitize_html, sanitize_line
@@ -664,7 +665,7 @@ def checksum(
 ) -> list[int]: # its size in bytes and its CRC-32
     "What tells a damaged file."
     total = size = 0
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20): total, size = zlib.crc32(block, total), size + len(block)
     return [size, total]
 
@@ -692,7 +693,7 @@ def read_prepared(
     "The report of a prepared folder whose files are as they were written. Raises `DataError` when they are not."
     if not folder.exists(): return None
     try:
-        content = json.loads((folder/REPORT).read_text(encoding='utf-8'))
+        content = parse_json(read_regular(folder/REPORT, 1 << 28))
         wrong = [name for name, written in content['files'].items() if not (folder/name).exists() or checksum(folder/name) != written]
         if not wrong: return replace(report_from_dict(content['report']), cached=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError): wrong = [REPORT]

@@ -20,6 +20,7 @@ import ipywidgets as W
 
 from .config import PRESETS, LoRAConfig, PresetConfigs, TrainingConfig, accepted, help_phrases, model_code, preset, suggest_preset
 from .core.errors import ConfigError, DataError, FinetuneError, RunError
+from .core.limits import open_regular, parse_json
 from .core.processes import FORKS, detached
 from .core.places import is_inside
 from .core.storage import expand_home, write_atomic
@@ -373,7 +374,7 @@ def _same_pace(run: Path, config: TrainingConfig) -> bool:
 
 def _last_steps(path: Path) -> list[dict]:
     "The last steps of a metrics file, without reading all of it"
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         file.seek(max(0, path.stat().st_size - 65_536))
         lines = file.read().split(b'\n')[1 if file.tell() > 65_536 else 0:]
     return [row for row in filter(None, map(metrics_row, lines)) if row.get('step') and row.get('seconds')]  # half a line is none

@@ -19,6 +19,7 @@ import psutil
 from .config import granted, permission_flag
 
 from .core.errors import ConfigError, FinetuneError, RunError
+from .core.limits import open_regular
 from .core.processes import ask_to_stop, core_count, detached, is_pid, on_windows, signal_workers, start_mark, wait_for
 from .core.storage import open_append, write_json
 from .core.text import sanitize_for_terminal, sanitize_line
@@ -160,7 +161,7 @@ def log_lines(
     "The last lines that were printed since the last start; empty ones are left out."
     launch = last_launch(run_dir)
     try:
-        with open(Path(run_dir)/LOG, 'rb') as log:
+        with open_regular(Path(run_dir)/LOG) as log:
             end = log.seek(0, os.SEEK_END)
             older = launch.said if launch and launch.said <= end else 0
             log.seek(max(older, end - 2**16))  # a long log is not read whole

@@ -35,14 +35,14 @@ from .batches import plan_batches
 from .config import LoRAConfig, TrainingConfig, find_model, model_code
 from .core.errors import ConfigError, FinetuneError
 from .core.text import html_table, sanitize_html, sanitize_line, text_table
-from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, check_layers, first_line, pick_device, plan_precision, quiet, refuse_kernels, refusing
+from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, check_model, first_line, pick_device, plan_precision, quiet, refuse_kernels, refusing
 
 # %% ../nbs/12_memory.ipynb #bcfa3774
 def read_shape(
     config: TrainingConfig # `model_name`
 ) -> Any: # its config.json, as transformers reads it
     "What a model is made of: from its folder, from what was downloaded before, or from the Hub, if that answers at once. Code that comes with it is not run, whatever the config allows. Raises `ModelError`."
-    check_layers(config.model_name)
+    check_model(config.model_name)
     with refusing(lambda error: _unreadable(config.model_name, error)): shape = _shape(find_model(config.model_name))
     refuse_kernels(shape, config.model_name)
     return shape

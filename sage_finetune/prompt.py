@@ -431,7 +431,7 @@ def _system_notes(form: ChatFormat) -> Iterator[str]:
     if not text: yield 'takes no system message'
     elif not rest: yield 'leaves the system message out'
     elif not re.search(r'\w', rest.partition('\U0010FFF1')[0]): yield 'puts the system message into the first user turn'
-    if form.program and 'TODAY' in _signs(form, 'user', 'assistant', strftime_now=lambda pattern: 'TODAY'): yield 'writes today\'s date, so the same rows give other tokens tomorrow'
+    if 'TODAY' in _signs(form, 'user', 'assistant', strftime_now=lambda pattern: 'TODAY'): yield 'writes today\'s date, so the same rows give other tokens tomorrow'
 
 # %% ../nbs/03_prompt.ipynb #526a8f99
 def _answer_notes(form: ChatFormat) -> Iterator[str]:
@@ -506,7 +506,7 @@ def _moulds(renderer: Renderer, shape: tuple) -> list[_Mould]:
     messages = [dict(role=role, content=chr(0x100000 + at)) for at, (role, _) in enumerate(shape)]
     talk = Talk(renderer.form, messages, None, [learnt for _, learnt in shape], {}, [], renderer.thinking == 'ignore_empty')
     try: return [_mould(talk, plan) for plan in _plans(talk)]
-    except TEMPLATE_ERRORS: return []
+    except (*TEMPLATE_ERRORS, DataError): return []
 
 _TAGS = tuple(tag for pair in THINKING_TAGS for tag in pair)
 
@@ -528,7 +528,7 @@ def _planned(renderer: Renderer, messages: list[dict], tools: list | None) -> li
         if shape not in renderer.moulds: renderer.moulds[shape] = _moulds(renderer, shape)
         contents, said = [message['content'] for message in messages], [dict(role=message['role'], content=message['content']) for message in messages]
         try: plans = [_poured(mould, contents, renderer.form.fill(said[:mould.plan.count])) for mould in renderer.moulds.get(shape, [])]
-        except TEMPLATE_ERRORS: plans = []
+        except (*TEMPLATE_ERRORS, DataError): plans = []
         if plans and None not in plans: return plans
     try: return _plans(_made_ready(renderer, messages, tools))
     except DataError as error: return error

@@ -10,9 +10,11 @@ __all__ = ['FORMATS', 'RowError', 'detect_data_format', 'suggest_column_map', 'r
 # %% ../nbs/04_rows.ipynb #6600c968
 import difflib, json, re
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Callable, NamedTuple
 
 from .core.errors import DataError
+from .core.limits import is_deep, list_names, shorten
 from .core.text import sanitize_for_terminal
 
 # %% ../nbs/04_rows.ipynb #671f339c
@@ -24,6 +26,7 @@ FORMATS = {  # format -> (fields it needs, fields it may have)
     'prompt': (('prompt', 'completion'), ('system', 'tools')),
     'text': (('text',), ())}
 _KNOWN = list(dict.fromkeys(key for needed, may in FORMATS.values() for key in (*needed, *may)))
+_LOOKED_AT = 200  # fields of a row that are compared with known names, which is slow
 _ALIASES = {'conversation': 'conversations', 'functions': 'tools'}  # spellings so frequent that they count as the name itself
 
 # %% ../nbs/04_rows.ipynb #2bc08dc0
@@ -72,7 +75,7 @@ def detect_data_format(
 # %% ../nbs/04_rows.ipynb #77a2d2fd
 def _unknown_shape(row: dict) -> RowError:
     "Why a row has no known shape: a preference row, a null field, a field that lacks or is misspelt"
-    fields = 'the fields ' + ', '.join(map(repr, row)) if row else 'no fields'
+    fields = 'the fields ' + list_names(row) if row else 'no fields'
     if {'chosen', 'rejected'} <= row.keys(): return _preference(row)
     for name, (needed, _) in FORMATS.items():
         null = [key for key in needed if key in row and _missing(row[key])]
@@ -94,8 +97,8 @@ def _preference(row: dict) -> RowError:
 
 def _near(row: dict) -> str:
     "Which known name a field may stand for, as a sentence with a space behind it"
-    for field in row:
-        near = difflib.get_close_matches(str(field).strip().lower(), _KNOWN, n=1, cutoff=0.6)
+    for field in islice(row, _LOOKED_AT):
+        near = difflib.get_close_matches(str(field)[:80].strip().lower(), _KNOWN, n=1, cutoff=0.6)
         if near: return f'Did you mean {near[0]!r} by {field!r}? '
     return ''
 
@@ -110,7 +113,7 @@ _MEANING = {name: meaning for meaning, names in _MEANS.items() for name in names
 
 def _plain_name(field: str) -> str:
     "A field's name without the differences that do not matter: case, blanks, plural, a trailing _text"
-    name = re.sub(r'\W+', '_', str(field).strip().lower()).strip('_')
+    name = re.sub(r'\W+', '_', str(field)[:80].strip().lower()).strip('_')
     if name not in _MEANING: name = re.sub(r'_(text|str|content)$', '', name)
     if name not in _MEANING and name.endswith('s'): name = name[:-1]
     return name if name in _MEANING else next(iter(difflib.get_close_matches(name, _MEANING, n=1, cutoff=0.8)), name)
@@ -120,7 +123,7 @@ def suggest_column_map(
     fields: Any # names of the fields, in order (a row will do)
 ) -> dict[str, str]: # known name -> name in the row; empty when nothing comes to mind
     "The `column_map` that would probably make a row readable."
-    plain = {field: _plain_name(field) for field in fields if isinstance(field, str)}
+    plain = {field: _plain_name(field) for field in islice(fields, _LOOKED_AT) if isinstance(field, str)}
     found = {}  # what a column is -> the first such column
     for field, name in plain.items(): found.setdefault(_MEANING.get(name), field)
     if 'asks' not in found and 'context' in found: found['asks'] = found.pop('context')
@@ -151,7 +154,7 @@ def rename_columns(
     needed = {key for keys, _ in FORMATS.values() for key in keys}
     for known, column in column_map.items():
         if column in row or known in row: continue
-        if known in needed: raise RowError(f'the row has no column {column!r}, which column_map gives for {known!r}', f'It has: {", ".join(map(repr, row))}.')
+        if known in needed: raise RowError(f'the row has no column {column!r}, which column_map gives for {known!r}', f'It has: {list_names(row)}.')
         if notes is not None: notes.append(f'column {column!r}, which column_map gives for {known!r}, is not in the row')
     taken = {column: known for known, column in column_map.items() if column in row}
     kept = {key: value for key, value in row.items() if key not in taken and key not in taken.values()}
@@ -161,8 +164,10 @@ def rename_columns(
 def _json(value: Any, what: str) -> Any:
     "A field that may hold JSON as a text, as tables do"
     if not isinstance(value, str): return value
-    try: return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error: raise RowError(f'{what} is a text that is not JSON ({error})', 'Write it as JSON or as the object itself.') from error
+    try: found = json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error: raise RowError(f'{what} is a text that is not JSON ({shorten(error)})', 'Write it as JSON or as the object itself.') from error
+    if is_deep(found): raise RowError(f'{what} is nested too deeply', 'Write it flatter, or remove the row.')
+    return found
 
 def _text(value: Any, what: str, notes: list[str]) -> str | None:
     "The text of a field; numbers, dates and lists of parts become text"
@@ -225,13 +230,13 @@ def _speaker(turn: Any, at: int) -> str:
     if not isinstance(turn, dict): raise RowError(f'turn {at} is of type {type(turn).__name__}', 'A turn must be an object with role and content.')
     ours, theirs = ([key for key in keys if turn.get(key) is not None] for keys in (('role', 'content'), ('from', 'value')))
     if ours and theirs:
-        raise RowError(f'turn {at} mixes two dialects: it has {", ".join(map(repr, ours + theirs))}', 'Write role and content, or from and value.')
+        raise RowError(f'turn {at} mixes two dialects: it has {list_names(ours + theirs)}', 'Write role and content, or from and value.')
     speaker = turn.get('role', turn.get('from')) if ours or theirs else None
     if speaker is None:
-        raise RowError(f'turn {at} does not say who speaks; it has {", ".join(map(repr, turn)) or "no fields"}', 'A turn needs role and content, or from and value.')
+        raise RowError(f'turn {at} does not say who speaks; it has {list_names(turn) or "no fields"}', 'A turn needs role and content, or from and value.')
     if isinstance(speaker, str) and speaker in _ROLES: return speaker
-    near = difflib.get_close_matches(str(speaker).strip().lower(), _ROLES, n=1)
-    raise RowError(f'turn {at} has the role {speaker!r}', (f'Did you mean {near[0]!r}? ' if near else '') + f'The known roles are {", ".join(_ROLES)}.')
+    near = difflib.get_close_matches(str(speaker)[:80].strip().lower(), _ROLES, n=1)
+    raise RowError(f'turn {at} has the role {shorten(repr(speaker), 80)}', (f'Did you mean {near[0]!r}? ' if near else '') + f'The known roles are {", ".join(_ROLES)}.')
 
 # %% ../nbs/04_rows.ipynb #db49bbf9
 def _calls(turn: dict, speaker: str, at: int) -> list[dict]:
@@ -264,8 +269,8 @@ def _tools(row: dict) -> list | None:
 def _learn_mark(turn: dict, role: str, at: int, notes: list[str]) -> dict:
     "The `weight` or `train` of an assistant's turn, checked"
     weight, train = turn.get('weight'), turn.get('train')
-    if weight is not None and weight not in (0, 1): raise RowError(f'turn {at} has the weight {weight!r}', 'A weight is 1 (learn this turn) or 0 (do not).')
-    if train is not None and not isinstance(train, bool): raise RowError(f'turn {at} has train={train!r}', 'It is true (learn this turn) or false (do not).')
+    if weight is not None and weight not in (0, 1): raise RowError(f'turn {at} has the weight {shorten(repr(weight), 80)}', 'A weight is 1 (learn this turn) or 0 (do not).')
+    if train is not None and not isinstance(train, bool): raise RowError(f'turn {at} has train={shorten(repr(train), 80)}', 'It is true (learn this turn) or false (do not).')
     if role != 'assistant':
         if weight or train: notes.append(f'weight or train on a {role} turn has no effect')
         return {}
@@ -340,7 +345,7 @@ def _check_result(message: dict, asker: dict | None, asked: int, at: int):
         raise RowError(f'turn {at} is the result of a tool, but {who}', 'Put the call, an assistant turn with tool_calls, before it.')
     known, answered = [call['id'] for call in calls if 'id' in call], message.get('tool_call_id')
     if answered and known and answered not in known:
-        raise RowError(f'turn {at} answers the call {answered!r}, but turn {asked} made {", ".join(map(repr, known))}', 'Use the id of the call.')
+        raise RowError(f'turn {at} answers the call {shorten(repr(answered), 80)}, but turn {asked} made {list_names(known)}', 'Use the id of the call.')
 
 # %% ../nbs/04_rows.ipynb #5e03d7fa
 def _check_conversation(messages: list[dict], notes: list[str], first: int) -> list[dict]:
@@ -382,7 +387,7 @@ def _needs(row: dict, data_format: str):
     "Make sure of a format that was asked for by name"
     if data_format not in FORMATS: raise DataError(f'there is no format {data_format!r}. The known ones: {", ".join(FORMATS)}.')
     for key in FORMATS[data_format][0]:
-        if key not in row: raise RowError(f'the row has no {key!r}, which format {data_format!r} needs', f'It has {", ".join(map(repr, row)) or "no fields"}.')
+        if key not in row: raise RowError(f'the row has no {key!r}, which format {data_format!r} needs', f'It has {list_names(row) or "no fields"}.')
         if _missing(row[key]): raise RowError(f'the field {key!r} is null', f'Format {data_format!r} needs text there. Fill it or remove the row.')
 
 # %% ../nbs/04_rows.ipynb #3406a4ce

@@ -11,14 +11,15 @@ __all__ = ['PLAIN_TEMPLATE', 'ANSWER_SIGN', 'TEMPLATE_ERRORS', 'REASONING_KEYS',
 # %% ../nbs/02_template.ipynb #54d25f69
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from os.path import commonprefix
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError
 
 from .core.errors import DataError, ModelError
+from .core.sandbox import compile_template
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 
@@ -49,16 +50,8 @@ def template_of(
     return ('{{ bos_token }}' if adds_bos(tokenizer) else '') + PLAIN_TEMPLATE
 
 # %% ../nbs/02_template.ipynb #3eadcc88
-@lru_cache(maxsize=32)
-def _program(template: str) -> Callable | None:
-    "The template compiled, as transformers does it; None in versions of that library that keep it elsewhere"
-    try: from transformers.utils.chat_template_utils import _compile_jinja_template as compiled
-    except ImportError: return None
-    try: return compiled(template).render
-    except TemplateSyntaxError as error: raise ModelError(f'the chat template cannot be read: {error} (line {error.lineno}).') from error
-
 ANSWER_SIGN = '\U0010FFFD'  # stands for an answer when its place is looked for; in data it is replaced
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError)  # what a template raises at messages it cannot write
+TEMPLATE_ERRORS = (TemplateError,)  # what a template raises at messages it cannot write
 
 def probe(
     *contents: str # texts of user, assistant, user …; without any a question and the sign as its answer
@@ -76,7 +69,7 @@ class ChatFormat:
     ):
         "Look at both once. Raises `ModelError` when there is no template to use."
         self.tokenizer, self.template = tokenizer, template_of(tokenizer, tools)
-        self.program, self.values = _program(self.template), dict(tokenizer.special_tokens_map)
+        self.program, self.values = compile_template(self.template), dict(tokenizer.special_tokens_map)
         self.special, self.swallows = _control_tokens(tokenizer)
         self.pattern, self.bos = _any_of(tuple(self.special)), tokenizer.bos_token_id
         self.in_parts, self.escapes = _takes(self)
@@ -110,8 +103,7 @@ def _control_tokens(tokenizer: 'PreTrainedTokenizerBase') -> tuple[dict[str, int
 
 def _written(form: ChatFormat, messages: list[dict], tools: list | None, asked: bool, **switches: Any) -> str:
     "The template's text for messages in their final form"
-    if form.program: return form.program(messages=messages, tools=tools, documents=None, add_generation_prompt=asked, **form.values | switches)
-    return form.tokenizer.apply_chat_template(messages, tools=tools, chat_template=form.template, tokenize=False, add_generation_prompt=asked, **switches)
+    return form.program(messages=messages, tools=tools, documents=None, add_generation_prompt=asked, **form.values | switches)
 
 def _filled(form: ChatFormat, messages: list[dict], tools: list | None, asked: bool, **switches: Any) -> str:
     "The same, in which our signs are characters again where the template wrote them as JSON in ASCII"
@@ -170,7 +162,9 @@ def opening_tokens(
 # %% ../nbs/02_template.ipynb #b9b0bb03
 def _stop(form: ChatFormat) -> str:
     "The token that ends an answer. Raises `ModelError` when the template has none."
-    alone, later = form.fill(probe()).partition(ANSWER_SIGN)[2], ''
+    try: alone, later = form.fill(probe()).partition(ANSWER_SIGN)[2], ''
+    except TEMPLATE_ERRORS as error:
+        raise ModelError(f'the chat template of {form.tokenizer.name_or_path!r} cannot write a question and its answer ({str(error)[:300]}). Use another template.') from error
     try: later = form.fill([*probe(), dict(role='user', content='more')]).partition(ANSWER_SIGN)[2]
     except TEMPLATE_ERRORS: pass
     ends, goes_on = form.pattern.findall(alone), form.pattern.findall(later)
@@ -329,7 +323,8 @@ def make_talk(
     marks = StandIns(form)
     bare = [_joined({key: value for key, value in message.items() if key not in ('weight', 'train')}) for message in messages]
     if thinking == 'strip': bare = [_stripped(message) if message.get('role') == 'assistant' else message for message in bare]
-    learnt, ready, tools, failure = list(map(is_learnt, messages)), [_thought(message, marks) for message in bare], marks(tools or None), None
+    try: learnt, ready, tools, failure = list(map(is_learnt, messages)), [_thought(message, marks) for message in bare], marks(tools or None), None
+    except RecursionError as error: raise DataError('a message or the description of a tool is nested too deeply. Write it flatter, or remove it.') from error
     for tried in _forms(ready):
         talk = Talk(form, tried, tools, learnt, dict(marks), marks.notes(), thinking == 'ignore_empty')
         try: talk.text()
@@ -356,15 +351,15 @@ def _with_arguments(message: dict, as_text: bool) -> dict:
         if as_text and isinstance(arguments, (dict, list)): return call | dict(arguments=json.dumps(arguments, ensure_ascii=False))
         if as_text or not isinstance(arguments, str): return call
         try: parsed = json.loads(arguments)
-        except ValueError: return call
+        except (ValueError, RecursionError): return call
         return call | dict(arguments=parsed) if isinstance(parsed, dict) else call
     return message | dict(tool_calls=[shaped(call) for call in message['tool_calls']]) if isinstance(message.get('tool_calls'), list) else message
 
 # %% ../nbs/02_template.ipynb #64aa3867
 def _refusal(talk: Talk, error: Exception) -> DataError:
     "What the template says, at which message, and a way out"
-    at, roles = _first_refused(talk), ', '.join(str(message.get('role')) for message in talk.messages)
-    said = f'{error}'.strip() or type(error).__name__
+    at, roles = _first_refused(talk), ', '.join(str(message.get('role'))[:40] for message in talk.messages[:20]) + ', …' * (len(talk.messages) > 20)
+    said = f'{error}'.strip()[:500] or type(error).__name__
     return DataError(f'the chat template refuses this conversation (roles: {roles}): {said.rstrip(".")}. At message {at + 1}: {_way_out(talk, at)}')
 
 def _works(talk: Talk, messages: list[dict]) -> bool:
@@ -375,7 +370,12 @@ def _works(talk: Talk, messages: list[dict]) -> bool:
 
 def _first_refused(talk: Talk) -> int:
     "The number of the message with which the trouble begins"
-    return next((count for count in range(len(talk.messages) - 1, 0, -1) if _works(talk, talk.messages[:count])), 0)
+    low, high = 0, len(talk.messages)
+    if high <= 64: return next((count for count in range(high - 1, 0, -1) if _works(talk, talk.messages[:count])), 0)
+    while high - low > 1:  # a conversation of many turns is halved, not walked through
+        middle = (low + high) // 2
+        low, high = (middle, high) if _works(talk, talk.messages[:middle]) else (low, middle)
+    return low
 
 def _way_out(talk: Talk, at: int) -> str:
     "The rule that is broken and what to do, found out by rendering something else"

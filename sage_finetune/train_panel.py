@@ -20,6 +20,7 @@ import ipywidgets as W
 from .checkpoint import BEST_KEPT, FREE, STATE, check_folder, checkpoints, holds_run
 from .config import TrainingConfig, granted, permissions
 from .core.errors import ConfigError, RunError
+from .core.limits import open_regular
 from .core.processes import find_process, is_notebook_kernel, was_killed
 from .core.storage import write_atomic
 from .core.text import html_table, sanitize_html, sanitize_line, text_table
@@ -317,7 +318,7 @@ def fingerprint(
     "A short name for exactly these bytes: the adapter and all that is needed to go on."
     digest = hashlib.blake2b(digest_size=6)
     for name in ('adapter_model.safetensors', STATE):
-        with open(Path(checkpoint)/name, 'rb') as file:
+        with open_regular(Path(checkpoint)/name) as file:
             while piece := file.read(2**20): digest.update(piece)
     return digest.hexdigest()
 

@@ -33,7 +33,6 @@ MAY_IMPORT = {
     "transformers": {
         "model": "loads models and tokenizers",
         "engine": "offers an attention function to models, by the registry the library has for that",
-        "template": "compiles chat templates as the library does, inside a function: it fills them a hundred thousand times",
         "memory": "reads a model's config.json, to rehearse a step without its weights",
         "chat": "streams answers: generation's streamer and stopping criteria are the library's",
         "tiny": "makes the embedded model: a Qwen2 from nothing and its tokenizer, which `model` then loads like any other"},

@@ -501,15 +501,14 @@ def test_template_and_tokenizer_count(cached, tokenizer):
 def test_a_template_with_todays_date_is_rendered_anew_tomorrow(cached, tokenizer):
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = "{{ '<|im_start|>system\n' + strftime_now('%d %B %Y') + '<|im_end|>\n' }}" + tokenizer.chat_template
-    import transformers.utils.chat_template_utils as utils
+    import sage_finetune.core.sandbox as sandbox
     from datetime import datetime
     class Tomorrow(datetime):
         @classmethod
         def now(cls, tz=None): return cls(2031, 5, 4)
     assert not cached(dated)[0] and cached(dated)[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "datetime", Tomorrow)
-        utils._compile_jinja_template.cache_clear() if hasattr(utils._compile_jinja_template, "cache_clear") else None
+        patch.setattr(sandbox, "datetime", Tomorrow)
         assert not cached(dated)[0]
 
 

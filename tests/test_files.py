@@ -497,7 +497,7 @@ def test_sources_that_are_none(source, says):
 def test_a_file_one_may_not_read(monkeypatch):
     write("rows.jsonl", [ROWS[0]])
     def forbidden(path, *options): raise PermissionError(13, "Permission denied", str(path))
-    monkeypatch.setattr(files, "open", forbidden, raising=False)
+    monkeypatch.setattr(files, "open_regular", forbidden)
     assert refusal("rows.jsonl") == "rows.jsonl cannot be read: Permission denied. Check that the file is there and that you may read it."
     with pytest.raises(DataError, match="Permission denied"): source_key("rows.jsonl")
 

@@ -81,13 +81,6 @@ def test_the_compiled_template_writes_what_the_library_writes(name):
         if "Blue" in expected or "dusk" in expected: assert template_text(messages, tokenizer, tools) == expected
 
 
-def test_without_the_library_s_compiler_everything_is_the_same(monkeypatch):
-    "Where a version of transformers keeps its compiler elsewhere, its public function is called"
-    expected = {name: [str(found) for found in Renderer(tokenizer_for(name)).batch(TALKS.values())] for name in ("qwen3", "gemma", "llama3_2", "idefics3", "gptoss")}
-    monkeypatch.setattr(shown.template, "_program", lambda template: None)
-    for name, found in expected.items(): assert [str(made) for made in Renderer(tokenizer_for(name)).batch(TALKS.values())] == found
-
-
 def test_stop_tokens_are_those_the_models_stop_at():
     "As in the models' generation_config.json: the id lists there hold these tokens"
     known = {"cohere2": "<|END_OF_TURN_TOKEN|>", "gemma3": "<end_of_turn>", "gemma4": "<turn|>", "glm4moe": "<|user|>", "gptoss": "<|return|>",

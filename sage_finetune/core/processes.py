@@ -35,7 +35,9 @@ def start_mark(
     pid: int # number of a process
 ) -> str:    # equal only for the same process; empty when there is none
     "When a process started, as a mark that no other process on this machine ever has."
-    try: return f'{_BOOT_ID.read_text().strip()}/{Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]}'
+    try:
+        boot, facts = _BOOT_ID.read_text(encoding='ascii').strip(), Path(f'/proc/{pid}/stat').read_text(encoding='utf-8', errors='replace')
+        return f'{boot}/{facts.rpartition(")")[2].split()[19]}'
     except (OSError, IndexError): pass
     try: return f'{psutil.Process(pid).create_time():.2f}'
     except (psutil.Error, ValueError): return ''
@@ -84,7 +86,7 @@ def lock_holders(
     path: str | Path # the file a lock is taken on
 ) -> set[int]:       # numbers of processes; empty where the system does not list them
     "Who holds the lock of a file, as Linux lists it."
-    try: place, lines = os.stat(path), Path('/proc/locks').read_text().splitlines()
+    try: place, lines = os.stat(path), Path('/proc/locks').read_text(encoding='ascii').splitlines()
     except OSError: return set()
     wanted = f'{os.major(place.st_dev):02x}:{os.minor(place.st_dev):02x}:{place.st_ino}'
     fields = [line.split() for line in lines if ' FLOCK ' in line and ' WRITE ' in line and '->' not in line]

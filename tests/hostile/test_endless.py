@@ -1,0 +1,373 @@
+"What strangers give takes a bounded amount of time and memory: templates, rows, tables, packed files, pipes, trees, patterns and settings"
+import copy
+import json
+import os
+import shutil
+import threading
+import time
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sage_finetune import corpus
+from sage_finetune.config import LoRAConfig, PresetConfigs, TrainingConfig, tiny_path
+from sage_finetune.core import limits
+from sage_finetune.core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
+from sage_finetune.core.limits import check_patterns, walk_folder
+from sage_finetune.core.sandbox import compile_template
+from sage_finetune.corpus import code_rows, first_sentence
+from sage_finetune.files import iter_rows, source_key, source_size
+from sage_finetune.launch import LOG, log_lines
+from sage_finetune.memory import estimate_memory
+from sage_finetune.model import attach_lora, load_adapter, load_base, load_tokenizer, save_adapter
+from sage_finetune.prompt import Renderer, end_of_turn, template_notes, template_text
+from sage_finetune.rows import read_row
+from sage_finetune.runs import list_runs, read_metrics, read_status, run_info, text_table
+from sage_finetune.template import ChatFormat, make_talk
+
+pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+TALK = [dict(role="user", content="Which colour?"), dict(role="assistant", content="Blue.")]
+
+
+@contextmanager
+def within(seconds):
+    "What happens here ends in time, on a busy machine too"
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+@pytest.fixture(scope="module")
+def tokenizer(): return load_tokenizer("tiny")
+
+
+@pytest.fixture
+def with_template(tokenizer):
+    def changed(template):
+        other = copy.copy(tokenizer)
+        other.chat_template = template
+        return other
+    return changed
+
+
+# ---- templates ----------------------------------------------------------------------------------------------------------
+
+LOOPS = {
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "short loops in each other": "{% set x = range(50) %}" + "{% for a in x %}" * 9 + "{% endfor %}" * 9,
+    "a filtered loop": "{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
+    "macros that double": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "a loop into itself": "{% for a in [0] * 60 recursive %}{% if loop.depth < 30 %}{{ loop([0] * 60) }}{% endif %}{% endfor %}",
+    "sums in a loop": "{% for a in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
+    "comparisons of long texts": "{% set x = 'x' * 10**7 %}{% for a in range(99999) %}{% if x == x | lower %}{% endif %}{% endfor %}",
+    "a generator": "{% for a in range(99999) | map('string') %}{% for b in range(99999) | map('string') %}{% endfor %}{% endfor %}",
+}
+SIZES = {
+    "times": "{{ 'x' * 10**9 }}", "a list times": "{{ [1] * 10**9 }}", "power": "{{ 2 ** 100000000 }}", "squares": "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "percent": "{{ '%1000000000d' % 1 }}", "percent and star": "{{ '%*d' % (10**9, 1) }}", "many percents": "{{ ('%9999999d' * 99) % ((1,) * 99) }}",
+    "format": "{{ '{:1000000000}'.format(1) }}", "format in format": "{{ '{:{w}}'.format(1, w=10**9) }}", "format_map": "{{ '{a:>1000000000}'.format_map({'a': 1}) }}", "the filter format": "{{ '%999999999s' | format(1) }}",
+    "rjust": "{{ 'a'.rjust(10**9) }}", "zfill": "{{ 'a'.zfill(10**9) }}", "center": "{{ 'a' | center(10**9) }}", "expandtabs": "{{ ('\\t' * 10000).expandtabs(10**6) }}", "bytes": "{{ (1).to_bytes(10**10, 'big') }}",
+    "replace": "{{ ('x' * 10000).replace('x', 'y' * 100000) }}", "the filter replace": "{{ ('x' * 10000) | replace('x', 'y' * 100000) }}", "translate": "{{ ('a' * 10000).translate({97: 'x' * 10**6}) }}",
+    "join": "{{ (['x' * 100000] * 10000) | join }}", "the method join": "{{ ('y' * 10**6).join(['x'] * 9999) }}", "indent": "{{ 'a\nb' | indent(10**9) }}", "indented JSON": "{{ [1] | tojson(indent=10**9) }}",
+    "batch": "{{ [1] | batch(10**9, 'x') | list }}", "slice": "{{ [1] | slice(10**9) | list }}", "round": "{{ 1.5 | round(10**9, 'ceil') }}", "wordwrap": "{{ ('a ' * 400000) | wordwrap(1, wrapstring='x' * 100000) }}",
+    "a mapped filter": "{{ ['a'] | map('center', 10**9) | list }}", "a filter block": "{% filter center(10**9) %}x{% endfilter %}", "added to itself": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "joined to itself": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "a list in itself": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "a dictionary in itself": "{% set n = namespace(x={}) %}{% for i in range(60) %}{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x | tojson }}", "written often": "{% set x = 'x' * 10**7 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
+    "a block set": "{% set x %}{% for i in range(99999) %}{{ 'y' * 9999 }}{% endfor %}{% endset %}{{ x }}",
+}
+FAILS = {
+    "division": "{{ 1 / 0 }}", "remainder": "{{ 1 % 0 }}", "range": "{{ range(10**9) | list }}", "float": "{{ 10.0 ** 400 }}", "int to float": "{{ 10 ** 400 * 1.0 }}", "endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "digits": "{{ 10 ** 5000 }}", "encoding": "{{ 'a'.encode('nothing') }}", "include": "{% include 'x' %}", "width of a date": "{{ strftime_now('%1000000000d') }}", "cycler": "{{ cycler() }}", "an attribute": "{{ namespace(__init__=1) }}",
+}
+UNREADABLE = {
+    "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "ifs": "{% if a %}" * 3000 + "{% endif %}" * 3000, "loops": "{% for a in b %}" * 60 + "{% endfor %}" * 60, "long": "x" * 10**8, "digits": "{{ " + "9" * 10**5 + " }}",
+    "signs": "{{ " + "-" * 20_000 + "1 }}", "cut": "{% for", "lists": "{{ " + "[" * 3000 + "]" * 3000 + " }}",
+}
+
+
+@pytest.mark.parametrize("template", (LOOPS | SIZES).values(), ids=(LOOPS | SIZES).keys())
+def test_a_template_that_is_too_much_is_stopped_in_a_sentence(with_template, template):
+    tokenizer = with_template("{% for m in messages %}{{ m.content }}{% endfor %}" + template)
+    with within(40), pytest.raises(ModelError, match="^the chat template was stopped: it "): template_text(TALK, tokenizer)
+
+
+@pytest.mark.parametrize("template", FAILS.values(), ids=FAILS.keys())
+def test_a_template_that_fails_says_so_in_a_sentence(with_template, template):
+    tokenizer = with_template("{% for m in messages %}{{ m.content }}{% endfor %}" + template)
+    for look in (lambda: template_text(TALK, tokenizer), lambda: end_of_turn(tokenizer), lambda: template_notes(tokenizer), lambda: Renderer(tokenizer)):
+        try: look()
+        except FinetuneError as error: assert len(str(error)) < 1000 and "\n" not in str(error)
+    with pytest.raises(FinetuneError): template_text(TALK, tokenizer)
+
+
+@pytest.mark.parametrize("template", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_a_template_that_cannot_be_compiled_says_so_in_a_sentence(with_template, template):
+    with within(20), pytest.raises(ModelError, match="^the chat template (cannot be read|has 100,000,000)"): template_text(TALK, with_template(template))
+
+
+@pytest.mark.parametrize("given", [7, ["x"], {"default": 7}, {"default": "{{ 'x' * 10**9 }}"}, {"default": ["x"]}], ids=str)
+def test_a_template_may_be_given_in_any_form(with_template, given):
+    with pytest.raises(FinetuneError): template_text(TALK, with_template(given))
+
+
+def test_limits_hold_in_every_thread():
+    said = []
+    def render():
+        try: compile_template("{{ 'x' * 10**9 }}")()
+        except ModelError as error: said.append(str(error))
+    threads = [threading.Thread(target=render) for _ in range(3)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert len(said) == 3
+
+
+def test_a_long_conversation_is_no_endless_one(tokenizer):
+    "What a template may do grows with what it is given"
+    many = compile_template("{% for m in messages %}{{ m.content | trim | replace('a', 'b') ~ m.content.strip().upper() }}{% endfor %}")
+    text = "a" * 1_000_000
+    assert len(many(messages=[dict(role="user", content=text)] * 60)) == 2 * 60 * len(text)
+    talk = [dict(role="assistant" if at % 2 else "user", content=f"word {at}") for at in range(4000)]
+    assert make_talk(talk, ChatFormat(tokenizer)).text().count("word") == 4000
+
+
+def test_a_refusal_of_many_turns_is_found_by_halves(with_template):
+    tokenizer = with_template("{% for m in messages %}{% if loop.index > 2000 %}{{ raise_exception('too long') }}{% endif %}{{ m.content }}{% endfor %}")
+    talk = [dict(role="assistant" if at % 2 else "user", content="x") for at in range(20_000)]
+    with within(60), pytest.raises(DataError, match="At message 2001") as said: template_text(talk, tokenizer)
+    assert len(str(said.value)) < 1000
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------------
+
+def read_all(path):
+    for raw in iter_rows(path): read_row(raw.row)
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+WIDE = 60_000
+ROWS = {
+    "columns.csv": lambda: ",".join(f"column{at}" for at in range(WIDE)) + "\n" + ",".join("x" * WIDE) + "\n",
+    "same.csv": lambda: ",".join("a" * WIDE) + "\n" + ",".join("x" * WIDE) + "\n",
+    "columns.tsv": lambda: "\t".join(f"une colonne {at}" for at in range(9000)) + "\n" + "\t".join("x" * 9000) + "\n",
+    "keys.jsonl": lambda: json.dumps({f"questions {at}": "x" for at in range(WIDE)}) + "\n",
+    "keys.json": lambda: json.dumps([{f"questions {at}": "x" for at in range(WIDE)}]),
+    "deep.jsonl": lambda: '{"question": "a", "answer": "b", "tools": ' + "[" * 900 + "]" * 900 + "}\n",
+    "deep.json": lambda: '[{"question": "a", "answer": "b", "tools": ' + "[" * 900 + "]" * 900 + "}]",
+    "deeper.json": lambda: "[" * 100_000, "deeper.jsonl": lambda: '{"a":' * 100_000,
+    "text.jsonl": lambda: json.dumps(dict(question="a", answer="b", tools="[" * 900 + "]" * 900)),
+    "digits.jsonl": lambda: '{"question": ' + "9" * 1_000_000 + ', "answer": "b"}', "digits.json": lambda: '[{"question": ' + "9" * 1_000_000 + ', "answer": "b"}]',
+    "role.jsonl": lambda: json.dumps(dict(messages=[dict(role="r" * 1_000_000, content="x")])), "open.csv": lambda: 'question,answer\n"' + "a\n" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_would_take_for_ever_are_refused_in_a_sentence(tmp_path, name):
+    path = write(tmp_path/name, ROWS[name]())
+    with within(20), pytest.raises(DataError) as said: read_all(path)
+    assert len(str(said.value)) < 3000
+
+
+def test_a_line_longer_than_any_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("sage_finetune.files._LONGEST", 100_000)
+    for name, text in (("a.jsonl", '{"question": "' + "a" * 200_000 + '", "answer": "b"}\n'), ("a.json", '["' + "a" * 3_000_000 + '"]'), ("a.csv", "question,answer\n" + "a" * 200_000 + ",b\n")):
+        with pytest.raises(DataError): read_all(write(tmp_path/name, text))
+
+
+def packed(path, question, rows, **options):
+    pq.write_table(pa.table(dict(question=question, answer=pa.array(["y"] * rows))), path, compression="zstd", **options)
+    return path
+
+
+def test_a_small_table_that_unpacks_to_gigabytes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sage_finetune.files._unpacked", lambda size: 2**27 + 1000 * size)
+    said = "No data set is packed so tightly"
+    words = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 1_000_000]))
+    with within(60), pytest.raises(DataError, match=said): read_all(packed(tmp_path/"words.parquet", words, 100_000))
+    pq.write_table(pa.table(dict(question=pa.nulls(20_000_000, pa.string()))), tmp_path/"nothing.parquet", row_group_size=20_000_000)
+    size = os.path.getsize(tmp_path/"nothing.parquet")
+    assert size < 100_000
+    with within(20), pytest.raises(DataError): read_all(tmp_path/"nothing.parquet")
+    pq.write_table(pa.table(dict(question=pa.array([[None] * 30_000_000], pa.list_(pa.int8())))), tmp_path/"list.parquet", compression="zstd")
+    if os.path.getsize(tmp_path/"list.parquet") < 25_000:
+        with within(20), pytest.raises(DataError, match=said): read_all(tmp_path/"list.parquet")
+
+
+def test_a_table_that_is_merely_repetitive_is_read(tmp_path):
+    path = packed(tmp_path/"fine.parquet", pa.array(["Which colour has the lamp? " * 20] * 20_000), 20_000)
+    assert sum(1 for _ in iter_rows(path)) == 20_000
+
+
+# ---- pipes and devices ----------------------------------------------------------------------------------------------------
+
+@pipes
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
+def test_rows_are_only_read_from_files(tmp_path, name):
+    folder = tmp_path/"data"
+    folder.mkdir()
+    os.mkfifo(folder/name)
+    os.symlink("/dev/zero", tmp_path/name)
+    for source in (folder, folder/name, tmp_path/name, "/dev/zero", "/dev/random"):
+        for look in (read_all, source_key):
+            with within(10), pytest.raises(DataError, match="a named pipe|regular file|no data file"): look(source)
+        try: source_size(source)
+        except DataError: pass
+
+
+@pipes
+@pytest.mark.parametrize("name", ["status.json", "metrics.jsonl", "training_config.json", "finetune_meta.json", "launch.json", LOG])
+@pytest.mark.parametrize("make", [os.mkfifo if hasattr(os, "mkfifo") else None, lambda path: os.symlink("/dev/zero", path), lambda path: open(path, "wb").truncate(10**12)], ids=["pipe", "device", "a terabyte"])
+def test_a_run_folder_is_only_read_from_files(tmp_path, name, make):
+    run = tmp_path/"run"
+    run.mkdir()
+    PresetConfigs.tiny(data_path="example", output_dir=run).save(run/"training_config.json")
+    (run/name).unlink(missing_ok=True)
+    make(run/name)
+    for look in (run_info, lambda run: list_runs(run.parent), read_status, read_metrics, log_lines, lambda run: TrainingConfig.load(run/"training_config.json")):
+        try:
+            with within(10): look(run)
+        except FinetuneError as error: assert "cannot be read" in str(error) or "not a readable JSON file" in str(error)
+
+
+@pipes
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"])
+def test_a_model_is_only_read_from_files(tmp_path, name):
+    folder = shutil.copytree(tiny_path(), tmp_path/"model")
+    for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+        (folder/name).unlink(missing_ok=True)
+        make(folder/name)
+        config = PresetConfigs.tiny(model_name=str(folder), data_path="example", output_dir=tmp_path/"run", device="cpu")
+        for look in (lambda: load_tokenizer(str(folder)), lambda: load_base(config), lambda: estimate_memory(config)):
+            with within(10), pytest.raises(ModelError, match="not a regular file"): look()
+
+
+def test_metrics_of_a_stranger(tmp_path):
+    (tmp_path/"metrics.jsonl").write_text("[" * 100_000 + '\n{"step": 1}\n')
+    with pytest.raises(RunError, match="line 1, is not a JSON object"): read_metrics(tmp_path)
+    (tmp_path/"status.json").write_text("[" * 100_000)
+    with pytest.raises(RunError, match="nested"): read_status(tmp_path)
+    assert len(text_table(["a"], [["x" * 10**7], *[["y"]] * 500])) < 10**5
+
+
+# ---- settings ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("field, value", [("vocab_size", 10**12), ("num_hidden_layers", 10**9), ("hidden_size", 10**9), ("intermediate_size", 10**12), ("num_attention_heads", 10**9),
+                                          ("max_position_embeddings", 10**15), ("num_experts", 10**9), ("layer_types", ["full_attention"] * 200_000), ("head_dim", 1e300)], ids=lambda value: str(value)[:24])
+def test_a_model_of_numbers_nobody_trained(tmp_path, field, value):
+    folder = shutil.copytree(tiny_path(), tmp_path/"model")
+    (folder/"config.json").write_text(json.dumps(json.loads((folder/"config.json").read_text()) | {field: value}))
+    config = PresetConfigs.tiny(model_name=str(folder), data_path="example", output_dir=tmp_path/"run", device="cpu")
+    for look in (lambda: load_base(config), lambda: estimate_memory(config)):
+        with within(10), pytest.raises(ModelError, match=f"{field}="): look()
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{", '{"vocab_size": ' + "9" * 5000 + "}"], ids=lambda text: text[:16])
+def test_a_model_config_that_is_none(tmp_path, content):
+    folder = shutil.copytree(tiny_path(), tmp_path/"model")
+    (folder/"config.json").write_text(content)
+    with pytest.raises(ModelError, match="config.json"): load_tokenizer(str(folder))
+
+
+def test_a_model_that_says_more_than_its_weights_hold(tmp_path):
+    folder = shutil.copytree(tiny_path(), tmp_path/"model")
+    (folder/"config.json").write_text(json.dumps(json.loads((folder/"config.json").read_text()) | dict(vocab_size=2**23, hidden_size=2**16)))
+    with pytest.raises(ModelError, match="do not belong together"): load_base(PresetConfigs.tiny(model_name=str(folder), data_path="example", output_dir=tmp_path/"run", device="cpu"))
+    (folder/"tokenizer.json").open("wb").truncate(500_000_000)
+    with pytest.raises(ModelError, match="500,000,000 bytes"): load_tokenizer(str(folder))
+
+
+def test_a_header_of_eight_exabytes(tmp_path):
+    folder = shutil.copytree(tiny_path(), tmp_path/"model")
+    (folder/"model.safetensors").write_bytes((2**63 - 1).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ModelError): load_base(PresetConfigs.tiny(model_name=str(folder), data_path="example", output_dir=tmp_path/"run", device="cpu"))
+
+
+PATTERNS = ["(.*)*x", "(.+)+x", "((a|.)*)*x", r"(\w+\.?)+:", ".*.*.*.*.*.*.*.*.*.*.*.*.*x"]
+
+
+@pytest.fixture(scope="module")
+def base(): return load_base(PresetConfigs.tiny(data_path="example", output_dir="unused", device="cpu"))[0]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_that_would_never_end_is_refused(base, monkeypatch, pattern):
+    monkeypatch.setattr(limits.check_patterns, "__defaults__", (1.,))
+    with within(20), pytest.raises(ConfigError, match="does not end within 1 seconds"): attach_lora(copy.deepcopy(base), LoRAConfig(target_modules=pattern))
+
+
+def test_patterns_of_other_kinds_work():
+    names = [f"model.layers.{at}.mlp.{kind}_proj" for at in range(200) for kind in ("up", "down")]
+    assert check_patterns([("fullmatch", r".*\.(up|down)_proj"), ("fullmatch", r"(model|layers|\.|\d)+\.mlp\.up_proj"), ("match", r"(?:[a-z]+\.)+\d+")], names) == ""
+    assert "cannot be tried" in check_patterns([("match", "(a)*(")], names) and "longer than" in check_patterns([("match", "a" * 5000)], names)
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    save_adapter(attach_lora(copy.deepcopy(base), LoRAConfig(r=4)), folder)
+    return folder
+
+
+@pytest.mark.parametrize("fields", [dict(target_modules="(.*)*x"), dict(exclude_modules="(.*)*x"), dict(rank_pattern={"(.*)*x": 8}), dict(alpha_pattern={"(.*)*x": 8}), dict(layers_pattern="(.*)*x", layers_to_transform=[1]),
+                                    dict(modules_to_save=["(.*)*x"]), dict(r=10**9), dict(r=10**6), dict(rank_pattern=dict(q_proj=10**6)), dict(trainable_token_indices=[10**9]),
+                                    dict(trainable_token_indices=dict(embed_tokens=[10**7])), dict(target_modules=["x"] * 10**6), dict(lora_alpha=1e308)], ids=lambda fields: str(fields)[:40])
+def test_an_adapter_of_endless_settings_is_refused(base, adapter, tmp_path, monkeypatch, fields):
+    monkeypatch.setattr(limits.check_patterns, "__defaults__", (1.,))
+    folder = shutil.copytree(adapter, tmp_path/"adapter")
+    (folder/"adapter_config.json").write_text(json.dumps(json.loads((folder/"adapter_config.json").read_text()) | fields))
+    with within(20), pytest.raises(ModelError): load_adapter(copy.deepcopy(base), folder)
+
+
+def test_an_adapter_as_it_was_saved_is_loaded(base, adapter): assert load_adapter(copy.deepcopy(base), adapter).peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize("fields", [dict(eval_prompts=["a"] * 100_000), dict(new_tokens=[f"<{at}>" for at in range(100_000)])], ids=lambda fields: next(iter(fields)))
+def test_a_config_of_very_many_entries(tmp_path, fields):
+    content = PresetConfigs.tiny(data_path="example", output_dir=tmp_path).to_dict()
+    (tmp_path/"training_config.json").write_text(json.dumps(content | fields, default=str))
+    with within(10), pytest.raises(ConfigError, match="100,000 entries"): TrainingConfig.load(tmp_path/"training_config.json")
+
+
+# ---- source trees -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("docstring", ["a\n" * 200_000, "\n" * 10**6, ":a" * 10**6, " . " * 10**6, "(" * 10**6 + ". a", "x. " * 10**6, "`" * 10**6, ":aa:`" + "x" * 10**6, "a(" + ")" * 10**6, "\n \t" * 10**6,
+                                       "a\n" + " " * 10**6 + "x", "." + ")" * 10**6, ":a:`b" * 10**5, "-" * 10**6, "W\n" + "1" * 10**6], ids=range(15))
+def test_a_docstring_is_read_in_linear_time(docstring):
+    with within(3): first_sentence(docstring)
+
+
+def test_a_tree_that_is_too_much(tmp_path, monkeypatch):
+    for root in ("/", os.path.expanduser("~")):
+        with within(10), pytest.raises(DataError, match="Name the folder of one project"): code_rows(root)
+    for at in range(30): (tmp_path/f"m{at}.py").write_text("def f():\n    'Return one number.'\n")
+    monkeypatch.setattr(corpus, "MAX_FILES", 20)
+    with pytest.raises(DataError, match="more than 20 Python files"): code_rows(tmp_path)
+    monkeypatch.setattr(corpus, "MAX_FILES", 100), monkeypatch.setattr(corpus, "MAX_SECONDS", 0.)
+    with pytest.raises(DataError, match="more than 0 seconds"): code_rows(tmp_path)
+
+
+def test_a_folder_that_is_too_much(tmp_path):
+    for at in range(30): (tmp_path/f"{at}").mkdir()
+    with pytest.raises(RunError, match="more than 20 files and folders. Name another."): list(walk_folder(tmp_path, "Name another.", RunError, entries=20))
+    (tmp_path/"1"/"loop").symlink_to(tmp_path)
+    with within(10), pytest.raises(DataError): list(iter_rows(tmp_path))
+    assert len(list_runs(tmp_path)) == 0
+
+
+@pytest.mark.parametrize("code", ["def f() -> " + "a" + ".b" * 2000 + ": 'Return one thing.'", "def f() -> 0x" + "f" * 20_000 + ": 'Return one thing.'", "if a: pass\n" + "elif a: pass\n" * 3000, "__all__ = " + "[" * 150 + "]" * 150,
+                                  "x = " + "(" * 5000, "def f(a=" + "-" * 3000 + "1): 'Return one thing.'"], ids=range(6))
+def test_a_source_file_nested_without_end_is_left_out(tmp_path, code):
+    (tmp_path/"odd.py").write_text(code), (tmp_path/"good.py").write_text("def brew(leaves):\n    'Return a pot of tea.'\n")
+    with within(20): found = code_rows(tmp_path)
+    assert any(fact.name == "brew" for fact in found.facts)
+
+
+@pipes
+def test_source_files_are_files(tmp_path):
+    os.mkfifo(tmp_path/"pipe.py"), os.symlink("/dev/zero", tmp_path/"zero.py"), (tmp_path/"good.py").write_text("def brew(leaves):\n    'Return a pot of tea.'\n")
+    with within(10): assert code_rows(tmp_path).files == 1
