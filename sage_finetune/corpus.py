@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PHRASINGS', 'MAX_BYTES', 'first_sentence', 'parameters', 'returned', 'class_parameters', 'defined', 'public_names',
            'Definition', 'definitions', 'Fact', 'Skip', 'facts_of', 'choose', 'folder_reason', 'file_reason',
-           'find_secret', 'text_reason', 'read_source', 'module_name', 'source_files', 'CodeCorpus', 'nothing_to_ask',
-           'own_source', 'code_rows']
+           'text_reason', 'read_source', 'module_name', 'source_files', 'without_secrets', 'CodeCorpus',
+           'nothing_to_ask', 'own_source', 'code_rows']
 
 # %% ../nbs/18_corpus.ipynb #5f7e6d04
 import ast, os, random, re, stat, tokenize, warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from io import BytesIO
@@ -20,6 +20,7 @@ from textwrap import shorten
 from typing import NamedTuple
 
 from .core.errors import ConfigError, DataError
+from .core.secrets import find_secret, find_secrets, redact_secrets, scan_texts
 from .runs import html_table, text_table
 
 # %% ../nbs/18_corpus.ipynb #0584ed90
@@ -251,6 +252,11 @@ def _link_reason(path: Path, root: Path) -> str:
     if not target.is_relative_to(root): return 'link that leaves the tree'
     return 'link that loops' if path.parent.resolve().is_relative_to(target) else 'link to a place read under its own name'
 
+def _secret_reason(name: str) -> str:
+    "Why the name of a file or folder keeps it out: rows say where a thing stands"
+    seen = find_secrets(name, strict=True)
+    return f'looks like a secret: {seen[0].kind}' if seen else ''
+
 def folder_reason(
     path: Path, # a folder below the root
     root: Path  # the tree's root, resolved
@@ -258,6 +264,7 @@ def folder_reason(
     "Why a folder is left out."
     if path.is_symlink(): return _link_reason(path, root)
     if path.name in _TEST_FOLDERS: return 'tests'
+    if reason := _secret_reason(path.name): return reason
     made = path.name in _TOOL_FOLDERS or path.name.startswith('.') or path.name.endswith('.egg-info') or os.path.exists(path/'pyvenv.cfg')
     return 'folder made by a tool' if made else ''
 
@@ -269,63 +276,32 @@ def file_reason(
     if path.is_symlink(): return _link_reason(path, root)
     if re.fullmatch(r'test_.*|.*_test|tests|conftest', path.stem): return 'tests'
     if re.fullmatch(r'_modidx|_version|.*_pb2(_grpc)?', path.stem): return 'generated'
+    if reason := _secret_reason(path.name): return reason
     try: facts = path.stat()
     except OSError: return 'cannot be opened'
     if not stat.S_ISREG(facts.st_mode): return 'not a regular file'
     return f'larger than {MAX_BYTES:,} bytes' if facts.st_size > MAX_BYTES else ''
-
-# %% ../nbs/18_corpus.ipynb #1641469e
-_SHAPES = {
-    'private key': r'-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----',
-    'AWS key': r'\b(?:AKIA|ASIA)(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b',
-    'GitHub token': r'\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_[A-Za-z0-9_]{50,}',
-    'GitLab token': r'\bglpat-[\w-]{20,}',
-    'OpenAI or Anthropic key': r'\bsk-(?=[\w-]*[0-9])(?=[\w-]*[A-Z])(?:[a-z0-9]+-)*[A-Za-z0-9_]{20,}',
-    'Hugging Face token': r'\bhf_(?=[a-zA-Z0-9]*[a-z])(?=[a-zA-Z0-9]*[A-Z])[A-Za-z0-9]{30,}\b',
-    'Slack token': r'\bxox[abprs]-[0-9A-Za-z-]{20,}',
-    'Google key': r'\bAIza[0-9A-Za-z_-]{35}\b',
-    'Stripe key': r'\b[sr]k_live_[0-9A-Za-z]{16,}'}
-_SECRET_SHAPES = re.compile('|'.join(f'(?P<s{number}>{shape})' for number, shape in enumerate(_SHAPES.values())))
-_PASSWORD = re.compile(r'''(?i)(?:passw(?:or)?d|passwd|pwd|passphrase|secret|api_?key|(?:access|auth|private|secret|account)_?(?:key|token)'''
-                       r'''|token(?=["']?\]?[^"'\n]{0,60}["'][^"'\n]{16,}))["']?\]?'''
-                       r'''\s*(?::\s*[\w\[\]|., ]{1,40})?(?:==?|:)\s*[rbf]?(["'])(?P<value>[^"'\n]{6,200})\1|\w://[^/\s:@"']+:(?P<url>[^/\s:@"']{6,})@''')
-_PLACEHOLDER_VALUE = re.compile(r'(?i)[<>{}$%*\s]|\.\.\.|your|example|change|placeholder|dummy|fake|sample|test|xxx'
-                                r'|password|passwd|secret|token|api.?key|env|^https?:')
-
-# %% ../nbs/18_corpus.ipynb #2f9fd5a0
-def find_secret(
-    text: str # a source file
-) -> str:     # "AWS key in line 3"; empty: none seen
-    "Look for what seems to be a secret."
-    seen = _SECRET_SHAPES.search(text)
-    what = list(_SHAPES)[int(seen.lastgroup[1:])] if seen else ''
-    if not seen:
-        real = (match for match in _PASSWORD.finditer(text) if _looks_real(match['value'] or match['url']))
-        seen, what = next(real, None), 'password'
-    return f"{what} in line {text.count(chr(10), 0, seen.start()) + 1}" if seen else ''
-
-def _looks_real(value: str) -> bool:
-    "Whether a value is more than a word or a placeholder"
-    letters, others = re.search('[a-zA-Z]', value), re.search(r'[0-9!@#&+=?^~]', value)
-    return bool(letters and others) and not _PLACEHOLDER_VALUE.search(value)
 
 # %% ../nbs/18_corpus.ipynb #b4709cdc
 _GENERATED = re.compile(r"(?i)do not (?:manually )?edit|don't edit|@generated|auto-?generated|automatically generated|^#\s*generated (?:by|from)", re.MULTILINE)
 _NBDEV = re.compile(r'File to edit: \S+\.ipynb')
 
 def text_reason(
-    text: str # a source file
-) -> str:     # empty: ask about it
+    text: str,                     # a source file
+    values: set[str] | None = None # what looks like a secret is added to it, to be looked for elsewhere
+) -> str:                          # empty: ask about it
     "Why a file is left out once it is read: generated, or with something like a secret in it."
     header = '\n'.join(line for line in text.splitlines()[:30] if line.startswith('#'))
     if _GENERATED.search(header) and not _NBDEV.search(header): return 'generated'
-    secret = find_secret(text)
-    return f'looks like a secret: {secret.partition(" in line")[0]}' if secret else ''
+    seen = find_secrets(text)
+    if values is not None: values |= {text[one.start:one.end] for one in seen if one.end - one.start > 7}
+    return f'looks like a secret: {seen[0].kind}' if seen else ''
 
 # %% ../nbs/18_corpus.ipynb #a08326d6
 def read_source(
-    path: Path # a .py file
-) -> tuple:    # (syntax tree or None, why not)
+    path: Path,                    # a .py file
+    values: set[str] | None = None # what looks like a secret is added to it, to be looked for elsewhere
+) -> tuple:                        # (syntax tree or None, why not)
     "Decode and parse a file as Python would."
     try:
         content = path.read_bytes()
@@ -333,11 +309,18 @@ def read_source(
         text = content.decode(encoding)
     except OSError: return None, 'cannot be opened'
     except (SyntaxError, UnicodeDecodeError, LookupError): return None, 'not readable as text'
-    reason = text_reason(text)
+    reason = text_reason(text, values)
     if reason: return None, reason
     try:
-        with warnings.catch_warnings(action='ignore'): return ast.parse(content), ''
+        with warnings.catch_warnings(action='ignore'): tree = ast.parse(content)
     except (SyntaxError, ValueError, RecursionError, MemoryError): return None, 'syntax error'
+    reason = text_reason(_strings(tree), values)
+    return (None, reason) if reason else (tree, '')
+
+def _strings(tree: ast.Module) -> str:
+    "All strings of a file as Python understands them, a line or more each"
+    found = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)))
+    return '\n'.join(one if isinstance(one, str) else one.decode('latin-1') for one in found)
 
 def module_name(
     path: Path, # a .py file
@@ -370,6 +353,21 @@ def source_files(
             if reason: skipped.append(Skip(place(path), reason))
             else: files.append(path)
     return files, skipped
+
+# %% ../nbs/18_corpus.ipynb #5ec4e702
+def without_secrets(
+    facts: list[Fact],               # of a tree
+    values: Iterable[str] = ()       # what looked like a secret somewhere in the tree
+) -> tuple:                          # (facts without secrets, what was left out)
+    "Leave out the facts whose rows would hold a secret."
+    texts = ['\n'.join((fact.name, fact.answer, fact.file)) for fact in facts]
+    found = scan_texts(texts, strict=True)
+    for value in values:
+        for place, text in enumerate(texts):
+            if value in text: found.setdefault(place, ['value of a secret in another file'])
+    kept = [fact for place, fact in enumerate(facts) if place not in found]
+    return kept, [Skip(f'{facts[place].file}:{facts[place].line} {facts[place].name}', f'looks like a secret: {found[place][0]}') for place in sorted(found)]
+
 
 # %% ../nbs/18_corpus.ipynb #2aa5580a
 @dataclass(repr=False)
@@ -432,15 +430,17 @@ def code_rows(
     root = Path(own_source() if root is None else root).expanduser().resolve()
     if not root.is_dir(): raise DataError(f'code_root {root} is not a folder. Name a folder with Python files.')
     paths, skipped = source_files(root)
-    found, read = [], 0
+    found, read, values = [], 0, set()
     for path in paths:
-        tree, reason = read_source(path)
+        tree, reason = read_source(path, values)
         if reason: skipped.append(Skip(path.relative_to(root).as_posix(), reason))
         else:
             read += 1
             found += definitions(tree, module_name(path, root), path.relative_to(root).as_posix())
     facts, unclear = facts_of(found, max_answer)
-    corpus = CodeCorpus(root, read, facts, len(facts), skipped + unclear)
+    facts, secret = without_secrets(facts, values)
+    skipped = [Skip(redact_secrets(skip.place, strict=True), skip.reason) for skip in skipped + unclear + secret]
+    corpus = CodeCorpus(root, read, facts, len(facts), skipped)
     if not facts: raise DataError(nothing_to_ask(corpus))
     if max_facts is not None: corpus.facts = choose(facts, max_facts, seed)
     return corpus

@@ -29,6 +29,7 @@ MAY_IMPORT = {
         "panel": "what all panels share; everything below it also works in a terminal",
         "form": "the dials", "data_panel": "the rows", "train_panel": "the run", "chat_panel": "the talk", "widgets": "all of them in one place"},
     "matplotlib": {"plot": "the pictures; a run on a server needs none"},
+    "detect_secrets": {"core.secrets": "rules that others keep, inside a function: they are asked for a text, never for a file or a service"},
     "typer": {"cli": "the command line; the library is used without it"},
     "transformers": {
         "model": "loads models and tokenizers",
@@ -47,7 +48,7 @@ COMES_WITH = {"tokenizers": "transformers", "huggingface_hub": "transformers", "
 # Not there on every computer: imported inside a function, where its absence can be said in a sentence.
 EXTRAS = {"tensorboard", "wandb"}
 # These import no torch: a form, a prompt, a run folder or a corpus is looked at, and the command line helps, without waiting seconds.
-LIGHT = ("core.errors", "core.storage", "config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "diagnosis", "panel", "form", "world", "cli")
+LIGHT = ("core.errors", "core.storage", "core.secrets", "config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "diagnosis", "panel", "form", "world", "cli")
 COPIED = ("nbs", PACKAGE, "tests", "benchmarks", ".ci", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "README.md",
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
 
