@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PHRASINGS', 'MAX_BYTES', 'first_sentence', 'parameters', 'returned', 'class_parameters', 'defined', 'public_names',
-           'Definition', 'definitions', 'Fact', 'Skip', 'facts_of', 'choose', 'folder_reason', 'file_reason',
-           'text_reason', 'read_source', 'module_name', 'source_files', 'without_secrets', 'CodeCorpus',
+           'Definition', 'definitions', 'Fact', 'Skip', 'facts_of', 'choose', 'SecretReason', 'folder_reason',
+           'file_reason', 'text_reason', 'read_source', 'module_name', 'source_files', 'without_secrets', 'CodeCorpus',
            'nothing_to_ask', 'own_source', 'code_rows']
 
 # %% ../nbs/18_corpus.ipynb #5f7e6d04
@@ -252,10 +252,18 @@ def _link_reason(path: Path, root: Path) -> str:
     if not target.is_relative_to(root): return 'link that leaves the tree'
     return 'link that loops' if path.parent.resolve().is_relative_to(target) else 'link to a place read under its own name'
 
-def _secret_reason(name: str) -> str:
+class SecretReason(str):
+    "Why something is left out that looks like a secret"
+    @classmethod
+    def of(cls,
+        kind: str       # as `find_secrets` names it; empty: none was seen
+    ) -> str:           # empty: no reason
+        "The reason in words."
+        return cls(f'looks like a secret: {kind}' if kind else '')
+
+def _name_reason(name: str) -> str:
     "Why the name of a file or folder keeps it out: rows say where a thing stands"
-    seen = find_secrets(name, strict=True)
-    return f'looks like a secret: {seen[0].kind}' if seen else ''
+    return SecretReason.of(next((one.kind for one in find_secrets(name, strict=True)), ''))
 
 def folder_reason(
     path: Path, # a folder below the root
@@ -264,7 +272,7 @@ def folder_reason(
     "Why a folder is left out."
     if path.is_symlink(): return _link_reason(path, root)
     if path.name in _TEST_FOLDERS: return 'tests'
-    if reason := _secret_reason(path.name): return reason
+    if reason := _name_reason(path.name): return reason
     made = path.name in _TOOL_FOLDERS or path.name.startswith('.') or path.name.endswith('.egg-info') or os.path.exists(path/'pyvenv.cfg')
     return 'folder made by a tool' if made else ''
 
@@ -276,7 +284,7 @@ def file_reason(
     if path.is_symlink(): return _link_reason(path, root)
     if re.fullmatch(r'test_.*|.*_test|tests|conftest', path.stem): return 'tests'
     if re.fullmatch(r'_modidx|_version|.*_pb2(_grpc)?', path.stem): return 'generated'
-    if reason := _secret_reason(path.name): return reason
+    if reason := _name_reason(path.name): return reason
     try: facts = path.stat()
     except OSError: return 'cannot be opened'
     if not stat.S_ISREG(facts.st_mode): return 'not a regular file'
@@ -295,7 +303,7 @@ def text_reason(
     if _GENERATED.search(header) and not _NBDEV.search(header): return 'generated'
     seen = find_secrets(text)
     if values is not None: values |= {text[one.start:one.end] for one in seen if one.end - one.start > 7}
-    return f'looks like a secret: {seen[0].kind}' if seen else ''
+    return SecretReason.of(seen[0].kind if seen else '')
 
 # %% ../nbs/18_corpus.ipynb #a08326d6
 def read_source(
@@ -366,8 +374,11 @@ def without_secrets(
         for place, text in enumerate(texts):
             if value in text: found.setdefault(place, ['value of a secret in another file'])
     kept = [fact for place, fact in enumerate(facts) if place not in found]
-    return kept, [Skip(f'{facts[place].file}:{facts[place].line} {facts[place].name}', f'looks like a secret: {found[place][0]}') for place in sorted(found)]
+    return kept, [_secret_skip(facts[place], kinds[0]) for place, kinds in sorted(found.items())]
 
+def _secret_skip(fact: Fact, kind: str) -> Skip:
+    "What is said of a fact that is left out"
+    return Skip(redact_secrets(f'{fact.file}:{fact.line} {fact.name}', strict=True), SecretReason.of(kind))
 
 # %% ../nbs/18_corpus.ipynb #2aa5580a
 @dataclass(repr=False)
@@ -390,6 +401,11 @@ class CodeCorpus:
         return [fact.row(len(PHRASINGS[fact.kind]) - 1) for fact in self.facts]
 
     @property
+    def secrets(self) -> Counter:
+        "What was left out because it looks like a secret: reason -> how many files, folders and facts."
+        return Counter(skip.reason for skip in self.skipped if isinstance(skip.reason, SecretReason))
+
+    @property
     def lines(self) -> list[tuple]:
         "The corpus as lines of a table: what, how many, an example."
         first = {fact.kind: f'{fact.row(0)["instruction"]} {fact.answer}' for fact in reversed(self.facts)}
@@ -401,8 +417,8 @@ class CodeCorpus:
         return [('files read', self.files, ''), ('rows to learn from', len(self.rows), chosen),
                 ('held-out rows', len(self.held_out), 'the same facts in one more phrasing'), *kinds, *left]
 
-    def __repr__(self): return f'{self.root}\n' + text_table(('', 'count', 'for example'), self.lines)
-    def _repr_html_(self): return html_table(('', 'count', 'for example'), self.lines, caption=str(self.root))
+    def __repr__(self): return f'{redact_secrets(str(self.root), strict=True)}\n' + text_table(('', 'count', 'for example'), self.lines)
+    def _repr_html_(self): return html_table(('', 'count', 'for example'), self.lines, caption=redact_secrets(str(self.root), strict=True))
 
 # %% ../nbs/18_corpus.ipynb #6d9ef36f
 def nothing_to_ask(
@@ -410,8 +426,9 @@ def nothing_to_ask(
 ) -> str:              # one sentence with the way out
     "Say why a tree gave no rows."
     reasons = Counter(skip.reason for skip in corpus.skipped)
+    root = redact_secrets(str(corpus.root), strict=True)
     left = 'Left out: ' + ', '.join(f'{count} × {reason}' for reason, count in reasons.most_common(4)) + '. ' if reasons else ''
-    what = f'{corpus.files} Python files were read in {corpus.root}, but there is nothing to ask about' if corpus.files else f'there is no Python file to read in {corpus.root}'
+    what = f'{corpus.files} Python files were read in {root}, but there is nothing to ask about' if corpus.files else f'there is no Python file to read in {root}'
     return f'{what}. {left}Name another code_root: a folder with .py files that define functions or classes.'
 
 # %% ../nbs/18_corpus.ipynb #09dc1e22

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .config import TrainingConfig
 from .core.errors import DataError, ModelError, RunError
+from .core.secrets import redact_object
 from .core.storage import folder_atomic, write_json
 from .data import Sample, iter_rows, read_row
 from .model import load_adapter, load_base, quiet
@@ -127,7 +128,7 @@ def merge(
         report = verify_merge(before, logits_of(load_base(config)[0].eval(), examples))
         report.dtype, report.folder = str(merged.dtype).removeprefix('torch.'), str(out)
         if not report.agrees: raise ModelError(f'the merged model does not say what base and adapter say, so it is not kept:\n{report}')
-        write_json(temp/'merge_report.json', asdict(report) | dict(folder='.'))
+        write_json(temp/'merge_report.json', redact_object(asdict(report) | dict(folder='.')))
     return report
 
 # %% ../nbs/14_export.ipynb #5f1cdd11

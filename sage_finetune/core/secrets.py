@@ -40,8 +40,9 @@ def is_random(
     if len(letters) < shortest or len(set(letters)) < 6 or 'example' in letters.lower(): return False
     kinds = ''.join('1' if letter.isdigit() else 'A' if letter.isupper() else 'a' for letter in letters)
     changes = sum(one != other for one, other in zip(kinds, kinds[1:])) / (len(kinds) - 1)
-    in_words = sum(map(len, re.findall('[a-z]{3,}', letters))) / len(letters)
-    if 'a' in kinds and 'A' in kinds: return changes >= 0.42 and in_words < 0.45
+    mixed = 'a' in kinds and 'A' in kinds
+    in_words = sum(map(len, re.findall('[a-z]{3,}' if mixed else '[a-zA-Z]{6,}', token))) / len(letters)
+    if mixed: return changes >= 0.42 and in_words < 0.45
     return kinds.count('1') >= 4 and len(set(kinds)) > 1 and changes >= 0.25 and in_words < 0.45
 
 # %% ../../nbs/core/06_secrets.ipynb #c8a50123
@@ -150,7 +151,7 @@ def _is_assigned_secret(match: re.Match, before: str, strict: bool) -> bool:
     "Whether a name and the value behind it are a secret; `before` is what stands before the name"
     word, value, quoted = match['word'].lower(), (match['value'] or match['bare']).rstrip('.:'), bool(match['value'])
     telling = not word.startswith(('token', 'key', 'auth')) or bool(_QUALIFIED.search(before))
-    if before.lower().rstrip('_-').endswith('public') or (match['open'] and match['by'] == ':'): return False
+    if re.search('(?i)public[_-]?(?:key)?[_-]?$', before) or (match['open'] and match['by'] == ':'): return False
     if match['by'] == ',' and not (quoted and match['closed'].strip('\\\\])')): return False
     if not is_mixed_password(value) or (match['by'].lower() == 'is' and not strict): return False
     if word.startswith(('key', 'auth')) and not telling: return is_random(value)
@@ -210,7 +211,8 @@ def _placed_secrets(text: str, lowered: str) -> Iterator[Secret]:
 def _end_of_key(text: str, end: int) -> int:
     "Where a key block that begins here ends"
     last = text.find('-----END', end, end + 20_000) if text.startswith('-----', end - 5) else -1
-    return end if last < 0 else min(len(text), last + 40)
+    closed = text.find('-----', last + 5, last + 80) if last > 0 else -1
+    return end if closed < 0 else closed + 5
 
 # %% ../../nbs/core/06_secrets.ipynb #21be6648
 @cache
@@ -252,7 +254,7 @@ def _detected_secrets(text: str, lowered: str) -> Iterator[Secret]:
 # %% ../../nbs/core/06_secrets.ipynb #64426222
 _BARE = re.compile(r'(?<![A-Za-z0-9+/=_-])([A-Za-z0-9+/_-]{20,512})')
 _HEX = re.compile('[0-9a-fA-F]{32,}|[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}')
-_is_bare_secret = lambda token: is_random(token, 24) or bool(_HEX.fullmatch(token)) and is_varied(token, 4)
+_is_bare_secret = lambda token: is_random(token, 24) or bool(_HEX.fullmatch(token)) and is_varied(token, 4) and not token.isdigit()
 
 def _lowered(text: str) -> str:
     "In small letters, and as long as before, so that places stay places"
