@@ -515,6 +515,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'sage_finetune/core/secrets.py'),
                                             'sage_finetune.core.secrets._is_assigned_secret': ( 'core/secrets.html#_is_assigned_secret',
                                                                                                 'sage_finetune/core/secrets.py'),
+                                            'sage_finetune.core.secrets._is_bare_secret': ( 'core/secrets.html#_is_bare_secret',
+                                                                                            'sage_finetune/core/secrets.py'),
                                             'sage_finetune.core.secrets._is_named_secret': ( 'core/secrets.html#_is_named_secret',
                                                                                              'sage_finetune/core/secrets.py'),
                                             'sage_finetune.core.secrets._lowered': ( 'core/secrets.html#_lowered',
