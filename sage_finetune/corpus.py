@@ -428,7 +428,8 @@ def nothing_to_ask(
     reasons = Counter(skip.reason for skip in corpus.skipped)
     root = redact_secrets(str(corpus.root), strict=True)
     left = 'Left out: ' + ', '.join(f'{count} × {reason}' for reason, count in reasons.most_common(4)) + '. ' if reasons else ''
-    what = f'{corpus.files} Python files were read in {root}, but there is nothing to ask about' if corpus.files else f'there is no Python file to read in {root}'
+    what = f'there is no Python file to read in {root}'
+    if corpus.files: what = f'{corpus.files} Python files were read in {root}, but there is nothing to ask about'
     return f'{what}. {left}Name another code_root: a folder with .py files that define functions or classes.'
 
 # %% ../nbs/18_corpus.ipynb #09dc1e22

@@ -359,7 +359,8 @@ def survey(
     "Measure every row, in one pass and little memory."
     (stop, special), codes, total = _stops(tokenizer), token_codes(tokenizer), len(dataset)
     kept = set(np.linspace(0, total - 1, min(total, NEAR_ROWS)).astype(int).tolist())
-    measured, texts, tables, cut, bar = [], [], [], [], tqdm(total=total, desc='health', unit=' rows', delay=2, leave=False, **({} if show else dict(disable=True)))
+    measured, texts, tables, cut = [], [], [], []
+    bar = tqdm(total=total, desc='health', unit=' rows', delay=2, leave=False, **({} if show else dict(disable=True)))
     for place, example in enumerate(read_examples(dataset, tokenizer), 1):
         measured.append(measure(example, stop, special))
         texts.append(example.text)
@@ -426,7 +427,7 @@ ADVICE = {
     'same answers': 'Add rows with other answers, or the model will learn that this one is nearly always right.',
     'length': 'Raise max_length, or shorten these rows, or let prepare_dataset drop whole turns.',
     'at the limit': 'Look whether they were cut off there: many rows of exactly this length are no coincidence.',
-    'secrets': 'Take them out, and change them where they are used: the model repeats what it learns. prepare_run(skip_secrets=True) leaves such rows out.',
+    'secrets': 'Take them out, and change them where they are used: a model repeats what it learns. prepare_run(skip_secrets=True) skips such rows.',
     'odd characters': 'Read the source again in its right encoding, or remove the characters: the model learns to write them.',
     'openings': 'Write some of them differently or cut the phrase off: the model will begin nearly every answer with it.',
     'one-word answers': 'If the model should answer in sentences, write some; for labels and facts this is as it should be.',

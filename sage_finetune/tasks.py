@@ -89,7 +89,8 @@ def check_secrets(
         warnings.warn(f'{describe_secrets(found)} seem to hold a secret, which the model would learn and the run folder would show. '
                       'Take it out, or leave such rows out with skip_secrets=True.', stacklevel=2)
         return rows
-    if len(found) == len(rows): raise DataError(f'{describe_secrets(found)}: every row seems to hold a secret, so none is left. Take them out of the rows.')
+    if len(found) == len(rows):
+        raise DataError(f'{describe_secrets(found)}: every row seems to hold a secret, so none is left. Take them out of the rows.')
     warnings.warn(f'left out, as they seem to hold a secret: {describe_secrets(found)}.', stacklevel=2)
     return [row for place, row in enumerate(rows) if place not in found]
 
@@ -168,12 +169,14 @@ def task_rows(
         if data is not None: raise ConfigError(f'task code builds its rows from code_root, so data={str(data)!r} would be ignored. Leave it out, or use task custom.')
         corpus = code_rows(code_root, max_facts, seed, max_answer)
         if show: print(corpus, end='\n\n')
-        elif corpus.secrets: warnings.warn('left out of the rows: ' + ', '.join(f'{count} × {reason}' for reason, count in corpus.secrets.items()) + '.')
+        elif corpus.secrets:
+            warnings.warn('left out of the rows: ' + ', '.join(f'{count} × {reason}' for reason, count in corpus.secrets.items()) + '.')
         return corpus.rows, corpus.held_out, 'alpaca', dict(code_root=corpus.root)
     if code_root is not None: raise ConfigError(f'only task code reads a source tree; task {task.name} takes data, a file. Leave code_root out.')
     if data is None: raise DataError(f'task {task.name} needs a data file whose rows have {task.rows}. Name it with data.')
     rows, row_format = file_rows(task, data)
-    return check_secrets(rows, skip_secrets), [], row_format, dict(data_file=data) if Path(data).exists() else {} # "example" is no file of yours
+    rows = check_secrets(rows, skip_secrets)
+    return rows, [], row_format, dict(data_file=data) if Path(data).exists() else {} # "example" is no file of yours
 
 # %% ../nbs/19_tasks.ipynb #bbd720f2
 def prepare_run(

@@ -76,8 +76,8 @@ _TOKENS = {
 
 # %% ../../nbs/core/06_secrets.ipynb #ee15b821
 _TOKENS |= {
-    'payment service key': ('rzp_live_ rzp_test_ FLWSECK- FLWSECK_TEST- shippo_live_ shippo_test_ EZAK EZTK access_token$production$ duffel_live_',
-        r'[\w$-]{14,255}'),
+    'payment service key': ('rzp_live_ rzp_test_ FLWSECK- FLWSECK_TEST- shippo_live_ shippo_test_ EZAK EZTK duffel_live_ '
+        'access_token$production$', r'[\w$-]{14,255}'),
     'Facebook token': ('EAA', r'[A-Za-z0-9]{40,255}'),
     'Firebase key': ('AAAA', r'[\w-]{7}:[\w-]{40,255}'),
     'New Relic key': ('NRAK- NRII- NRRA- NRJS- NRBR-', r'[A-Za-z0-9_-]{18,64}'),
@@ -89,8 +89,8 @@ _TOKENS |= {
         'CFPAT-', r'[\w+/=.-]{24,255}'),
     'work tool token': ('lin_api_ ntn_ secret_ figd_ PMAK- tfp_ rdme_ p8e- ico-', r'[A-Za-z0-9][\w-]{29,255}'),
     'private key': ('LS0tLS1CRUdJTi b3BlbnNzaC1rZXktdjE AGE-SECRET-KEY-1', r'[A-Za-z0-9+/]{4,255}')}
-_SHORTEST_RUN = {'OpenAI or Anthropic key': 16, 'AI service key': 20, 'work tool token': 24, 'package index token': 16, 'monitoring key': 16,
-    'infrastructure token': 16, 'private key': 4}
+_SHORTEST_RUN = {'OpenAI or Anthropic key': 16, 'AI service key': 20, 'work tool token': 24, 'package index token': 16,
+    'monitoring key': 16, 'infrastructure token': 16, 'private key': 4}
 
 @cache
 def _token_patterns() -> dict:
@@ -115,8 +115,8 @@ def _token_secrets(text: str) -> Iterator[Secret]:
 
 # %% ../../nbs/core/06_secrets.ipynb #74e7bf82
 _PLACEHOLDER = re.compile(r'(?i)[<>{}\s]|\$\(|^\$\w+$|%[(sdr]|\*\*\*|\.\.\.|^(?:/|\./|\.\./|https?:|[a-z]:\\)')
-_WORDS = re.compile(r'(?i)your|my|example|change|placeholder|dummy|fake|sample|test(?:ing)?|passw(?:or)?d|passwd|pass|pwd|secret|token|api|key|env'
-    r'|value|some|user(?:name)?|login|admin|default|none|null|foo|bar|baz|abc|xyz|x{3,}|(?<![0-9])(?:01?)?(?:1?234?5?6?7?8?9?0?)(?![0-9])')
+_WORDS = re.compile(r'(?i)your|my|example|change|placeholder|dummy|fake|sample|test(?:ing)?|passw(?:or)?d|passwd|pass|pwd|secret|token|api|key'
+    r'|env|value|some|user(?:name)?|login|admin|default|none|null|foo|bar|baz|abc|xyz|x{3,}|(?<![0-9])(?:01?)?(?:1?234?5?6?7?8?9?0?)(?![0-9])')
 
 def is_password(
     value: str # what stands where a password would
@@ -132,8 +132,8 @@ def is_mixed_password(
 
 # %% ../../nbs/core/06_secrets.ipynb #150ffff7
 _HINT = re.compile('pass|pwd|secret|token|key|cred|auth')
-_QUALIFIED = re.compile(r'(?i)(?:api|access|auth|private|secret|account|service|signing|encryption|master|client|admin|bearer|refresh|session|bot'
-    r'|webhook|deploy|license|storage|app|server|consumer)[_-]?$')
+_QUALIFIED = re.compile(r'(?i)(?:api|access|auth|private|secret|account|service|signing|encryption|master|client|admin|bearer|refresh'
+    r'|session|bot|webhook|deploy|license|storage|app|server|consumer)[_-]?$')
 _ASSIGNED = re.compile(r'''(?ix)
     (?P<word> pass(?:w(?:or)?ds?|wd|phrase|[_-]?code)? | pwd | secrets? | credentials? | tokens? | keys? | auth(?:[_-]?(?:key|token))? )
     (?:[_-]?(?:prod(?:uction)?|dev|stag(?:e|ing)|live|value|id|str(?:ing)?|b(?:ase)?64|hex|main|db|primary|secondary|v?\d{1,3}))?
@@ -171,10 +171,12 @@ _PLACES = (
     ('private key', ('gkqhkig9w0bbq0',), _ALONE + r'(MI[IG][A-Za-z0-9+/]{2,8}gkqhkiG9w0BBQ0[A-Za-z0-9+/]{8,255})', is_varied),
     ('private key', ('mhccaqee', 'mighagea', 'mc4caqaw'), _ALONE + r'((?:MHcCAQEE|MIGHAgEA|MC4CAQAw)[A-Za-z0-9+/]{8,255})', is_varied),
     ('private key', ('"d"', "'d'"), r'''["']d["']\s{0,4}:\s{0,4}["']([\w-]{40,600})["']''', is_varied),
-    ('JSON web token', ('eyj',), _ALONE + r'(eyJ[\w-]{8,2000}\.(?:eyJ[\w-]{2,2000}(?:\.[\w-]{0,600})?|[\w-]{8,2000}\.[\w-]{8,600}))', is_varied),
+    ('JSON web token', ('eyj',),
+        _ALONE + r'(eyJ[\w-]{8,2000}\.(?:eyJ[\w-]{2,2000}(?:\.[\w-]{0,600})?|[\w-]{8,2000}\.[\w-]{8,600}))', is_varied),
     ('webhook', ('hooks.', 'webhook'), r'((?:hooks\.slack\.com/(?:services|workflows|triggers)|hooks\.zapier\.com/hooks/catch'
         r'|discord(?:app)?\.com/api/webhooks|webhook\.office\.com/webhookb2)/[\w@-]{4,80}/[\w/@-]{6,255})', is_varied),
-    ('OpenAI or Anthropic key', ('sk-ant-', 'sk-proj-', 'sk-or-', 'sk-svcacct-'), _ALONE + r'(sk-(?:ant|proj|or|svcacct)-[\w-]{20,255})', is_varied),
+    ('OpenAI or Anthropic key', ('sk-ant-', 'sk-proj-', 'sk-or-', 'sk-svcacct-'),
+        _ALONE + r'(sk-(?:ant|proj|or|svcacct)-[\w-]{20,255})', is_varied),
     ('Discord token', (), _ALONE + r'([MNO][A-Za-z\d_-]{22,27}\.[\w-]{6}\.[\w-]{27,40})', is_random),
     ('Telegram token', (), r'(?<![\w:])(\d{8,10}:[A-Za-z0-9_-]{35})(?![\w-])', is_varied),
     ('Mailchimp key', ('-us',), _ALONE + r'([0-9a-z]{32}-us\d{1,2})(?!\d)', is_varied),
@@ -191,10 +193,12 @@ _PLACES += (
     ('password hash', ('{sha', '{ssha'), r'(\{S?SHA(?:256|512)?\}[A-Za-z0-9+/]{20,120}={0,2})', is_varied),
     ('password', ('://',), r'''://[^/\s:@"'<>]{0,64}:([^/\s@"'<>]{3,128})@''', is_password),
     ('password', ('@',), r'''(?<![\w/:.-])[\w.-]{1,64}:([^\s/:@"'<>]{6,128})@[\w-]{1,63}\.[\w.-]{1,255}''', is_mixed_password),
-    ('token in an address', ('?', '&'), r'''(?i)[?&][\w-]{0,24}(?:token|key|secret|signature|auth|passw(?:or)?d|credential)=([^&\s"'#<>`]{8,512})''',
-        _is_credential),
-    ('authorization header', ('bearer', 'basic', 'token'), r'(?i)\b(?:bearer|basic|token)\s{1,4}([A-Za-z0-9+/._~-]{16,512}={0,2})', _is_credential),
-    ('password', ('machine ',), r'(?i)\bmachine\s{1,4}\S{1,100}\s{1,8}(?:login\s{1,4}\S{1,100}\s{1,8})?password[ \t]{1,4}(\S{4,100})', is_password),
+    ('token in an address', ('?', '&'),
+        r'''(?i)[?&][\w-]{0,24}(?:token|key|secret|signature|auth|passw(?:or)?d|credential)=([^&\s"'#<>`]{8,512})''', _is_credential),
+    ('authorization header', ('bearer', 'basic', 'token'),
+        r'(?i)\b(?:bearer|basic|token)\s{1,4}([A-Za-z0-9+/._~-]{16,512}={0,2})', _is_credential),
+    ('password', ('machine ',),
+        r'(?i)\bmachine\s{1,4}\S{1,100}\s{1,8}(?:login\s{1,4}\S{1,100}\s{1,8})?password[ \t]{1,4}(\S{4,100})', is_password),
     ('password', ('--pass', '--token', '--api', '--secret', '--key'),
         r'''(?i)--(?:pass(?:word|wd)?|token|api-?key|secret(?:-key)?|key)[= ]["']?([^\s"'`]{6,255})''', is_mixed_password),
     ('password', ('curl', 'wget', 'http '), r'''(?:\s-u|--user|--auth)[ =]["']?[\w.@-]{1,64}:([^\s"':@]{6,64})''', is_password),
@@ -335,7 +339,8 @@ def describe_secrets(
 # %% ../../nbs/core/06_secrets.ipynb #96dcbbc5
 _SECRET_NAME = re.compile(r'TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL|AUTH', re.I)
 _BEGINS_SECRET = re.compile(r'\b(?:hf_|sk-|gh[oprsu]_|github_pat_)\w{6,}|(?i:(?<=bearer )\S+)')
-_IN_ADDRESS = re.compile(r'(?<=://)[^/\s]{0,400}@'), re.compile(r'(?i)(?<=[?&])([^=&\s]{0,40}(?:token|key|secret|sig|auth|passw)[^=&\s]{0,40}=)[^&\s]+')
+_IN_ADDRESS = (re.compile(r'(?<=://)[^/\s]{0,400}@'),
+    re.compile(r'(?i)(?<=[?&])([^=&\s]{0,40}(?:token|key|secret|sig|auth|passw)[^=&\s]{0,40}=)[^&\s]+'))
 
 def redact_secrets(
     text: str,           # anything that is going to be shown or written
