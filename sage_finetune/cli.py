@@ -107,12 +107,13 @@ def quickstart_command(
     max_facts: Annotated[Optional[int], typer.Option(min=1, help='task code: keep so many facts')] = None,
     epochs: Annotated[Optional[int], typer.Option(min=1, help='how often every row is seen')] = None,
     overwrite: Annotated[bool, typer.Option(help='replace a run that is in the folder')] = False,
+    skip_secrets: Annotated[bool, typer.Option('--skip-secrets', help='leave out rows of the file that seem to hold a secret')] = False,
     prepare_only: Annotated[bool, typer.Option(help='make the folder, do not train')] = False,
     trust_remote_code: TrustCode = False
 ):
     "Prepare a run from data or source code, and train it."
     folder = output or Path('finetune_output')/task
-    options = dict(model=model, data=data, code_root=code_root, max_facts=max_facts, overwrite=overwrite)
+    options = dict(model=model, data=data, code_root=code_root, max_facts=max_facts, overwrite=overwrite, skip_secrets=skip_secrets)
     if epochs: options['num_train_epochs'] = epochs
     if trust_remote_code: options['trust_remote_code'] = True
     if prepare_only:

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PHRASINGS', 'MAX_BYTES', 'MAX_FILES', 'MAX_SECONDS', 'first_sentence', 'parameters', 'returned', 'class_parameters',
-           'defined', 'public_names', 'Definition', 'definitions', 'Fact', 'Skip', 'facts_of', 'choose',
-           'folder_reason', 'file_reason', 'find_secret', 'text_reason', 'read_source', 'module_name', 'source_files',
-           'CodeCorpus', 'nothing_to_ask', 'own_source', 'code_rows']
+           'defined', 'public_names', 'Definition', 'definitions', 'Fact', 'Skip', 'facts_of', 'choose', 'SecretReason',
+           'folder_reason', 'file_reason', 'text_reason', 'read_source', 'module_name', 'source_files',
+           'without_secrets', 'CodeCorpus', 'nothing_to_ask', 'own_source', 'code_rows']
 
 # %% ../nbs/18_corpus.ipynb #5f7e6d04
 import ast, os, random, re, stat, tokenize, warnings, time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from io import BytesIO
@@ -21,6 +21,7 @@ from textwrap import shorten
 from typing import NamedTuple
 
 from .core.errors import ConfigError, DataError
+from .core.secrets import find_secret, find_secrets, redact_secrets, scan_texts
 from .core.limits import read_regular, walk_folder
 from .core.text import html_table, sanitize_line, text_table
 from .core.storage import expand_home
@@ -265,6 +266,19 @@ def _link_reason(path: Path, root: Path) -> str:
     if not target.is_relative_to(root): return 'link that leaves the tree'
     return 'link that loops' if path.parent.resolve().is_relative_to(target) else 'link to a place read under its own name'
 
+class SecretReason(str):
+    "Why something is left out that looks like a secret"
+    @classmethod
+    def of(cls,
+        kind: str       # as `find_secrets` names it; empty: none was seen
+    ) -> str:           # empty: no reason
+        "The reason in words."
+        return cls(f'looks like a secret: {kind}' if kind else '')
+
+def _name_reason(name: str) -> str:
+    "Why the name of a file or folder keeps it out: rows say where a thing stands"
+    return SecretReason.of(next((one.kind for one in find_secrets(name, strict=True)), ''))
+
 def folder_reason(
     path: Path, # a folder below the root
     root: Path  # the tree's root, resolved
@@ -272,6 +286,7 @@ def folder_reason(
     "Why a folder is left out."
     if path.is_symlink(): return _link_reason(path, root)
     if path.name in _TEST_FOLDERS: return 'tests'
+    if reason := _name_reason(path.name): return reason
     made = path.name in _TOOL_FOLDERS or path.name.startswith('.') or path.name.endswith('.egg-info') or os.path.exists(path/'pyvenv.cfg')
     return 'folder made by a tool' if made else ''
 
@@ -283,63 +298,32 @@ def file_reason(
     if path.is_symlink(): return _link_reason(path, root)
     if re.fullmatch(r'test_.*|.*_test|tests|conftest', path.stem): return 'tests'
     if re.fullmatch(r'_modidx|_version|.*_pb2(_grpc)?', path.stem): return 'generated'
+    if reason := _name_reason(path.name): return reason
     try: facts = path.stat()
     except OSError: return 'cannot be opened'
     if not stat.S_ISREG(facts.st_mode): return 'not a regular file'
     return f'larger than {MAX_BYTES:,} bytes' if facts.st_size > MAX_BYTES else ''
-
-# %% ../nbs/18_corpus.ipynb #1641469e
-_SHAPES = {
-    'private key': r'-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----',
-    'AWS key': r'\b(?:AKIA|ASIA)(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b',
-    'GitHub token': r'\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_[A-Za-z0-9_]{50,}',
-    'GitLab token': r'\bglpat-[\w-]{20,}',
-    'OpenAI or Anthropic key': r'\bsk-(?=[\w-]*[0-9])(?=[\w-]*[A-Z])(?:[a-z0-9]+-)*[A-Za-z0-9_]{20,}',
-    'Hugging Face token': r'\bhf_(?=[a-zA-Z0-9]*[a-z])(?=[a-zA-Z0-9]*[A-Z])[A-Za-z0-9]{30,}\b',
-    'Slack token': r'\bxox[abprs]-[0-9A-Za-z-]{20,}',
-    'Google key': r'\bAIza[0-9A-Za-z_-]{35}\b',
-    'Stripe key': r'\b[sr]k_live_[0-9A-Za-z]{16,}'}
-_SECRET_SHAPES = re.compile('|'.join(f'(?P<s{number}>{shape})' for number, shape in enumerate(_SHAPES.values())))
-_PASSWORD = re.compile(r'''(?i)(?:passw(?:or)?d|passwd|pwd|passphrase|secret|api_?key|(?:access|auth|private|secret|account)_?(?:key|token)'''
-                       r'''|token(?=["']?\]?[^"'\n]{0,60}["'][^"'\n]{16,}))["']?\]?'''
-                       r'''\s*(?::\s*[\w\[\]|., ]{1,40})?(?:==?|:)\s*[rbf]?(["'])(?P<value>[^"'\n]{6,200})\1|\w://[^/\s:@"']+:(?P<url>[^/\s:@"']{6,})@''')
-_PLACEHOLDER_VALUE = re.compile(r'(?i)[<>{}$%*\s]|\.\.\.|your|example|change|placeholder|dummy|fake|sample|test|xxx'
-                                r'|password|passwd|secret|token|api.?key|env|^https?:')
-
-# %% ../nbs/18_corpus.ipynb #2f9fd5a0
-def find_secret(
-    text: str # a source file
-) -> str:     # "AWS key in line 3"; empty: none seen
-    "Look for what seems to be a secret."
-    seen = _SECRET_SHAPES.search(text)
-    what = list(_SHAPES)[int(seen.lastgroup[1:])] if seen else ''
-    if not seen:
-        real = (match for match in _PASSWORD.finditer(text) if _looks_real(match['value'] or match['url']))
-        seen, what = next(real, None), 'password'
-    return f"{what} in line {text.count(chr(10), 0, seen.start()) + 1}" if seen else ''
-
-def _looks_real(value: str) -> bool:
-    "Whether a value is more than a word or a placeholder"
-    letters, others = re.search('[a-zA-Z]', value), re.search(r'[0-9!@#&+=?^~]', value)
-    return bool(letters and others) and not _PLACEHOLDER_VALUE.search(value)
 
 # %% ../nbs/18_corpus.ipynb #b4709cdc
 _GENERATED = re.compile(r"(?i)do not (?:manually )?edit|don't edit|@generated|auto-?generated|automatically generated|^#\s*generated (?:by|from)", re.MULTILINE)
 _NBDEV = re.compile(r'File to edit: \S+\.ipynb')
 
 def text_reason(
-    text: str # a source file
-) -> str:     # empty: ask about it
+    text: str,                     # a source file
+    values: set[str] | None = None # what looks like a secret is added to it, to be looked for elsewhere
+) -> str:                          # empty: ask about it
     "Why a file is left out once it is read: generated, or with something like a secret in it."
     header = '\n'.join(line for line in text.splitlines()[:30] if line.startswith('#'))
     if _GENERATED.search(header) and not _NBDEV.search(header): return 'generated'
-    secret = find_secret(text)
-    return f'looks like a secret: {secret.partition(" in line")[0]}' if secret else ''
+    seen = find_secrets(text)
+    if values is not None: values |= {text[one.start:one.end] for one in seen if one.end - one.start > 7}
+    return SecretReason.of(seen[0].kind if seen else '')
 
 # %% ../nbs/18_corpus.ipynb #a08326d6
 def read_source(
-    path: Path # a .py file
-) -> tuple:    # (syntax tree or None, why not)
+    path: Path,                    # a .py file
+    values: set[str] | None = None # what looks like a secret is added to it, to be looked for elsewhere
+) -> tuple:                        # (syntax tree or None, why not)
     "Decode and parse a file as Python would."
     try:
         content = read_regular(path, MAX_BYTES)
@@ -347,11 +331,18 @@ def read_source(
         text = content.decode(encoding)
     except OSError: return None, 'cannot be opened'
     except (SyntaxError, UnicodeDecodeError, LookupError): return None, 'not readable as text'
-    reason = text_reason(text)
+    reason = text_reason(text, values)
     if reason: return None, reason
     try:
-        with warnings.catch_warnings(action='ignore'): return ast.parse(content), ''
+        with warnings.catch_warnings(action='ignore'): tree = ast.parse(content)
     except (SyntaxError, ValueError, RecursionError, MemoryError): return None, 'syntax error'
+    reason = text_reason(_strings(tree), values)
+    return (None, reason) if reason else (tree, '')
+
+def _strings(tree: ast.Module) -> str:
+    "All strings of a file as Python understands them, a line or more each"
+    found = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)))
+    return '\n'.join(one if isinstance(one, str) else one.decode('latin-1') for one in found)
 
 def module_name(
     path: Path, # a .py file
@@ -386,6 +377,24 @@ def source_files(
         if len(files) > MAX_FILES: raise DataError(f'code_root {root} holds more than {MAX_FILES:,} Python files. {_SMALLER}')
     return files, skipped
 
+# %% ../nbs/18_corpus.ipynb #5ec4e702
+def without_secrets(
+    facts: list[Fact],               # of a tree
+    values: Iterable[str] = ()       # what looked like a secret somewhere in the tree
+) -> tuple:                          # (facts without secrets, what was left out)
+    "Leave out the facts whose rows would hold a secret."
+    texts = ['\n'.join((fact.name, fact.answer, fact.file)) for fact in facts]
+    found = scan_texts(texts, strict=True)
+    for value in values:
+        for place, text in enumerate(texts):
+            if value in text: found.setdefault(place, ['value of a secret in another file'])
+    kept = [fact for place, fact in enumerate(facts) if place not in found]
+    return kept, [_secret_skip(facts[place], kinds[0]) for place, kinds in sorted(found.items())]
+
+def _secret_skip(fact: Fact, kind: str) -> Skip:
+    "What is said of a fact that is left out"
+    return Skip(redact_secrets(f'{fact.file}:{fact.line} {fact.name}', strict=True), SecretReason.of(kind))
+
 # %% ../nbs/18_corpus.ipynb #2aa5580a
 @dataclass(repr=False)
 class CodeCorpus:
@@ -407,6 +416,11 @@ class CodeCorpus:
         return [fact.row(len(PHRASINGS[fact.kind]) - 1) for fact in self.facts]
 
     @property
+    def secrets(self) -> Counter:
+        "What was left out because it looks like a secret: reason -> how many files, folders and facts."
+        return Counter(skip.reason for skip in self.skipped if isinstance(skip.reason, SecretReason))
+
+    @property
     def lines(self) -> list[tuple]:
         "The corpus as lines of a table: what, how many, an example."
         first = {fact.kind: f'{fact.row(0)["instruction"]} {fact.answer}' for fact in reversed(self.facts)}
@@ -418,8 +432,8 @@ class CodeCorpus:
         return [('files read', self.files, ''), ('rows to learn from', len(self.rows), chosen),
                 ('held-out rows', len(self.held_out), 'the same facts in one more phrasing'), *kinds, *left]
 
-    def __repr__(self): return f'{sanitize_line(self.root)}\n' + text_table(('', 'count', 'for example'), self.lines)
-    def _repr_html_(self): return html_table(('', 'count', 'for example'), self.lines, caption=str(self.root))
+    def __repr__(self): return f'{sanitize_line(redact_secrets(str(self.root), strict=True))}\n' + text_table(('', 'count', 'for example'), self.lines)
+    def _repr_html_(self): return html_table(('', 'count', 'for example'), self.lines, caption=redact_secrets(str(self.root), strict=True))
 
 # %% ../nbs/18_corpus.ipynb #6d9ef36f
 def nothing_to_ask(
@@ -427,8 +441,10 @@ def nothing_to_ask(
 ) -> str:              # one sentence with the way out
     "Say why a tree gave no rows."
     reasons = Counter(skip.reason for skip in corpus.skipped)
+    root = redact_secrets(str(corpus.root), strict=True)
     left = 'Left out: ' + ', '.join(f'{count} × {reason}' for reason, count in reasons.most_common(4)) + '. ' if reasons else ''
-    what = f'{corpus.files} Python files were read in {corpus.root}, but there is nothing to ask about' if corpus.files else f'there is no Python file to read in {corpus.root}'
+    what = f'there is no Python file to read in {root}'
+    if corpus.files: what = f'{corpus.files} Python files were read in {root}, but there is nothing to ask about'
     return f'{what}. {left}Name another code_root: a folder with .py files that define functions or classes.'
 
 # %% ../nbs/18_corpus.ipynb #09dc1e22
@@ -436,9 +452,9 @@ def own_source() -> Path:
     "The folder this package is installed in."
     return Path(find_spec('sage_finetune').submodule_search_locations[0])
 
-def _definitions_of(path: Path, root: Path) -> tuple[list[Definition], str]:
+def _definitions_of(path: Path, root: Path, values: set[str]) -> tuple[list[Definition], str]:
     "What a file defines, or why it is left out"
-    tree, reason = read_source(path)
+    tree, reason = read_source(path, values)
     try: return ([], reason) if reason else (list(definitions(tree, module_name(path, root), path.relative_to(root).as_posix())), '')
     except (RecursionError, MemoryError, ValueError): return [], 'nested too deeply'  # also a number of very many digits
 
@@ -454,14 +470,16 @@ def code_rows(
     if not root.is_dir(): raise DataError(f'code_root {root} is not a folder. Name a folder with Python files.')
     if root in (root.parent, Path.home().resolve()): raise DataError(f'code_root {root} is {"the whole disk" if root == root.parent else "your home folder"}. {_SMALLER}')
     paths, skipped = source_files(root)
-    found, read, until = [], 0, time.monotonic() + MAX_SECONDS
+    found, read, values, until = [], 0, set(), time.monotonic() + MAX_SECONDS
     for path in paths:
         if time.monotonic() > until: raise DataError(f'reading code_root {root} takes more than {MAX_SECONDS:g} seconds. {_SMALLER}')
-        defines, reason = _definitions_of(path, root)
+        defines, reason = _definitions_of(path, root, values)
         if reason: skipped.append(Skip(path.relative_to(root).as_posix(), reason))
         read, found = read + (not reason), found + defines
     facts, unclear = facts_of(found, max_answer)
-    corpus = CodeCorpus(root, read, facts, len(facts), skipped + unclear)
+    facts, secret = without_secrets(facts, values)
+    skipped = [Skip(redact_secrets(skip.place, strict=True), skip.reason) for skip in skipped + unclear + secret]
+    corpus = CodeCorpus(root, read, facts, len(facts), skipped)
     if not facts: raise DataError(nothing_to_ask(corpus))
     if max_facts is not None: corpus.facts = choose(facts, max_facts, seed)
     return corpus

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .config import TrainingConfig
 from .core.errors import DataError, ModelError, RunError
+from .core.secrets import redact_object
 from .core.places import check_links, content_hash, is_plain_name, name_some, note_folder, why_protected
 from .core.storage import expand_home, folder_atomic, write_json
 from .core.text import html_table, text_table
@@ -134,7 +135,7 @@ def merge(
         if not report.agrees: raise ModelError(f'the merged model does not say what base and adapter say, so it is not kept:\n{report}')
         files = {path.relative_to(temp).as_posix(): path for path in temp.rglob('*') if path.is_file()}
         files = {name: dict(size=path.stat().st_size, sha256=content_hash(path)) for name, path in files.items()}
-        write_json(temp/'merge_report.json', asdict(report) | dict(folder='.', files=files))
+        write_json(temp/'merge_report.json', redact_object(asdict(report) | dict(folder='.')) | dict(files=files))
         if own: note_folder(config.output_dir, out.name, temp)
     return report
 

@@ -10,7 +10,7 @@ __all__ = ['AT_ONCE', 'NO_SPACES', 'UNCLEAR', 'NO_LETTERS', 'HEAD_AND_TAIL', 'SI
            'Finding', 'preparation', 'learnt_share', 'longest_rows', 'histogram', 'lengths', 'stop_tokens',
            'empty_answers', 'one_word_answers', 'answer_lengths', 'same_answers', 'openings', 'exact_duplicates',
            'answers_differ', 'near_duplicates', 'in_both_splits', 'nearly_in_both_splits', 'languages', 'odd_writing',
-           'markup', 'health_html', 'HealthReport', 'health_report']
+           'secrets', 'markup', 'health_html', 'HealthReport', 'health_report']
 
 # %% ../nbs/17_health.ipynb #9a507caa
 import base64, hashlib, re, textwrap, unicodedata, zlib
@@ -27,6 +27,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from .core.errors import ConfigError, DataError, FinetuneError
+from .core.secrets import redact_object, redact_secrets, scan_texts
 from .core.storage import write_json
 from .core.text import sanitize_html, sanitize_line
 from .tokens import visible
@@ -206,6 +207,7 @@ class Measured(NamedTuple):
     asked: int # `text_key` of the question, 0 for plain text
     answer: int # `text_key` of the first answer
     opening: int # `text_key` of the first words of the first answer
+    secret: str = '' # kinds of secrets that seem to be in it, with a comma between; a thousand rows are looked at together
 
 # %% ../nbs/17_health.ipynb #1f49f851
 def _single_word(text: str, language: str) -> bool:
@@ -357,16 +359,19 @@ def survey(
     "Measure every row, in one pass and little memory."
     (stop, special), codes, total = _stops(tokenizer), token_codes(tokenizer), len(dataset)
     kept = set(np.linspace(0, total - 1, min(total, NEAR_ROWS)).astype(int).tolist())
-    measured, tables, cut, bar = [], [], [], tqdm(total=total, desc='health', unit=' rows', delay=2, leave=False, **({} if show else dict(disable=True)))
+    measured, texts, tables, cut = [], [], [], []
+    bar = tqdm(total=total, desc='health', unit=' rows', delay=2, leave=False, **({} if show else dict(disable=True)))
     for place, example in enumerate(read_examples(dataset, tokenizer), 1):
         measured.append(measure(example, stop, special))
+        texts.append(example.text)
         if place - 1 in kept: cut.append((place - 1, *shingles(example, codes)))
         if place % AT_ONCE and place < total: continue
+        for at, kinds in scan_texts(texts).items(): measured[at] = measured[at]._replace(secret=', '.join(kinds))
         tables.append(pd.DataFrame(measured).astype(dict.fromkeys(('whole', 'asked', 'answer', 'opening'), 'uint64')))
         bar.update(len(measured))
-        measured = []
+        measured, texts = [], []
     bar.close()
-    table = pd.concat(tables, ignore_index=True).astype(dict(language='category', odd='category'))
+    table = pd.concat(tables, ignore_index=True).astype(dict(language='category', odd='category', secret='category'))
     return Survey(dataset, tokenizer, table, *map(list, zip(*cut)), max_length)
 
 def _stops(tokenizer: Any) -> tuple[set[int], set[int]]:
@@ -422,6 +427,7 @@ ADVICE = {
     'same answers': 'Add rows with other answers, or the model will learn that this one is nearly always right.',
     'length': 'Raise max_length, or shorten these rows, or let prepare_dataset drop whole turns.',
     'at the limit': 'Look whether they were cut off there: many rows of exactly this length are no coincidence.',
+    'secrets': 'Take them out, and change them where they are used: a model repeats what it learns. prepare_run(skip_secrets=True) skips such rows.',
     'odd characters': 'Read the source again in its right encoding, or remove the characters: the model learns to write them.',
     'openings': 'Write some of them differently or cut the phrase off: the model will begin nearly every answer with it.',
     'one-word answers': 'If the model should answer in sentences, write some; for labels and facts this is as it should be.',
@@ -457,6 +463,7 @@ def _of(count: int, total: int) -> str:
 
 def _head(text: str, width: int = 70) -> str:
     "The beginning of a text on one line, with nothing hidden"
+    text = redact_secrets(text[:20 * width])
     return visible(textwrap.shorten(text[:5 * width], width, placeholder=' …') if ' ' in text[:width] else text[:width])
 
 # %% ../nbs/17_health.ipynb #2b6cc8a0
@@ -569,7 +576,7 @@ def openings(survey: Survey) -> Finding: # a measured data set
     count = int(counts.iloc[0]) if len(counts) else 0
     if count < 5 or count < 0.05 * len(table): return _finding('openings', 'ok', 'No five words begin more than one answer in twenty.', count=count)
     mask = table.opening == counts.index[0]
-    words, level = visible(opening(survey.look(int(mask.idxmax())).answers[0])), 'warn' if count >= 0.2 * len(table) else 'note'
+    words, level = _head(opening(survey.look(int(mask.idxmax())).answers[0])), 'warn' if count >= 0.2 * len(table) else 'note'
     return _found('openings', table, mask, f'have an answer that begins with {words!r}', '', level, words=words, share=round(count / len(table), 4))
 
 # %% ../nbs/17_health.ipynb #972e4ad3
@@ -677,13 +684,20 @@ def odd_writing(survey: Survey) -> Finding: # a measured data set
     return _found('odd characters', survey.table, odd != '', f'have characters that nobody writes on purpose ({what})',
         'No control characters, no traces of a wrong encoding.', kinds=dict(kinds))
 
+def secrets(survey: Survey) -> Finding: # a measured data set
+    "Passwords, keys and tokens. Rows: those that seem to hold one."
+    table = survey.table
+    kinds = {kind: int((table.secret == kind).sum()) for kind in table.secret[table.secret != ''].unique()}
+    what = 'seem to hold a secret, which the model would learn' + f" ({', '.join(f'{kind}: {count:,}' for kind, count in kinds.items())})"
+    return _found('secrets', table, table.secret != '', what, 'No passwords, keys or tokens were seen.', level='warn', kinds=kinds)
+
 def markup(survey: Survey) -> Finding: # a measured data set
     "HTML in the text. Rows: those with tags or entities."
     return _found('markup', survey.table, survey.table.markup, 'have HTML in them', 'There is no HTML in the text.', level='note')
 
 # %% ../nbs/17_health.ipynb #d5b0cb9c
 CHECKS = (preparation, learnt_share, stop_tokens, empty_answers, in_both_splits, nearly_in_both_splits, exact_duplicates, near_duplicates, answers_differ,
-    same_answers, lengths, odd_writing, openings, one_word_answers, languages, markup, answer_lengths, longest_rows)
+    same_answers, lengths, secrets, odd_writing, openings, one_word_answers, languages, markup, answer_lengths, longest_rows)
 
 def _look(findings: list[Finding], name: str) -> Finding:
     "The finding of that name"
@@ -740,7 +754,7 @@ class HealthReport:
         return draw_lengths(**bars, title=f'{sum(bars["counts"]):,} rows by their length')
     def to_dict(self) -> dict:
         "The whole report as JSON can hold it."
-        return dict(level=self.level, summary=_summary(self.findings), findings=[asdict(one) for one in self.findings])
+        return redact_object(dict(level=self.level, summary=_summary(self.findings), findings=[asdict(one) for one in self.findings]))
     def save(self, path: str | Path) -> Path: # a .json file
         "Write the report as JSON."
         return write_json(path, self.to_dict())

@@ -25,6 +25,7 @@ import psutil
 
 from .config import PermissionWarning, TrainingConfig, granted
 from .core.errors import FinetuneError, RunError
+from .core.secrets import redact_object, redact_secrets
 from .core.limits import open_regular, parse_json, read_regular, shorten, walk_folder
 from .core.processes import find_process, holds_lock, is_locked, is_pid, is_trainer_command, lock_holders, start_mark
 from .core.places import MANIFEST, check_readable, is_inside, name_some, own_files, read_manifest, why_protected
@@ -211,8 +212,9 @@ def write_meta(
         full = expand_home(path).absolute()
         return full.relative_to(folder).as_posix() if full.is_relative_to(folder) else str(full)
     content = dict(task_type=task_type, model=model, framework=framework, format=format, dataset=short(dataset))
-    paths = dict(config=config, output_dir=folder, code_root=code_root, data_file=data_file)
-    return write_json(folder/META, content | {name: short(path) for name, path in paths.items() if path is not None})
+    origin = {name: short(path) for name, path in dict(code_root=code_root, data_file=data_file).items() if path is not None}
+    paths = {name: short(path) for name, path in dict(config=config, output_dir=folder).items() if path is not None}
+    return write_json(folder/META, content | paths | redact_object(origin))  # where rows came from is only told, so a secret in it can go
 
 # %% ../nbs/10_runs.ipynb #c8495dfc
 STATES = ('pending', 'queued', 'preparing', 'training', 'completed', 'failed', 'cancelled')
@@ -255,7 +257,7 @@ def write_status(
 ) -> Path:               # the status file
     "Say how the run is doing; while it works, the pid of this process is noted. Raises `RunError` for an unknown state."
     if state not in STATES: raise RunError(f"there is no state {state!r}. There are: {', '.join(STATES)}.")
-    status = Status(state, os.getpid() if state in WORKING else None, step, total, message,
+    status = Status(state, os.getpid() if state in WORKING else None, step, total, redact_secrets(message),
                     datetime.now(timezone.utc).isoformat(timespec='seconds'), platform.node(), int(os.environ.get('WORLD_SIZE', 1)),
                     start_mark(os.getpid()) if state in WORKING else '')
     return write_json(expand_home(run_dir)/STATUS, status.__dict__)
