@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'dial', 'accepted', 'Checked', 'unknown_field', 'changed', 'help_phrases', 'LoRAConfig', 'TrainingConfig',
-           'tiny_path', 'find_model', 'preset', 'PresetConfigs', 'Suggestion', 'suggest_preset']
+           'tiny_path', 'find_model', 'preset', 'PresetConfigs', 'as_config', 'as_folder', 'Suggestion',
+           'suggest_preset']
 
 # %% ../nbs/00_config.ipynb #2fb478ca
 import dataclasses, difflib, html, json, math, types, typing
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 from fastcore.docments import docments
 
 from .core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
-from .core.storage import folder_atomic, why_unwritable, write_atomic, write_json
+from .core.storage import checked_path, describe_bad_name, folder_atomic, why_unwritable, write_atomic, write_json
 
 # %% ../nbs/00_config.ipynb #42d0c11e
 def dial(
@@ -65,6 +66,7 @@ def _checked(owner: str, dial_field: dataclasses.Field, value: Any) -> Any:
     "`value` in its proper type; raises `ConfigError` when it is out of range"
     kinds = _kinds(dial_field.type)
     if value is None and type(None) in kinds: return None
+    if Path in kinds and isinstance(value, (str, Path)): checked_path(value, f'{owner}.{dial_field.name}')
     low, high, choices = (dial_field.metadata.get(o) for o in ('low', 'high', 'choices'))
     for kind in kinds:
         try: fitting = _as_kind(value, kind)
@@ -275,6 +277,7 @@ def find_model(
 ) -> str:           # what `from_pretrained` takes
     "Where a model is to be loaded from. Raises `ModelError` when it is a folder that is missing or holds no model."
     if model_name == 'tiny': return str(tiny_path())
+    if fault := describe_bad_name(model_name): raise ModelError(f'model_name={model_name[:60]!r} names no model: {fault}. The packaged model is model_name="tiny".')
     folder = Path(model_name).expanduser()
     if folder.is_dir():
         if not (folder/'config.json').exists(): raise ModelError(f'the folder {model_name} holds no model: config.json is missing. Check model_name.')
@@ -333,6 +336,27 @@ class PresetConfigs:
     ) -> TrainingConfig:
         "No card at all: the packaged model and example in 32-bit floats, exact and the same on every machine."
         return preset('tiny', **overrides)
+
+# %% ../nbs/00_config.ipynb #d3a65c7e
+def as_config(
+    value: Any, # a config, or a dict of its fields
+    owner: str # who takes it, for the sentence
+) -> TrainingConfig:
+    "A config, also from a dict. Raises `ConfigError` that says what was given instead."
+    if isinstance(value, TrainingConfig): return value
+    if isinstance(value, dict): return TrainingConfig(**{str(name): one for name, one in value.items()})
+    if callable(value) and (name := getattr(value, '__name__', '')): raise ConfigError(f'{owner} takes a config, and {name} only makes one. Call it: {name}().')
+    way_out = 'A prepared folder is trained by train_from_meta(folder), and run_config(folder) reads its config' if isinstance(value, (str, Path)) else 'Make one with TrainingConfig(…) or a preset'
+    raise ConfigError(f'{owner} takes a TrainingConfig, not a {type(value).__name__}. {way_out}.')
+
+def as_folder(
+    value: Any, # a path; or a config, a trainer or a result, which know their folder
+    name: str = 'run_dir' # of the argument, for the sentence
+) -> Path:
+    "A folder as a path. Raises `ConfigError` where none is named."
+    known = value if isinstance(value, (str, Path)) else getattr(getattr(value, 'config', value), 'output_dir', None)
+    if known is None or isinstance(value, type): raise ConfigError(f'{name} takes a folder, not a {type(value).__name__}. Give its path, or the config or the result of the run in it.')
+    return checked_path(known, name)
 
 # %% ../nbs/00_config.ipynb #ee334054
 class Suggestion(NamedTuple):

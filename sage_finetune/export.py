@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import TrainingConfig
+from .config import TrainingConfig, as_folder
 from .core.errors import DataError, ModelError, RunError
 from .core.storage import folder_atomic, write_json
 from .data import Sample, iter_rows, read_row
@@ -29,7 +29,7 @@ def run_config(
     run_dir: str | Path # a run folder that was trained
 ) -> TrainingConfig:    # with this folder as its `output_dir`
     "The recipe a run was made with. Raises `RunError` when the folder holds no run."
-    folder = Path(run_dir)
+    folder = as_folder(run_dir)
     if (folder/'training_config.json').exists():
         config = TrainingConfig.load(folder/'training_config.json')
         config.output_dir = folder
@@ -111,7 +111,7 @@ def merge(
     "Merge a run's adapter into its base, read the files back and prove that they say the same. Raises `RunError` or `ModelError`."
     config = run_config(run_dir)
     config.load_in_8bit = config.load_in_4bit = False
-    out = Path(out or config.merged_dir)
+    out = config.merged_dir if out is None else as_folder(out, 'out')
     _need_adapter(config)
     _check_place(out)
     base, tokenizer = load_base(config)

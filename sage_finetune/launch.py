@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import psutil
 
+from .config import as_folder
 from .core.errors import ConfigError, RunError
 from .core.storage import why_unwritable, write_json
 from .runs import MetricsTail, Status, printable, process_gone, read_meta, read_object, read_status, still_works
@@ -67,7 +68,7 @@ def last_launch(
     run_dir: str | Path # a run folder
 ) -> Launch | None: # None where nobody noted one
     "The last start that was noted. Raises `RunError` when the note is broken."
-    path = Path(run_dir)/LAUNCH
+    path = as_folder(run_dir)/LAUNCH
     if not path.exists(): return None
     try: return Launch(**read_object(path))
     except TypeError as error: raise RunError(f'{path} is not what this version notes at a start ({error}). Delete it.') from error
@@ -147,7 +148,7 @@ def log_lines(
     "The last lines that were printed since the last start; empty ones are left out."
     launch = last_launch(run_dir)
     try:
-        with open(Path(run_dir)/LOG, 'rb') as log:
+        with open(as_folder(run_dir)/LOG, 'rb') as log:
             end = log.seek(0, os.SEEK_END)
             older = launch.said if launch and launch.said <= end else 0
             log.seek(max(older, end - 2**16))  # a long log is not read whole
@@ -191,7 +192,7 @@ def stop_run(
     if not still_works(status) or not status.pid: return False
     if status.host != platform.node(): raise RunError(f'{run_dir} is trained by process {status.pid} on {status.host}. Stop it there.')
     launch = last_launch(run_dir)
-    if launch and status == launch.status: write_json(Path(run_dir)/LAUNCH, asdict(replace(launch, stopped=True)))
+    if launch and status == launch.status: write_json(as_folder(run_dir)/LAUNCH, asdict(replace(launch, stopped=True)))
     try: os.kill(status.pid, signal.SIGTERM)
     except ProcessLookupError: return False
     return True

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from .config import TrainingConfig
+from .config import TrainingConfig, as_folder
 from .core.errors import FinetuneError, RunError
 from .core.storage import write_json
 from .files import is_hub_name
@@ -115,7 +115,7 @@ def read_meta(
     run_dir: str | Path # run folder
 ) -> Meta:              # with absolute paths
     "Read what a run is about, SAGE's folders included. Raises `RunError` for a folder that is not a run, or whose meta file is broken."
-    folder = Path(run_dir).absolute()
+    folder = as_folder(run_dir).absolute()
     if not folder.is_dir(): raise RunError(f'there is no run folder {run_dir}. `sage-finetune list` shows those there are.')
     path = folder/META
     if not path.exists(): raise RunError(f'{run_dir} holds no {META}, so it is not a prepared run. Prepare one with `sage-finetune quickstart`.')
@@ -193,7 +193,7 @@ def read_status(
     run_dir: str | Path # run folder
 ) -> Status:            # pending when nothing was written yet
     "Read how a run is doing. Raises `RunError` when the file is broken."
-    path = Path(run_dir)/STATUS
+    path = as_folder(run_dir)/STATUS
     if not path.exists(): return Status()
     content = read_object(path)
     status = Status(**{name: content.get(name, default) for name, default in Status().__dict__.items()})
@@ -225,7 +225,7 @@ class MetricsTail:
     def __init__(self,
         run_dir: str | Path # run folder, there already or not
     ):
-        self.path, self.restarted = Path(run_dir)/METRICS, False
+        self.path, self.restarted = as_folder(run_dir)/METRICS, False
         self._forget()
 
     def _forget(self): self.place, self.lines, self.last = 0, 0, b''  # bytes and lines that were read, and the last of them
@@ -344,6 +344,6 @@ def list_runs(
     depth: int = 3                          # levels of folders to search
 ) -> Runs:                                  # sorted by path
     "All runs in a folder, each with its state. Raises `RunError` when the folder is missing."
-    folder = Path(folder)
+    folder = as_folder(folder, 'folder')
     if not folder.is_dir(): raise RunError(f'there is no folder {folder}. Name the folder your runs are in.')
     return Runs(run_info(path, path.relative_to(folder).as_posix() if path != folder else '.') for path in _run_folders(folder, depth))
