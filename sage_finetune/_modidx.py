@@ -507,6 +507,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'sage_finetune/core/errors.py')},
             'sage_finetune.core.storage': { 'sage_finetune.core.storage._keep_names': ( 'core/storage.html#_keep_names',
                                                                                         'sage_finetune/core/storage.py'),
+                                            'sage_finetune.core.storage._possible': ( 'core/storage.html#_possible',
+                                                                                      'sage_finetune/core/storage.py'),
                                             'sage_finetune.core.storage._settle': ( 'core/storage.html#_settle',
                                                                                     'sage_finetune/core/storage.py'),
                                             'sage_finetune.core.storage._shortened': ( 'core/storage.html#_shortened',

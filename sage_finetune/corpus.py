@@ -20,6 +20,7 @@ from textwrap import shorten
 from typing import NamedTuple
 
 from .core.errors import ConfigError, DataError
+from .core.storage import checked_path
 from .runs import html_table, text_table
 
 # %% ../nbs/18_corpus.ipynb #0584ed90
@@ -429,7 +430,7 @@ def code_rows(
 ) -> CodeCorpus:                    # rows, held_out, skipped
     "Questions and answers about a source tree, read from its syntax trees. Raises `DataError` when there is nothing to ask."
     if max_facts is not None and max_facts < 1: raise ConfigError(f'max_facts = {max_facts} leaves nothing to learn: it takes 1 or more, or None for all.')
-    root = Path(own_source() if root is None else root).expanduser().resolve()
+    root = (Path(own_source()) if root is None else checked_path(root, 'code_root')).expanduser().resolve()
     if not root.is_dir(): raise DataError(f'code_root {root} is not a folder. Name a folder with Python files.')
     paths, skipped = source_files(root)
     found, read = [], 0

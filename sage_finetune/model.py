@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.utils import logging as transformers_logging
 
-from .config import LoRAConfig, TrainingConfig, changed, find_model
+from .config import LoRAConfig, TrainingConfig, changed, find_model, as_config
 from .core.errors import ConfigError, ModelError
 
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -213,7 +213,7 @@ def load_base(
     config: TrainingConfig # `model_name`, precision and quantisation
 ) -> tuple['PreTrainedModel', 'PreTrainedTokenizerBase']: # weights on the config's device; and the tokenizer
     "The base model, in the planned number format, and its tokenizer, with room for new tokens. Raises `ModelError` when either cannot be loaded or weights are missing."
-    config.check()
+    config = as_config(config, 'load_base').check()
     tokenizer, new = run_tokenizer(config)
     precision, device = plan_precision(config), pick_device(config)
     quantisation = _quantisation(config, precision)
@@ -309,6 +309,8 @@ def attach_lora(
     new_tokens: list[int] | None = None # ids of new tokens, for which `make_room` has made room; their rows are trained too
 ) -> PeftModel: # the base with a fresh adapter in 32 bits
     "Freeze the base and put a seeded adapter beside its layers. Raises `ModelError` when no layer matches `target_modules`."
+    if not isinstance(model, torch.nn.Module): raise ConfigError(f'model is a {type(model).__name__}, which is none. load_base(config) returns a model and its tokenizer.')
+    if not isinstance(lora, LoRAConfig): raise ConfigError(f'lora takes a LoRAConfig, not a {type(lora).__name__}. That of a run is config.lora.')
     _check_names(model, lora)
     settings = _peft_settings(model, lora, new_tokens or [])
     model.requires_grad_(False)  # a quantised base too; its norms and head stay in 16 bits, where PEFT's own preparation would make them twice as large

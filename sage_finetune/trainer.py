@@ -448,7 +448,7 @@ def own_rows(
     if isinstance(given, datasets.Dataset) and given.format['type'] != 'custom': return given.with_format(None)
     if isinstance(given, DataLoader): raise DataError('prepare_data gave a DataLoader, and batches are made here. Give the data set behind it: loader.dataset.')
     for table in ('to_pylist', 'to_dicts', 'to_dict'):  # of pyarrow, polars, pandas
-        if hasattr(given, table) and len(getattr(given, 'shape', ())) == 2: return own_rows(_table_rows(given, table))
+        if hasattr(given, table) and len(getattr(given, 'shape', ())) == 2 and not isinstance(given, datasets.Dataset): return own_rows(_table_rows(given, table))
     if isinstance(given, Mapping): given = _columns_as_rows(given)
     if getattr(given, 'ndim', 1) == 0 or isinstance(given, type) or not (hasattr(given, '__iter__') or hasattr(given, '__getitem__')):
         raise DataError(f'prepare_data gave a {type(given).__name__}, which holds no rows. {_EXPECTED}')

@@ -20,7 +20,7 @@ def write_atomic(
     content: str | bytes # all of it; text is written as UTF-8
 ) -> Path:               # the file
     "Write a file so that a reader sees the old one or the new one, never half of it. Raises `RunError` when it cannot be written."
-    path = Path(path)
+    path = _possible(path)
     data = content.encode() if isinstance(content, str) else content
     temp = None
     try:
@@ -98,6 +98,11 @@ def describe_bad_name(
     if sum(sizes) + len(sizes) > _LONGEST_PATH: return f'it has {sum(sizes) + len(sizes):,} bytes, and file systems take {_LONGEST_PATH:,}'
     return ''
 
+def _possible(path: str | Path) -> Path:
+    "A path that can be written to as far as its name goes; raises `RunError`"
+    if fault := describe_bad_name(path): raise RunError(f'cannot write {_shortened(path)!r}: the file system takes no such name, for {fault}. Choose another output_dir.')
+    return Path(path)
+
 def checked_path(
     path: str | Path, # what somebody wants to read or write
     name: str # of the field or argument
@@ -113,7 +118,7 @@ def folder_atomic(
     path: str | Path # the folder to make or to replace
 ) -> Iterator[Path]: # a temporary folder to fill
     "Fill a folder so that it appears whole or not at all. Raises `RunError` when it cannot be written; an old folder then stays as it was."
-    path, temp, old = Path(path), None, None
+    path, temp, old = _possible(path), None, None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name[:40]}.'))
