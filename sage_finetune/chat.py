@@ -41,16 +41,19 @@ def check_pair(
     tokenizer: Any # of it
 ):
     "Refuse what is no model and no tokenizer. Raises `ConfigError` with the way out."
-    if hasattr(tokenizer, 'generate') and hasattr(model, 'apply_chat_template'): raise ConfigError('model and tokenizer are exchanged. The model comes first.')
+    if hasattr(tokenizer, 'generate') and hasattr(model, 'apply_chat_template'):
+        raise ConfigError('model and tokenizer are exchanged. The model comes first.')
     for name, value, needs in (('model', model, 'generate'), ('tokenizer', tokenizer, 'apply_chat_template')):
-        if not hasattr(value, needs): raise ConfigError(f'{name} is a {type(value).__name__}, which is none. Open a run with: model, tokenizer = open_run(folder)')
+        if not hasattr(value, needs):
+            raise ConfigError(f'{name} is a {type(value).__name__}, which is none. Open a run with: model, tokenizer = open_run(folder)')
 
 def as_prompts(
     prompts: Any # texts or conversations; or only one of them
 ) -> list: # conversations, each a list of turns
     "Prompts as conversations; a single one is a list of one. Raises `DataError` for what is none."
     if isinstance(prompts, (str, dict)): prompts = [prompts]
-    if not isinstance(prompts, (list, tuple)): raise DataError(f'prompts is a {type(prompts).__name__}. Give a list of texts, or of conversations.')
+    if not isinstance(prompts, (list, tuple)):
+        raise DataError(f'prompts is a {type(prompts).__name__}. Give a list of texts, or of conversations.')
     if prompts and all(isinstance(turn, dict) and 'role' in turn for turn in prompts): prompts = [prompts]
     return [as_turns(prompt, f'prompt {number}') for number, prompt in enumerate(prompts, 1)]
 
@@ -505,7 +508,8 @@ class Chat:
         text: str # what you say
     ) -> Iterator[str]: # pieces of the answer
         "Say something and read the answer while it is made. Raises as `generate` does; the conversation is then what it was."
-        if not isinstance(text, str): raise DataError(f'what you say is a {type(text).__name__}. Say a text; a whole conversation is answered by generate.')
+        if not isinstance(text, str):
+            raise DataError(f'what you say is a {type(text).__name__}. Say a text; a whole conversation is answered by generate.')
         return self._answer([*self.messages, dict(role='user', content=text)])
 
     def again(self) -> Iterator[str]: # pieces of the new answer

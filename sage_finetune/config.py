@@ -277,7 +277,8 @@ def find_model(
 ) -> str:           # what `from_pretrained` takes
     "Where a model is to be loaded from. Raises `ModelError` when it is a folder that is missing or holds no model."
     if model_name == 'tiny': return str(tiny_path())
-    if fault := describe_bad_name(model_name): raise ModelError(f'model_name={model_name[:60]!r} names no model: {fault}. The packaged model is model_name="tiny".')
+    if fault := describe_bad_name(model_name):
+        raise ModelError(f'model_name={model_name[:60]!r} names no model: {fault}. The packaged model is model_name="tiny".')
     folder = Path(model_name).expanduser()
     if folder.is_dir():
         if not (folder/'config.json').exists(): raise ModelError(f'the folder {model_name} holds no model: config.json is missing. Check model_name.')
@@ -345,8 +346,10 @@ def as_config(
     "A config, also from a dict. Raises `ConfigError` that says what was given instead."
     if isinstance(value, TrainingConfig): return value
     if isinstance(value, dict): return TrainingConfig(**{str(name): one for name, one in value.items()})
-    if callable(value) and (name := getattr(value, '__name__', '')): raise ConfigError(f'{owner} takes a config, and {name} only makes one. Call it: {name}().')
-    way_out = 'A prepared folder is trained by train_from_meta(folder), and run_config(folder) reads its config' if isinstance(value, (str, Path)) else 'Make one with TrainingConfig(…) or a preset'
+    if callable(value) and (name := getattr(value, '__name__', '')):
+        raise ConfigError(f'{owner} takes a config, and {name} only makes one. Call it: {name}().')
+    way_out = 'Make one with TrainingConfig(…) or a preset'
+    if isinstance(value, (str, Path)): way_out = 'A prepared folder is trained by train_from_meta(folder), and run_config(folder) reads its config'
     raise ConfigError(f'{owner} takes a TrainingConfig, not a {type(value).__name__}. {way_out}.')
 
 def as_folder(
@@ -355,7 +358,9 @@ def as_folder(
 ) -> Path:
     "A folder as a path. Raises `ConfigError` where none is named."
     known = value if isinstance(value, (str, Path)) else getattr(getattr(value, 'config', value), 'output_dir', None)
-    if known is None or isinstance(value, type): raise ConfigError(f'{name} takes a folder, not a {type(value).__name__}. Give its path, or the config or the result of the run in it.')
+    if known is None or isinstance(value, type):
+        raise ConfigError(f'{name} takes a folder, not a {type(value).__name__}. '
+                          f'Give its path, or the config or the result of the run in it.')
     return checked_path(known, name)
 
 # %% ../nbs/00_config.ipynb #ee334054

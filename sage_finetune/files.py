@@ -421,7 +421,8 @@ def _found(source: Any) -> list:
     if _is_dataset(source, 'DatasetDict'): return _one_split(source, 'this DatasetDict', f'Pass one of them: data[{next(iter(source), "train")!r}]')
     if not isinstance(source, (str, Path)):
         raise DataError(f'rows cannot be read from a {type(source).__name__}. Give a path, a folder, a name on the Hub, a list of dicts or a datasets.Dataset.')
-    if fault := describe_bad_name(source): raise DataError(f'{str(source)[:60]!r} names no data: {fault}. The packaged example is data_path="example".')
+    if fault := describe_bad_name(source):
+        raise DataError(f'{str(source)[:60]!r} names no data: {fault}. The packaged example is data_path="example".')
     path = Path(source)
     if not path.suffix and not path.exists() and packaged(str(path)).exists(): return [packaged(str(path))]
     if path.is_dir(): return _files_below(path)

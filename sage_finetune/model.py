@@ -309,8 +309,10 @@ def attach_lora(
     new_tokens: list[int] | None = None # ids of new tokens, for which `make_room` has made room; their rows are trained too
 ) -> PeftModel: # the base with a fresh adapter in 32 bits
     "Freeze the base and put a seeded adapter beside its layers. Raises `ModelError` when no layer matches `target_modules`."
-    if not isinstance(model, torch.nn.Module): raise ConfigError(f'model is a {type(model).__name__}, which is none. load_base(config) returns a model and its tokenizer.')
-    if not isinstance(lora, LoRAConfig): raise ConfigError(f'lora takes a LoRAConfig, not a {type(lora).__name__}. That of a run is config.lora.')
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f'model is a {type(model).__name__}, which is none. load_base(config) returns a model and its tokenizer.')
+    if not isinstance(lora, LoRAConfig):
+        raise ConfigError(f'lora takes a LoRAConfig, not a {type(lora).__name__}. That of a run is config.lora.')
     _check_names(model, lora)
     settings = _peft_settings(model, lora, new_tokens or [])
     model.requires_grad_(False)  # a quantised base too; its norms and head stay in 16 bits, where PEFT's own preparation would make them twice as large

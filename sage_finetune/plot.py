@@ -481,7 +481,8 @@ def compare_runs(
     by: str = 'step' # what stands on the x axis: step, tokens, seconds or epoch
 ) -> Picture: # loss, held-out loss, learning rate, tokens per second
     "Draw several runs over each other. Raises `RunError` for a folder that is none or has no steps."
-    folders = [as_folder(one) for one in ([run_dirs] if isinstance(run_dirs, (str, Path)) or not hasattr(run_dirs, '__iter__') else run_dirs)]
+    single = isinstance(run_dirs, (str, Path)) or not hasattr(run_dirs, '__iter__')
+    folders = [as_folder(one) for one in ([run_dirs] if single else run_dirs)]
     if not folders: raise RunError('there is no run to compare. Name at least one run folder.')
     if isinstance(labels, str) or labels is not None and len(labels) != len(folders): raise ConfigError(f'labels={labels!r} for {len(folders)} runs. Give a list of one name a run, or none at all.')
     names, curves = list(map(str, labels or short_names(folders))), [read_curve(folder) for folder in folders]

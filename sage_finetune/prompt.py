@@ -306,7 +306,9 @@ class Renderer:
         allow_special_tokens: bool = False # control tokens in the data are control tokens
     ):
         "Look at the template once. Raises `ModelError` when it cannot be used."
-        if not hasattr(tokenizer, 'apply_chat_template'): raise ConfigError(f'tokenizer is a {type(tokenizer).__name__}, which is none. Pass the tokenizer of the model: load_base and open_run return both.')
+        if not hasattr(tokenizer, 'apply_chat_template'):
+            raise ConfigError(f'tokenizer is a {type(tokenizer).__name__}, which is none. '
+                              f'Pass the tokenizer of the model: load_base and open_run return both.')
         if thinking not in THINKING: raise ConfigError(f'thinking is {thinking!r}. Choose one of: {", ".join(THINKING)}.')
         self.thinking, self.allowed, self.form = thinking, allow_special_tokens, ChatFormat(tokenizer)
         self.form_with_tools = ChatFormat(tokenizer, [dict()]) if isinstance(tokenizer.chat_template, dict) else self.form
@@ -334,11 +336,14 @@ def as_turns(
     if isinstance(turns, (list, tuple)) and all(isinstance(turn, dict) for turn in turns): return list(turns)
     odd = next((type(turn).__name__ for turn in turns if not isinstance(turn, dict)), '') if isinstance(turns, (list, tuple)) else ''
     what = f'a {type(said).__name__}' + (f' that holds a {odd}' if odd else '')
-    raise DataError(f'{name} is {what}. A conversation is a list of turns like {{"role": "user", "content": "Hello!"}}; what a user says may be a text.')
+    raise DataError(f'{name} is {what}. A conversation is a list of turns like {{"role": "user", "content": "Hello!"}}; what a user '
+                    f'says may be a text.')
 
 def _made_ready(renderer: Renderer, messages: list[dict], tools: list | None) -> Talk:
     "A conversation ready for its template"
-    if isinstance(messages, str): raise DataError('an example needs a question and its answer, and messages is one text. Give turns with "role" and "content"; plain text is rendered by render_text.')
+    if isinstance(messages, str):
+        raise DataError('an example needs a question and its answer, and messages is one text. '
+                        'Give turns with "role" and "content"; plain text is rendered by render_text.')
     return make_talk(as_turns(messages), renderer.form_with_tools if tools else renderer.form, tools, renderer.thinking)
 
 def _finished(renderer: Renderer, plans: list[_Plan], messages: list[list[dict]]) -> list[Rendered]:

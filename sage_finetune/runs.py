@@ -122,7 +122,8 @@ def read_meta(
     content = read_object(path)
     known = {name: content.get(name) for name in Meta.__dataclass_fields__}
     bad = [name for name in ('task_type', 'model', 'dataset') if not known[name]]
-    bad += [name for name, value in known.items() if value is not None and (not isinstance(value, str) or value and describe_bad_name(value))]
+    bad += [name for name, value in known.items() if value is not None and not isinstance(value, str)]
+    bad += [name for name, value in known.items() if value and isinstance(value, str) and describe_bad_name(value)]
     if bad: raise RunError(f"{path} does not say {', '.join(bad)} as text: another program wrote it, or it was edited. Prepare the run anew.")
     if known['task_type'] not in TASK_NAMES:
         raise RunError(f"{path} says task_type {known['task_type']!r}; there are: {', '.join(TASK_NAMES)}. Correct it in the file.")

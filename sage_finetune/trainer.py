@@ -305,7 +305,8 @@ def make_accelerator(
 ) -> Accelerator:
     "A fresh accelerator. Raises `ConfigError` when the tool of `report_to` is not installed."
     tool = None if config.report_to == 'none' else config.report_to
-    if tool and not importlib.util.find_spec(tool): raise ConfigError(f'report_to={tool!r}, but it is not installed. Run: pip install {tool}')
+    if tool and not importlib.util.find_spec(tool):
+        raise ConfigError(f'report_to={tool!r}, but it is not installed. Run: pip install {tool}')
     for kind in ('FSDP', 'DEEPSPEED'):
         if os.environ.get(f'ACCELERATE_USE_{kind}', 'false') == 'true':
             raise ConfigError(f'the launcher asks for {kind}, but here every process holds the whole model and they share the steps. Launch without it (accelerate launch --multi_gpu); a model that does not fit one card may in 4 bits: load_in_4bit=True.')
@@ -363,7 +364,8 @@ def prepare_as(
     eval_ratio: float = 0. # share of the questions held out
 ) -> Prepared: # examples and report
     "Rows as examples, the way a config wants them; kept in its `data_cache`, else in the run folder."
-    options = {name: getattr(config, name) for name in ('max_length', 'column_map', 'on_bad_row', 'overlong', 'thinking', 'allow_special_tokens')}
+    names = ('max_length', 'column_map', 'on_bad_row', 'overlong', 'thinking', 'allow_special_tokens')
+    options = {name: getattr(config, name) for name in names}
     places = dict(cache_dir=config.data_cache or config.output_dir/'prepared', bad_rows_path=config.output_dir/'bad_rows.jsonl')
     return prepare(source, tokenizer, **options, **places, eval_ratio=eval_ratio, show=False)
 
@@ -419,23 +421,29 @@ def load_batches(
 
 # %% ../nbs/13_trainer.ipynb #b04d8391
 _EVALUATION_SPLITS = ('eval', 'evaluation', 'validation', 'valid', 'dev', 'test')
-_EXPECTED = 'Set self.dataset (and self.eval_dataset) in prepare_data, or return them: rows of any format, texts, or examples with input_ids and labels.'
+_EXPECTED = ('Set self.dataset (and self.eval_dataset) in prepare_data, or return them: '
+             'rows of any format, texts, or examples with input_ids and labels.')
 
 def _holds_rows(given: Any) -> bool:
     "Whether this is many rows rather than one: a conversation is one, and so is a list of token ids"
     if isinstance(given, (Tensor, np.ndarray)): return given.ndim > 1
-    if isinstance(given, (list, tuple)): return not given or not isinstance(given[0], int) and not (isinstance(given[0], Mapping) and 'role' in given[0])
+    if isinstance(given, (list, tuple)):
+        return not given or not isinstance(given[0], int) and not (isinstance(given[0], Mapping) and 'role' in given[0])
     return not isinstance(given, (str, bytes, Mapping, int, float, type(None)))
 
 def split_own_data(
     given: Any # what `prepare_data` set or returned
 ) -> tuple: # training data, evaluation data or None
-    "What is for training and what for evaluation: in a pair, in named splits, or all of it for training. Raises `DataError` for splits of which none is `train`."
-    if isinstance(given, tuple) and len(given) in (2, 3) and _holds_rows(given[0]) and (given[1] is None or _holds_rows(given[1])): return given[:2]
-    if isinstance(given, Mapping) and _holds_rows(given.get('train')): return given['train'], next((given[name] for name in _EVALUATION_SPLITS if name in given), None)
+    "What is for training and what for evaluation. Raises `DataError` for splits of which none is `train`."
+    pair = isinstance(given, tuple) and len(given) in (2, 3) and _holds_rows(given[0])
+    if pair and (given[1] is None or _holds_rows(given[1])): return given[:2]
+    if isinstance(given, Mapping) and _holds_rows(given.get('train')):
+        return given['train'], next((given[name] for name in _EVALUATION_SPLITS if name in given), None)
     if not isinstance(given, (datasets.DatasetDict, datasets.IterableDatasetDict)): return given, None
     if len(given) == 1: return next(iter(given.values())), None
-    raise DataError(f'the data from prepare_data has the splits {", ".join(map(str, given)) or "none"}, and none is called train. Return one of them, or a pair: (training, evaluation).')
+    names = ', '.join(map(str, given)) or 'none'
+    raise DataError(f'the data from prepare_data has the splits {names}, and none is called train. '
+                    f'Return one of them, or a pair: (training, evaluation).')
 
 # %% ../nbs/13_trainer.ipynb #466849b1
 _MOST_ROWS = 10_000_000  # of a stream: one that never ends would be read until memory runs out
@@ -446,15 +454,19 @@ def own_rows(
     "The rows of data somebody brings. Raises `DataError` saying what was expected."
     if isinstance(given, (str, Path)): return given
     if isinstance(given, datasets.Dataset) and given.format['type'] != 'custom': return given.with_format(None)
-    if isinstance(given, DataLoader): raise DataError('prepare_data gave a DataLoader, and batches are made here. Give the data set behind it: loader.dataset.')
+    if isinstance(given, DataLoader):
+        raise DataError('prepare_data gave a DataLoader, and batches are made here. Give the data set behind it: loader.dataset.')
     for table in ('to_pylist', 'to_dicts', 'to_dict'):  # of pyarrow, polars, pandas
-        if hasattr(given, table) and len(getattr(given, 'shape', ())) == 2 and not isinstance(given, datasets.Dataset): return own_rows(_table_rows(given, table))
+        if hasattr(given, table) and len(getattr(given, 'shape', ())) == 2 and not isinstance(given, datasets.Dataset):
+            return own_rows(_table_rows(given, table))
     if isinstance(given, Mapping): given = _columns_as_rows(given)
     if getattr(given, 'ndim', 1) == 0 or isinstance(given, type) or not (hasattr(given, '__iter__') or hasattr(given, '__getitem__')):
         raise DataError(f'prepare_data gave a {type(given).__name__}, which holds no rows. {_EXPECTED}')
     sized = hasattr(given, '__len__') and hasattr(given, '__getitem__') and not isinstance(given, IterableDataset)
     rows = list(islice((given[at] for at in range(len(given))) if sized else iter(given), _MOST_ROWS + 1))
-    if len(rows) > _MOST_ROWS: raise DataError(f'prepare_data gave more than {_MOST_ROWS:,} rows. End the stream, or write them to a file and name it in data_path.')
+    if len(rows) > _MOST_ROWS:
+        raise DataError(f'prepare_data gave more than {_MOST_ROWS:,} rows. '
+                        f'End the stream, or write them to a file and name it in data_path.')
     if not rows: raise DataError(f'prepare_data gave no rows. {_EXPECTED}')
     return [_as_row(row, number) for number, row in enumerate(rows, 1)]
 
@@ -466,17 +478,20 @@ def _table_rows(table: Any, method: str) -> list[dict]:
 
 def _columns_as_rows(columns: Mapping) -> list[dict]:
     "Columns of equal length, as a tokenizer returns them, row by row"
-    sizes = {name: len(column) for name, column in columns.items() if hasattr(column, '__len__') and not isinstance(column, (str, Mapping)) and getattr(column, 'ndim', 1)}
-    if len(sizes) != len(columns) or len(set(sizes.values())) != 1 or not all(_holds_rows(columns[name]) for name in ('input_ids',) if name in columns):
-        raise DataError(f'prepare_data gave one dict with {", ".join(map(str, list(columns)[:8])) or "nothing in it"}. Put rows into a list, or give columns of equal length.')
+    listed = lambda column: hasattr(column, '__len__') and not isinstance(column, (str, Mapping)) and getattr(column, 'ndim', 1)
+    sizes = {len(column) for column in columns.values() if listed(column)}
+    if not all(map(listed, columns.values())) or len(sizes) != 1 or 'input_ids' in columns and not _holds_rows(columns['input_ids']):
+        names = ', '.join(map(str, list(columns)[:8])) or 'nothing in it'
+        raise DataError(f'prepare_data gave one dict with {names}. Put rows into a list, or give columns of equal length.')
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 def _as_row(row: Any, number: int) -> dict:
     "One row as a dict: a text, a conversation and a list of token ids are rows, too"
     if isinstance(row, str): return dict(text=row)
     if isinstance(row, Mapping): return dict(row)
-    if isinstance(row, (list, tuple)) and row and all(isinstance(turn, Mapping) for turn in row): return dict(messages=[dict(turn) for turn in row])
-    if isinstance(row, (Tensor, np.ndarray)) or isinstance(row, (list, tuple)) and row and all(isinstance(one, int) for one in row): return dict(input_ids=row)
+    listed = isinstance(row, (list, tuple)) and len(row) > 0
+    if listed and all(isinstance(turn, Mapping) for turn in row): return dict(messages=[dict(turn) for turn in row])
+    if isinstance(row, (Tensor, np.ndarray)) or listed and all(isinstance(one, int) for one in row): return dict(input_ids=row)
     raise DataError(f'row {number} of the data from prepare_data is a {type(row).__name__}. {_EXPECTED}')
 
 # %% ../nbs/13_trainer.ipynb #b9573587
@@ -488,9 +503,11 @@ class OwnExample(NamedTuple):
 def _whole_numbers(value: Any, name: str, place: str) -> list[int] | None:
     "A list, an array or a tensor as a list of whole numbers"
     values = value.tolist() if hasattr(value, 'tolist') else list(value) if isinstance(value, tuple) else value
-    if isinstance(values, list) and len(values) == 1 and isinstance(values[0], list): values = values[0]  # (1, tokens), as return_tensors='pt' makes it
+    if isinstance(values, list) and len(values) == 1 and isinstance(values[0], list):
+        values = values[0]  # (1, tokens), as return_tensors='pt' makes it
     if values is None or isinstance(values, list) and all(isinstance(one, int) for one in values): return values
-    raise DataError(f'{place}: {name} must be a list of whole numbers, and it is a {type(value).__name__} that holds something else. Tokenize each row with self.tokenizer.')
+    raise DataError(f'{place}: {name} must be a list of whole numbers, and it is a {type(value).__name__} that holds something else. '
+                    f'Tokenize each row with self.tokenizer.')
 
 def clean_example(
     row: dict, # `input_ids`, perhaps `labels` and `attention_mask`: lists, arrays or tensors
@@ -502,14 +519,17 @@ def clean_example(
     if row.get('input_ids') is None: raise DataError(f'{place} has no input_ids, though the first one has. Give all rows in one format.')
     ids, labels, mask = (_whole_numbers(row.get(name), name, place) for name in ('input_ids', 'labels', 'attention_mask'))
     for name, values in (('labels', labels), ('attention_mask', mask)):
-        if values is not None and len(values) != len(ids): raise DataError(f'{place} has {len(ids)} input_ids and {len(values)} {name}. Give as many as there are tokens.')
+        if values is not None and len(values) != len(ids):
+            raise DataError(f'{place} has {len(ids)} input_ids and {len(values)} {name}. Give as many as there are tokens.')
     if labels is None and mask is None: mask = _not_padding(ids, tokenizer)
     labels = ids if labels is None else labels
     if mask is not None: ids, labels = ([value for value, kept in zip(values, mask) if kept] for values in (ids, labels))
     for name, values in (('input_ids', ids), ('labels', labels)):
         wrong = next((one for one in values if not 0 <= one < vocabulary and not (one == -100 and name == 'labels')), None)
         or_none = ' or -100' * (name == 'labels')
-        if wrong is not None: raise DataError(f'{place} has {wrong} among its {name}, and the vocabulary has 0 to {vocabulary - 1:,}{or_none}. Tokenize it with self.tokenizer.')
+        if wrong is not None:
+            raise DataError(f'{place} has {wrong} among its {name}, and the vocabulary has 0 to {vocabulary - 1:,}{or_none}. '
+                            f'Tokenize it with self.tokenizer.')
     return OwnExample(ids, labels)
 
 def _not_padding(ids: list[int], tokenizer: Any) -> list[bool]:
@@ -527,7 +547,8 @@ def own_examples(
     vocabulary: int # ids are below this
 ) -> tuple: # the examples and a `DataReport`; a `datasets.Dataset` that needs no change is given back
     "Rows that are tokens already, as examples. Raises `DataError` for what cannot be trained on."
-    report, columns, batches, unlabelled, same = DataReport(source='prepare_data', max_length=config.max_length), Columns(), [], 0, isinstance(rows, datasets.Dataset)
+    report, columns, batches = DataReport(source='prepare_data', max_length=config.max_length), Columns(), []
+    unlabelled, same = 0, isinstance(rows, datasets.Dataset)
     for number, row in enumerate(rows, 1):
         example = _fit_own(clean_example(row, f'row {number} of the data from prepare_data', tokenizer, vocabulary), number, config, report)
         report.rows, unlabelled = number, unlabelled + (row.get('labels') is None)
@@ -536,11 +557,13 @@ def own_examples(
         if len(columns.ids) > 1_000_000: batches, columns = [*batches, _counted(columns, report)], Columns()
     batches.append(_counted(columns, report))
     if not report.examples:
-        raise DataError(f'none of the {report.rows:,} rows from prepare_data has a token to train on within max_length={config.max_length:,}. '
+        raise DataError(f'none of the {report.rows:,} rows from prepare_data has a token to train on within '
+                        f'max_length={config.max_length:,}. '
                         'Give labels other than -100, or raise max_length.')
     if unlabelled: report.said.append(f'{unlabelled:,} rows have no labels, so all of their tokens are trained on')
     if same: return rows, report
-    return PreparedDataset(InMemoryTable(pa.Table.from_batches(batches)), tokenizer=tokenizer, report=report, max_length=config.max_length), report
+    table = InMemoryTable(pa.Table.from_batches(batches))
+    return PreparedDataset(table, tokenizer=tokenizer, report=report, max_length=config.max_length), report
 
 def _counted(columns: Columns, report: DataReport) -> pa.RecordBatch:
     "Columns as Arrow; their tokens are counted"
@@ -551,7 +574,8 @@ def _fit_own(example: OwnExample, number: int, config: TrainingConfig, report: D
     "What is trained on of a row of tokens; None where it is left out, which the report counts"
     size, most = len(example.ids), config.max_length
     if size > most and config.overlong == 'error':
-        raise DataError(f'row {number} of the data from prepare_data has {size:,} tokens, more than max_length={most:,}. Raise max_length, or choose overlong="truncate".')
+        raise DataError(f'row {number} of the data from prepare_data has {size:,} tokens, more than max_length={most:,}. '
+                        f'Raise max_length, or choose overlong="truncate".')
     if size > most:
         what = 'cut' if config.overlong == 'truncate' else 'left out'
         report.overlong[what] = report.overlong.get(what, 0) + 1
@@ -749,7 +773,8 @@ def call_hook(
         try: signature.bind(*arguments)
         except TypeError: continue
         return method(*arguments)
-    raise ConfigError(f'{type(trainer).__name__}.{name}{signature} cannot be called, for nobody has its arguments. Read what it needs from self.config.')
+    raise ConfigError(f'{type(trainer).__name__}.{name}{signature} cannot be called, for nobody has its arguments. '
+                      f'Read what it needs from self.config.')
 
 def parts_returned(
     returned: Any # what a replaced method gave back: a model, a pair, a dict, nothing
@@ -820,7 +845,8 @@ class LoRATrainer:
         if self.tokenizer is None: self.tokenizer = tokenizer
         loaded = isinstance(self.model, torch.nn.Module)
         if not loaded or not hasattr(self.tokenizer, 'apply_chat_template'):
-            raise ConfigError(f'after load_model_and_tokenizer there is no {"tokenizer" if loaded else "model"}. Set self.model and self.tokenizer in it, or return them as a pair.')
+            raise ConfigError(f'after load_model_and_tokenizer there is no {"tokenizer" if loaded else "model"}. '
+                              f'Set self.model and self.tokenizer in it, or return them as a pair.')
         if self.tokenizer.pad_token_id is None: self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def _adapt(self):
@@ -828,7 +854,8 @@ class LoRATrainer:
         model, _ = parts_returned(call_hook(self, 'apply_lora'))
         if model is not None: self.model = model
         if not hasattr(self.model, 'peft_config'):
-            raise ConfigError('after apply_lora the model has no adapter. Call super().apply_lora() in it, or set self.model = attach_lora(self.model, self.config.lora).')
+            raise ConfigError('after apply_lora the model has no adapter. '
+                              'Call super().apply_lora() in it, or set self.model = attach_lora(self.model, self.config.lora).')
 
     def _take_data(self):
         "The data, in whatever shape the method sets or returns it, or somebody has set it before"
@@ -837,7 +864,8 @@ class LoRATrainer:
             returned = call_hook(self, 'prepare_data') if self.dataset is None else None
             given = getattr(self, 'train_dataset', None) if self.dataset is None else self.dataset
             if returned is not None and returned is not self: given = returned
-            tokens = len(self.tokenizer) if self.model is None else max(len(self.tokenizer), self.model.get_input_embeddings().num_embeddings)
+            tokens = len(self.tokenizer)
+            if self.model is not None: tokens = max(tokens, self.model.get_input_embeddings().num_embeddings)
             self.dataset, self.eval_dataset, report = take_own_data(given, self.eval_dataset, self.tokenizer, self.config, tokens)
         self.report, self._taken = self.report or report, self.dataset
 
@@ -845,7 +873,9 @@ class LoRATrainer:
         "The plan and all that belongs to it; a replaced method must have made them"
         call_hook(self, 'setup_trainer')
         missing = [name for name in ('engine', 'accelerator', 'batching', 'optimizer', 'schedule') if getattr(self, name, None) is None]
-        if missing: raise ConfigError(f'after setup_trainer there is no {missing[0]}. Call super().setup_trainer() in it first, then change what you like.')
+        if missing:
+            raise ConfigError(f'after setup_trainer there is no {missing[0]}. '
+                              f'Call super().setup_trainer() in it first, then change what you like.')
 
     @property
     def plan(self) -> BatchPlan:

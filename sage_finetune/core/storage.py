@@ -25,7 +25,8 @@ def write_atomic(
     temp = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name[:40]}.')  # a name as long as names may be has room for no more
+        # a name as long as names may be has room for no more
+        handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name[:40]}.')
         with os.fdopen(handle, 'wb') as file:
             file.write(data)
             file.flush()
@@ -65,8 +66,10 @@ def why_unwritable(
     if isinstance(error, (NotADirectoryError, FileExistsError)):
         return f'cannot write {path}: a part of this path is a file, not a folder. Choose another output_dir.'
     if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
-        return f'cannot write {_shortened(path)}: the file system takes no such name ({error.strerror}). Choose a shorter one of ordinary letters for output_dir.'
-    if isinstance(error, IsADirectoryError): return f'cannot write {path}: a folder stands there. Choose another name, or another output_dir.'
+        return f'cannot write {_shortened(path)}: the file system takes no such name ({error.strerror}). ' \
+            'Choose a shorter one of ordinary letters for output_dir.'
+    if isinstance(error, IsADirectoryError):
+        return f'cannot write {path}: a folder stands there. Choose another name, or another output_dir.'
     if error.errno == errno.ELOOP: return f'cannot write {path}: a link in this path leads back to itself. Choose another output_dir.'
     return f'cannot write {path}: {error.strerror or error}. Choose another output_dir.'
 
@@ -100,7 +103,8 @@ def describe_bad_name(
 
 def _possible(path: str | Path) -> Path:
     "A path that can be written to as far as its name goes; raises `RunError`"
-    if fault := describe_bad_name(path): raise RunError(f'cannot write {_shortened(path)!r}: the file system takes no such name, for {fault}. Choose another output_dir.')
+    if fault := describe_bad_name(path):
+        raise RunError(f'cannot write {_shortened(path)!r}: the file system takes no such name, for {fault}. Choose another output_dir.')
     return Path(path)
 
 def checked_path(

@@ -56,18 +56,27 @@ def padded():
 
 
 BROUGHT = {
-    "texts": lambda: TEXTS, "text rows": lambda: [dict(text=text) for text in TEXTS], "a tuple of texts": lambda: tuple(TEXTS), "instruction rows": lambda: rows(8),
-    "conversations": lambda: [dict(messages=talk) for talk in TALKS], "bare conversations": lambda: TALKS, "question rows": lambda: [dict(question="a?", answer="b.")] * 8,
+    "texts": lambda: TEXTS, "text rows": lambda: [dict(text=text) for text in TEXTS], "a tuple of texts": lambda: tuple(TEXTS),
+    "instruction rows": lambda: rows(8),
+    "conversations": lambda: [dict(messages=talk) for talk in TALKS], "bare conversations": lambda: TALKS,
+    "question rows": lambda: [dict(question="a?", answer="b.")] * 8,
     "input_ids": lambda: [dict(input_ids=ids) for ids in IDS], "lists of ids": lambda: IDS, "labels too": lambda: MASKED,
     "tensors": lambda: [{name: torch.tensor(value) for name, value in row.items()} for row in MASKED],
-    "tensors of one row each": lambda: [dict(TOKENIZER(text, return_tensors="pt")) for text in TEXTS], "a batch of tensors": padded, "a tokenizer's lists": lambda: TOKENIZER(TEXTS),
-    "numpy arrays": lambda: [dict(input_ids=np.array(ids), attention_mask=np.ones(len(ids), bool)) for ids in IDS], "a dict of columns": lambda: dict(text=TEXTS),
-    "a torch Dataset": lambda: Torch(MASKED), "a torch Dataset of texts": lambda: Torch(TEXTS), "a torch stream": lambda: Stream(MASKED), "a subset": lambda: torch.utils.data.Subset(Torch(MASKED), range(8)),
-    "a Dataset": lambda: datasets.Dataset.from_list(rows(8)), "a Dataset of tokens": lambda: datasets.Dataset.from_list(MASKED), "a Dataset in torch's format": lambda: datasets.Dataset.from_list(MASKED).with_format("torch"),
+    "tensors of one row each": lambda: [dict(TOKENIZER(text, return_tensors="pt")) for text in TEXTS], "a batch of tensors": padded,
+    "a tokenizer's lists": lambda: TOKENIZER(TEXTS),
+    "numpy arrays": lambda: [dict(input_ids=np.array(ids), attention_mask=np.ones(len(ids), bool)) for ids in IDS],
+    "a dict of columns": lambda: dict(text=TEXTS),
+    "a torch Dataset": lambda: Torch(MASKED), "a torch Dataset of texts": lambda: Torch(TEXTS), "a torch stream": lambda: Stream(MASKED),
+    "a subset": lambda: torch.utils.data.Subset(Torch(MASKED), range(8)),
+    "a Dataset": lambda: datasets.Dataset.from_list(rows(8)), "a Dataset of tokens": lambda: datasets.Dataset.from_list(MASKED),
+    "a Dataset in torch's format": lambda: datasets.Dataset.from_list(MASKED).with_format("torch"),
     "a Dataset with a transform": lambda: datasets.Dataset.from_dict(dict(text=TEXTS)).with_transform(lambda batch: TOKENIZER(batch["text"])),
-    "an IterableDataset": lambda: datasets.Dataset.from_list(rows(8)).to_iterable_dataset(), "a DatasetDict": lambda: datasets.DatasetDict(train=datasets.Dataset.from_list(rows(8))),
-    "a generator": lambda: (row for row in rows(8)), "a generator of ids": lambda: iter(IDS), "a map": lambda: map(str, TEXTS), "a DataFrame": lambda: pd.DataFrame(rows(8)),
-    "a DataFrame of tokens": lambda: pd.DataFrame(MASKED), "an arrow table": lambda: datasets.Dataset.from_list(rows(8)).data.table, "prepared": lambda: sf.prepare_dataset(rows(8), TOKENIZER, show=False)}
+    "an IterableDataset": lambda: datasets.Dataset.from_list(rows(8)).to_iterable_dataset(),
+    "a DatasetDict": lambda: datasets.DatasetDict(train=datasets.Dataset.from_list(rows(8))),
+    "a generator": lambda: (row for row in rows(8)), "a generator of ids": lambda: iter(IDS), "a map": lambda: map(str, TEXTS),
+    "a DataFrame": lambda: pd.DataFrame(rows(8)),
+    "a DataFrame of tokens": lambda: pd.DataFrame(MASKED), "an arrow table": lambda: datasets.Dataset.from_list(rows(8)).data.table,
+    "prepared": lambda: sf.prepare_dataset(rows(8), TOKENIZER, show=False)}
 
 
 @pytest.mark.parametrize("way", ["returned", "set", "set as train_dataset"])
@@ -109,7 +118,8 @@ def test_that_labels_were_missing_is_said(tmp_path):
 
 
 PAIRS = {"a pair": lambda: (rows(8), rows(4)), "splits": lambda: dict(train=rows(8), test=rows(4)), "tokens and texts": lambda: (MASKED, TEXTS[:4]),
-    "a DatasetDict": lambda: datasets.DatasetDict(train=datasets.Dataset.from_list(MASKED), validation=datasets.Dataset.from_list(MASKED[:4])), "a frame and nothing": lambda: (pd.DataFrame(rows(8)), None)}
+    "a DatasetDict": lambda: datasets.DatasetDict(train=datasets.Dataset.from_list(MASKED), validation=datasets.Dataset.from_list(MASKED[:4])),
+    "a frame and nothing": lambda: (pd.DataFrame(rows(8)), None)}
 
 
 @pytest.mark.parametrize("kind", PAIRS)
@@ -134,15 +144,26 @@ def test_a_dataset_that_is_set_from_outside(tmp_path):
 
 
 REFUSED = {
-    "nothing": (lambda: None, "gave no data"), "an empty list": (lambda: [], "gave no rows"), "a number": (lambda: 7, "a int"), "numbers in a list": (lambda: [.5, 1.5], "row 1"), "a class": (lambda: Torch, "holds no rows"),
-    "a function": (lambda: rows, "holds no rows"), "one row": (lambda: dict(instruction="a", output="b"), "Put rows into a list"), "None among rows": (lambda: [*TEXTS, None], "row 9"),
-    "labels of another length": (lambda: [dict(input_ids=[5, 6, 7], labels=[5, 6])], "3 input_ids and 2 labels"), "a mask of another length": (lambda: [dict(input_ids=[5, 6], attention_mask=[1])], "2 input_ids and 1 attention_mask"),
-    "an id beyond the vocabulary": (lambda: [dict(input_ids=[5, 10**6])], "1000000 among its input_ids"), "a negative id": (lambda: [dict(input_ids=[5, -1])], "-1 among its input_ids"),
-    "a label that is none": (lambda: [dict(input_ids=[5, 6], labels=[5, -1])], "-1 among its labels"), "nothing to train on": (lambda: [dict(input_ids=[5, 6], labels=[-100, -100])], "token to train on"),
-    "only the first token": (lambda: [dict(input_ids=[5, 6], labels=[5, -100])], "token to train on"), "no tokens": (lambda: [dict(input_ids=[])], "token to train on"), "floats": (lambda: [dict(input_ids=[.5])], "whole numbers"),
-    "text as ids": (lambda: [dict(input_ids="abc")], "whole numbers"), "some rows without ids": (lambda: [dict(input_ids=[5, 6]), dict(text="a")], "row 2"), "a DataLoader": (lambda: torch.utils.data.DataLoader(Torch(MASKED)), "loader.dataset"),
-    "splits without train": (lambda: datasets.DatasetDict(a=datasets.Dataset.from_list(MASKED), b=datasets.Dataset.from_list(MASKED)), "none is called train"), "a file that is not there": (lambda: "nowhere.jsonl", "nowhere.jsonl"),
-    "rows of no format": (lambda: [dict(colour="red")], "colour"), "all masked": (lambda: [dict(input_ids=[5, 6], attention_mask=[0, 0])], "token to train on"), "a scalar": (lambda: torch.tensor(5), "holds no rows")}
+    "nothing": (lambda: None, "gave no data"), "an empty list": (lambda: [], "gave no rows"), "a number": (lambda: 7, "a int"),
+    "numbers in a list": (lambda: [.5, 1.5], "row 1"), "a class": (lambda: Torch, "holds no rows"),
+    "a function": (lambda: rows, "holds no rows"), "one row": (lambda: dict(instruction="a", output="b"), "Put rows into a list"),
+    "None among rows": (lambda: [*TEXTS, None], "row 9"),
+    "labels of another length": (lambda: [dict(input_ids=[5, 6, 7], labels=[5, 6])], "3 input_ids and 2 labels"),
+    "a mask of another length": (lambda: [dict(input_ids=[5, 6], attention_mask=[1])], "2 input_ids and 1 attention_mask"),
+    "an id beyond the vocabulary": (lambda: [dict(input_ids=[5, 10**6])], "1000000 among its input_ids"),
+    "a negative id": (lambda: [dict(input_ids=[5, -1])], "-1 among its input_ids"),
+    "a label that is none": (lambda: [dict(input_ids=[5, 6], labels=[5, -1])], "-1 among its labels"),
+    "nothing to train on": (lambda: [dict(input_ids=[5, 6], labels=[-100, -100])], "token to train on"),
+    "only the first token": (lambda: [dict(input_ids=[5, 6], labels=[5, -100])], "token to train on"),
+    "no tokens": (lambda: [dict(input_ids=[])], "token to train on"), "floats": (lambda: [dict(input_ids=[.5])], "whole numbers"),
+    "text as ids": (lambda: [dict(input_ids="abc")], "whole numbers"),
+    "some rows without ids": (lambda: [dict(input_ids=[5, 6]), dict(text="a")], "row 2"),
+    "a DataLoader": (lambda: torch.utils.data.DataLoader(Torch(MASKED)), "loader.dataset"),
+    "splits without train": (lambda: datasets.DatasetDict(a=datasets.Dataset.from_list(MASKED), b=datasets.Dataset.from_list(MASKED)), "none is called train"),
+    "a file that is not there": (lambda: "nowhere.jsonl", "nowhere.jsonl"),
+    "rows of no format": (lambda: [dict(colour="red")], "colour"),
+    "all masked": (lambda: [dict(input_ids=[5, 6], attention_mask=[0, 0])], "token to train on"),
+    "a scalar": (lambda: torch.tensor(5), "holds no rows")}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -203,9 +224,12 @@ def test_the_adapter_can_be_saved_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("name, method, expected", [
-    ("load_model_and_tokenizer", lambda self: None, "there is no model"), ("load_model_and_tokenizer", lambda self: load_base(self.config)[0], "there is no tokenizer"),
-    ("load_model_and_tokenizer", lambda self: setattr(self, "model", "tiny"), "there is no model"), ("apply_lora", lambda self: None, "has no adapter"), ("apply_lora", lambda self: self, "has no adapter"),
-    ("setup_trainer", lambda self: None, "super().setup_trainer()"), ("prepare_data", lambda self, folder: folder, "cannot be called"), ("load_model_and_tokenizer", lambda self, name, kind: None, "cannot be called")])
+    ("load_model_and_tokenizer", lambda self: None, "there is no model"),
+    ("load_model_and_tokenizer", lambda self: load_base(self.config)[0], "there is no tokenizer"),
+    ("load_model_and_tokenizer", lambda self: setattr(self, "model", "tiny"), "there is no model"),
+    ("apply_lora", lambda self: None, "has no adapter"), ("apply_lora", lambda self: self, "has no adapter"),
+    ("setup_trainer", lambda self: None, "super().setup_trainer()"), ("prepare_data", lambda self, folder: folder, "cannot be called"),
+    ("load_model_and_tokenizer", lambda self, name, kind: None, "cannot be called")])
 def test_methods_that_leave_something_out_are_told(name, method, expected, tmp_path):
     Mine = type("Mine", (LoRATrainer,), {name: method})
     with pytest.raises(ConfigError) as caught: Mine(little(tmp_path, data_path=write_rows(tmp_path/"rows.jsonl"))).train(show=False)
@@ -225,20 +249,29 @@ def run(tmp_path_factory):
 
 WORKS = {
     "generate with a text": lambda folder, config, result, model, tok: "".join(sf.generate(model, tok, "hi", max_new_tokens=4)) is not None,
-    "generate with a turn": lambda folder, config, result, model, tok: list(sf.generate(model, tok, dict(role="user", content="hi"), max_new_tokens=4)) is not None,
+    "generate with a turn": lambda folder, config, result, model,
+    tok: list(sf.generate(model, tok, dict(role="user", content="hi"), max_new_tokens=4)) is not None,
     "answers with a text": lambda folder, config, result, model, tok: len(sf.answers(model, tok, "hi", max_new_tokens=2)) == 1,
-    "answers with a conversation": lambda folder, config, result, model, tok: len(sf.answers(model, tok, TALKS[0][:1], max_new_tokens=2)) == 1,
-    "answers with both": lambda folder, config, result, model, tok: len(sf.answers(model, tok, ["hi", TALKS[0][:1]], max_new_tokens=2)) == 2,
+    "answers with a conversation": lambda folder, config, result, model,
+    tok: len(sf.answers(model, tok, TALKS[0][:1], max_new_tokens=2)) == 1,
+    "answers with both": lambda folder, config, result, model,
+    tok: len(sf.answers(model, tok, ["hi", TALKS[0][:1]], max_new_tokens=2)) == 2,
     "answers with nothing": lambda folder, config, result, model, tok: sf.answers(model, tok, []) == [],
     "compare with a text": lambda folder, config, result, model, tok: sf.compare(model, tok, "hi", max_new_tokens=2).rows[0][0] == "hi",
     "accuracy with a row": lambda folder, config, result, model, tok: sf.accuracy(model, tok, rows(1)[0], max_new_tokens=2).total == 1,
-    "accuracy with a file": lambda folder, config, result, model, tok: sf.accuracy(model, tok, config.data_path, max_new_tokens=2).total == 24,
-    "render_prompt with a text": lambda folder, config, result, model, tok: render_prompt("hi", tok) == render_prompt([dict(role="user", content="hi")], tok),
-    "open_run with a config": lambda folder, config, result, model, tok: len(sf.open_run(config)) == 2, "open_run with a result": lambda folder, config, result, model, tok: len(sf.open_run(result)) == 2,
+    "accuracy with a file": lambda folder, config, result, model,
+    tok: sf.accuracy(model, tok, config.data_path, max_new_tokens=2).total == 24,
+    "render_prompt with a text": lambda folder, config, result, model,
+    tok: render_prompt("hi", tok) == render_prompt([dict(role="user", content="hi")], tok),
+    "open_run with a config": lambda folder, config, result, model, tok: len(sf.open_run(config)) == 2,
+    "open_run with a result": lambda folder, config, result, model, tok: len(sf.open_run(result)) == 2,
     "open_run with a trainer": lambda folder, config, result, model, tok: len(sf.open_run(LoRATrainer(config))) == 2,
-    "merge with a config": lambda folder, config, result, model, tok: sf.merge(config).agrees, "plot_run with a config": lambda folder, config, result, model, tok: sf.plot_run(config) is not None,
-    "compare_runs with a result": lambda folder, config, result, model, tok: sf.compare_runs(result) is not None, "attached with a result": lambda folder, config, result, model, tok: sf.attached(result).state == "completed",
-    "stop_run with a config": lambda folder, config, result, model, tok: sf.stop_run(config) is False, "a trainer from a dict": lambda folder, config, result, model, tok: LoRATrainer(config.to_dict()).config == config,
+    "merge with a config": lambda folder, config, result, model, tok: sf.merge(config).agrees, "plot_run with a config": lambda folder,
+    config, result, model, tok: sf.plot_run(config) is not None,
+    "compare_runs with a result": lambda folder, config, result, model, tok: sf.compare_runs(result) is not None,
+    "attached with a result": lambda folder, config, result, model, tok: sf.attached(result).state == "completed",
+    "stop_run with a config": lambda folder, config, result, model, tok: sf.stop_run(config) is False,
+    "a trainer from a dict": lambda folder, config, result, model, tok: LoRATrainer(config.to_dict()).config == config,
     "follow with a config": lambda folder, config, result, model, tok: len(list(sf.follow(config))) == 2}
 
 
@@ -247,30 +280,60 @@ def test_what_is_clear_works(call, run): assert WORKS[call](*run)
 
 
 SAID = {
-    "exchanged": lambda run, model, tok: list(sf.generate(tok, model, "hi")), "exchanged in answers": lambda run, model, tok: sf.answers(tok, model, ["hi"]), "exchanged in compare": lambda run, model, tok: sf.compare(tok, model, ["hi"]),
-    "exchanged in accuracy": lambda run, model, tok: sf.accuracy(tok, model, rows(1)), "exchanged in Chat": lambda run, model, tok: sf.Chat(tok, model), "exchanged in SideBySide": lambda run, model, tok: sf.SideBySide(tok, model),
-    "exchanged in token_shift": lambda run, model, tok: sf.token_shift(tok, model, TALKS[0]), "a folder for a model": lambda run, model, tok: sf.Chat(run, tok), "None for a tokenizer": lambda run, model, tok: sf.answers(model, None, ["hi"]),
-    "the pair for a model": lambda run, model, tok: sf.Chat((model, tok), None), "a prompt first": lambda run, model, tok: sf.answers("hi", model, tok), "a number to say": lambda run, model, tok: sf.Chat(model, tok)(7),
-    "nothing to say": lambda run, model, tok: sf.Chat(model, tok).stream(None), "numbers as prompts": lambda run, model, tok: sf.answers(model, tok, [1, 2]), "None as prompts": lambda run, model, tok: sf.answers(model, tok, None),
-    "texts in a conversation": lambda run, model, tok: sf.generate(model, tok, ["hi"]), "a number to generate from": lambda run, model, tok: sf.generate(model, tok, 5), "an empty conversation": lambda run, model, tok: sf.generate(model, tok, []),
-    "render a text": lambda run, model, tok: sf.render("hi", tok), "render None": lambda run, model, tok: sf.render(None, tok), "render without tokenizer": lambda run, model, tok: sf.render(TALKS[0], "tiny"), "render_all a text": lambda run, model, tok: sf.render_all("hi", tok),
-    "token_shift of a text": lambda run, model, tok: sf.token_shift(model, tok, "hi"), "accuracy of numbers": lambda run, model, tok: sf.accuracy(model, tok, [1, 2]), "accuracy of None": lambda run, model, tok: sf.accuracy(model, tok, None),
-    "prepare_dataset of a text": lambda run, model, tok: sf.prepare_dataset("text", tok), "prepare_dataset of None": lambda run, model, tok: sf.prepare_dataset(None, tok), "prepare_dataset exchanged": lambda run, model, tok: sf.prepare_dataset(tok, rows(3)),
-    "prepare_dataset with a model": lambda run, model, tok: sf.prepare_dataset(rows(3), model), "prepare_dataset with a name": lambda run, model, tok: sf.prepare_dataset(rows(3), "tiny"),
-    "load_training_data of a number": lambda run, model, tok: sf.load_training_data(5), "load_training_data of None": lambda run, model, tok: sf.load_training_data(None), "load_training_data of a row": lambda run, model, tok: sf.load_training_data(rows(1)[0]),
-    "load_training_data of bytes": lambda run, model, tok: sf.load_training_data(b"rows.jsonl"), "load_training_data of texts": lambda run, model, tok: sf.load_training_data(["a"]), "a trainer from a folder": lambda run, model, tok: LoRATrainer(run),
-    "a trainer from a text": lambda run, model, tok: LoRATrainer("finetune_output/run"), "a trainer from a preset": lambda run, model, tok: LoRATrainer(PresetConfigs.rtx_3060), "a trainer from a class": lambda run, model, tok: LoRATrainer(TrainingConfig),
-    "a trainer from None": lambda run, model, tok: LoRATrainer(None), "a trainer from a dict of nonsense": lambda run, model, tok: LoRATrainer(dict(nonsense=1)), "a trainer from a dict of numbers": lambda run, model, tok: LoRATrainer({1: 2}),
-    "open None": lambda run, model, tok: sf.open_run(None), "open a number": lambda run, model, tok: sf.open_run(7), "open the class": lambda run, model, tok: sf.open_run(TrainingConfig), "open nothing": lambda run, model, tok: sf.open_run(""),
-    "merge a model": lambda run, model, tok: sf.merge(model), "merge to a number": lambda run, model, tok: sf.merge(run, out=7), "merge to nothing": lambda run, model, tok: sf.merge(run, out=""),
-    "no output_dir": lambda run, model, tok: TrainingConfig(output_dir=None), "an empty output_dir": lambda run, model, tok: TrainingConfig(output_dir=""), "no lora": lambda run, model, tok: TrainingConfig(lora=None), "a number for lora": lambda run, model, tok: TrainingConfig(lora=8),
-    "an unknown task": lambda run, model, tok: sf.quickstart("nope"), "no task": lambda run, model, tok: sf.quickstart(None), "a folder for a task": lambda run, model, tok: sf.quickstart(run), "train_from_meta of a config's class": lambda run, model, tok: sf.train_from_meta(TrainingConfig),
-    "train_from_meta of None": lambda run, model, tok: sf.train_from_meta(None), "start_run of None": lambda run, model, tok: sf.start_run(None), "stop_run of a number": lambda run, model, tok: sf.stop_run(3), "attached of a list": lambda run, model, tok: sf.attached([run]),
-    "plot_run of None": lambda run, model, tok: sf.plot_run(None), "compare_runs of None": lambda run, model, tok: sf.compare_runs(None), "estimate_memory of a preset": lambda run, model, tok: sf.estimate_memory(PresetConfigs.rtx_3060),
-    "estimate_memory of a folder": lambda run, model, tok: sf.estimate_memory(run), "load_base of a name": lambda run, model, tok: sf.load_base("tiny"), "load_base of a preset": lambda run, model, tok: sf.load_base(PresetConfigs.tiny),
-    "attach_lora with a config": lambda run, model, tok: sf.attach_lora(model, PresetConfigs.tiny()), "attach_lora to a tokenizer": lambda run, model, tok: sf.attach_lora(tok, PresetConfigs.tiny().lora), "a form of a preset": lambda run, model, tok: sf.ConfigForm(PresetConfigs.tiny),
-    "a studio of a folder": lambda run, model, tok: sf.Studio(7), "shared_model of None": lambda run, model, tok: sf.shared_model(None), "to_messages of a text": lambda run, model, tok: sf.to_messages("hi"), "to_messages of None": lambda run, model, tok: sf.to_messages(None),
-    "health_report of None": lambda run, model, tok: sf.health_report(None, tokenizer=tok), "adapter_strength of a tokenizer": lambda run, model, tok: sf.adapter_strength(tok, 0).__enter__()}
+    "exchanged": lambda run, model, tok: list(sf.generate(tok, model, "hi")), "exchanged in answers": lambda run, model,
+    tok: sf.answers(tok, model, ["hi"]), "exchanged in compare": lambda run, model, tok: sf.compare(tok, model, ["hi"]),
+    "exchanged in accuracy": lambda run, model, tok: sf.accuracy(tok, model, rows(1)), "exchanged in Chat": lambda run, model,
+    tok: sf.Chat(tok, model), "exchanged in SideBySide": lambda run, model, tok: sf.SideBySide(tok, model),
+    "exchanged in token_shift": lambda run, model, tok: sf.token_shift(tok, model, TALKS[0]), "a folder for a model": lambda run, model,
+    tok: sf.Chat(run, tok), "None for a tokenizer": lambda run, model, tok: sf.answers(model, None, ["hi"]),
+    "the pair for a model": lambda run, model, tok: sf.Chat((model, tok), None), "a prompt first": lambda run, model,
+    tok: sf.answers("hi", model, tok), "a number to say": lambda run, model, tok: sf.Chat(model, tok)(7),
+    "nothing to say": lambda run, model, tok: sf.Chat(model, tok).stream(None), "numbers as prompts": lambda run, model,
+    tok: sf.answers(model, tok, [1, 2]), "None as prompts": lambda run, model, tok: sf.answers(model, tok, None),
+    "texts in a conversation": lambda run, model, tok: sf.generate(model, tok, ["hi"]), "a number to generate from": lambda run, model,
+    tok: sf.generate(model, tok, 5), "an empty conversation": lambda run, model, tok: sf.generate(model, tok, []),
+    "render a text": lambda run, model, tok: sf.render("hi", tok), "render None": lambda run, model, tok: sf.render(None, tok),
+    "render without tokenizer": lambda run, model, tok: sf.render(TALKS[0], "tiny"), "render_all a text": lambda run, model,
+    tok: sf.render_all("hi", tok),
+    "token_shift of a text": lambda run, model, tok: sf.token_shift(model, tok, "hi"), "accuracy of numbers": lambda run, model,
+    tok: sf.accuracy(model, tok, [1, 2]), "accuracy of None": lambda run, model, tok: sf.accuracy(model, tok, None),
+    "prepare_dataset of a text": lambda run, model, tok: sf.prepare_dataset("text", tok), "prepare_dataset of None": lambda run, model,
+    tok: sf.prepare_dataset(None, tok), "prepare_dataset exchanged": lambda run, model, tok: sf.prepare_dataset(tok, rows(3)),
+    "prepare_dataset with a model": lambda run, model, tok: sf.prepare_dataset(rows(3), model), "prepare_dataset with a name": lambda run,
+    model, tok: sf.prepare_dataset(rows(3), "tiny"),
+    "load_training_data of a number": lambda run, model, tok: sf.load_training_data(5), "load_training_data of None": lambda run, model,
+    tok: sf.load_training_data(None), "load_training_data of a row": lambda run, model, tok: sf.load_training_data(rows(1)[0]),
+    "load_training_data of bytes": lambda run, model, tok: sf.load_training_data(b"rows.jsonl"), "load_training_data of texts": lambda run,
+    model, tok: sf.load_training_data(["a"]), "a trainer from a folder": lambda run, model, tok: LoRATrainer(run),
+    "a trainer from a text": lambda run, model, tok: LoRATrainer("finetune_output/run"), "a trainer from a preset": lambda run, model,
+    tok: LoRATrainer(PresetConfigs.rtx_3060), "a trainer from a class": lambda run, model, tok: LoRATrainer(TrainingConfig),
+    "a trainer from None": lambda run, model, tok: LoRATrainer(None), "a trainer from a dict of nonsense": lambda run, model,
+    tok: LoRATrainer(dict(nonsense=1)), "a trainer from a dict of numbers": lambda run, model, tok: LoRATrainer({1: 2}),
+    "open None": lambda run, model, tok: sf.open_run(None), "open a number": lambda run, model, tok: sf.open_run(7),
+    "open the class": lambda run, model, tok: sf.open_run(TrainingConfig), "open nothing": lambda run, model, tok: sf.open_run(""),
+    "merge a model": lambda run, model, tok: sf.merge(model), "merge to a number": lambda run, model, tok: sf.merge(run, out=7),
+    "merge to nothing": lambda run, model, tok: sf.merge(run, out=""),
+    "no output_dir": lambda run, model, tok: TrainingConfig(output_dir=None), "an empty output_dir": lambda run, model,
+    tok: TrainingConfig(output_dir=""), "no lora": lambda run, model, tok: TrainingConfig(lora=None), "a number for lora": lambda run,
+    model, tok: TrainingConfig(lora=8),
+    "an unknown task": lambda run, model, tok: sf.quickstart("nope"), "no task": lambda run, model, tok: sf.quickstart(None),
+    "a folder for a task": lambda run, model, tok: sf.quickstart(run), "train_from_meta of a config's class": lambda run, model,
+    tok: sf.train_from_meta(TrainingConfig),
+    "train_from_meta of None": lambda run, model, tok: sf.train_from_meta(None), "start_run of None": lambda run, model,
+    tok: sf.start_run(None), "stop_run of a number": lambda run, model, tok: sf.stop_run(3), "attached of a list": lambda run, model,
+    tok: sf.attached([run]),
+    "plot_run of None": lambda run, model, tok: sf.plot_run(None), "compare_runs of None": lambda run, model, tok: sf.compare_runs(None),
+    "estimate_memory of a preset": lambda run, model, tok: sf.estimate_memory(PresetConfigs.rtx_3060),
+    "estimate_memory of a folder": lambda run, model, tok: sf.estimate_memory(run), "load_base of a name": lambda run, model,
+    tok: sf.load_base("tiny"), "load_base of a preset": lambda run, model, tok: sf.load_base(PresetConfigs.tiny),
+    "attach_lora with a config": lambda run, model, tok: sf.attach_lora(model, PresetConfigs.tiny()),
+    "attach_lora to a tokenizer": lambda run, model, tok: sf.attach_lora(tok, PresetConfigs.tiny().lora), "a form of a preset": lambda run,
+    model, tok: sf.ConfigForm(PresetConfigs.tiny),
+    "a studio of a folder": lambda run, model, tok: sf.Studio(7), "shared_model of None": lambda run, model, tok: sf.shared_model(None),
+    "to_messages of a text": lambda run, model, tok: sf.to_messages("hi"), "to_messages of None": lambda run, model,
+    tok: sf.to_messages(None),
+    "health_report of None": lambda run, model, tok: sf.health_report(None, tokenizer=tok), "adapter_strength of a tokenizer": lambda run,
+    model, tok: sf.adapter_strength(tok, 0).__enter__()}
 
 
 @pytest.mark.parametrize("call", SAID)
@@ -285,10 +348,16 @@ def test_what_is_not_clear_is_said(call, run):
 BAD_NAMES = {"empty": "", "blanks": "   ", "300 letters": "x" * 300, "300 letters below": "runs/" + "y" * 300, "128 letters of three bytes": "\N{EURO SIGN}" * 128, "NUL": "a\0b", "too deep": "d/" * 2500}
 NAMES = {"a newline": "first\nsecond", "an emoji": "run \N{OWL}", "a dash": "-rf", "255 letters": "z" * 255, "quotes": "it's \"run\"", "dots": "a..b", "a dot at the end": "run."}
 PLACES = {
-    "output_dir": lambda name: TrainingConfig(output_dir=name), "data_path": lambda name: TrainingConfig(data_path=name), "data_cache": lambda name: TrainingConfig(data_cache=name), "model_name": lambda name: load_tokenizer(name), "open_run": sf.open_run,
-    "train_from_meta": sf.train_from_meta, "merge": sf.merge, "attached": sf.attached, "stop_run": sf.stop_run, "start_run": sf.start_run, "plot_run": sf.plot_run, "load_training_data": sf.load_training_data, "shared_model": sf.shared_model,
-    "continue_from": lambda name: TrainingConfig(continue_from=name), "quickstart": lambda name: sf.quickstart("custom", name, data="example", show=False), "quickstart's data": lambda name: sf.quickstart("custom", "run", data=name, show=False),
-    "code_root": lambda name: sf.quickstart("code", "run", code_root=name, show=False), "write_atomic": lambda name: write_atomic(name, "text"), "list_runs": lambda name: __import__("sage_finetune.runs").runs.list_runs(name)}
+    "output_dir": lambda name: TrainingConfig(output_dir=name), "data_path": lambda name: TrainingConfig(data_path=name),
+    "data_cache": lambda name: TrainingConfig(data_cache=name), "model_name": lambda name: load_tokenizer(name), "open_run": sf.open_run,
+    "train_from_meta": sf.train_from_meta, "merge": sf.merge, "attached": sf.attached, "stop_run": sf.stop_run, "start_run": sf.start_run,
+    "plot_run": sf.plot_run, "load_training_data": sf.load_training_data, "shared_model": sf.shared_model,
+    "continue_from": lambda name: TrainingConfig(continue_from=name),
+    "quickstart": lambda name: sf.quickstart("custom", name, data="example", show=False),
+    "quickstart's data": lambda name: sf.quickstart("custom", "run", data=name, show=False),
+    "code_root": lambda name: sf.quickstart("code", "run", code_root=name, show=False),
+    "write_atomic": lambda name: write_atomic(name, "text"),
+    "list_runs": lambda name: __import__("sage_finetune.runs").runs.list_runs(name)}
 
 
 @pytest.mark.parametrize("place", PLACES)
