@@ -30,6 +30,10 @@ test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an em
 	@echo "== test-fast: pytest -m 'not slow'"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
+test-full: $(VENV)/.dev ## the tests that install a large environment of their own: the oldest versions that settings.ini allows
+	@echo "== test-full: pytest -m full"
+	@$(BIN)/python -m pytest -m full tests/test_lowest.py
+
 bench: $(VENV)/.dev ## measure speed and memory against peers on this machine in under ten minutes (LONG=1: at full length)
 ifdef LONG
 	@echo "== bench: benchmarks/train.py, its --tune and --scaling, benchmarks/prepare.py, benchmarks/panels.py"
@@ -74,7 +78,7 @@ wheel: $(VENV)/.dev ## build the sdist and the wheel into dist/
 
 clean: ## remove what was built (the environment stays)
 	@echo "== clean: build dist _docs _proc _screens and caches"
-	@rm -rf build dist _docs _proc _screens *.egg-info .pytest_cache .hypothesis
+	@rm -rf build dist _docs _proc _screens .venv-lowest *.egg-info .pytest_cache .hypothesis
 	@find sage_finetune tests nbs .ci -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

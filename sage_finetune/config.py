@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EFFECTS', 'PERMISSIONS', 'PRESETS', 'dial', 'accepted', 'Checked', 'unknown_field', 'changed', 'help_phrases',
            'tiny_path', 'find_model', 'model_code', 'LoRAConfig', 'TrainingConfig', 'PermissionWarning', 'permissions',
-           'granted', 'permission_flag', 'refused', 'preset', 'PresetConfigs', 'Suggestion', 'suggest_preset']
+           'granted', 'permission_flag', 'refused', 'preset', 'PresetConfigs', 'as_config', 'as_folder', 'Suggestion',
+           'suggest_preset']
 
 # %% ../nbs/00_config.ipynb #2fb478ca
 import dataclasses, difflib, json, math, types, typing, warnings
@@ -18,7 +19,7 @@ from fastcore.docments import docments
 
 from .core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
 from .core.limits import parse_json, read_regular
-from .core.storage import expand_home, folder_atomic, why_unwritable, write_atomic, write_json
+from .core.storage import checked_path, describe_bad_name, expand_home, folder_atomic, why_unwritable, write_atomic, write_json
 from .core.text import sanitize_html, sanitize_repr
 from .core.trust import code_files
 
@@ -45,7 +46,7 @@ def _as_kind(value: Any, kind: type) -> Any:
     "`value` as `kind`, or a ValueError"
     if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool): return value
-    elif kind is Path and isinstance(value, (str, Path)) and _can_be_path(str(value)): return expand_home(value)
+    elif kind is Path and isinstance(value, (str, Path)) and _can_be_written(str(value)): return expand_home(value)
     elif kind is str and isinstance(value, str) and _can_be_written(value): return value
     elif kind is float and isinstance(value, (int, float, str)): return float(value)
     elif kind is int and isinstance(value, (int, float, str)) and float(value) == int(float(value)): return int(float(value))
@@ -57,13 +58,6 @@ def _as_kind(value: Any, kind: type) -> Any:
 def _can_be_written(text: str) -> bool:
     "Whether a text holds no half of a character, which JSON may say; half of a byte that stands for a name of this disk is none"
     return not any('\ud800' <= char <= '\udfff' and not '\udc80' <= char <= '\udcff' for char in text)
-
-def _can_be_path(text: str) -> bool:
-    "Whether a text can name a file: no zero byte, no name longer than disks hold, no home folder of a user there is not"
-    if not _can_be_written(text) or '\0' in text or len(text) > 4096 or any(len(part.encode('utf-8', 'surrogateescape')) > 255 for part in Path(text).parts): return False
-    try: Path(text).expanduser()
-    except RuntimeError: return False
-    return True
 
 def _kinds(annotation: Any) -> tuple:
     "The types an annotation allows: `int | None` is (int, NoneType)"
@@ -87,6 +81,7 @@ def _checked(owner: str, dial_field: dataclasses.Field, value: Any) -> Any:
     "`value` in its proper type; raises `ConfigError` when it is out of range"
     kinds = _kinds(dial_field.type)
     if value is None and type(None) in kinds: return None
+    if Path in kinds and isinstance(value, (str, Path)): checked_path(value, f'{owner}.{dial_field.name}')
     low, high, choices = (dial_field.metadata.get(o) for o in ('low', 'high', 'choices'))
     for kind in kinds:
         try: fitting = _as_kind(value, kind)
@@ -164,7 +159,8 @@ def find_model(
 ) -> str:           # what `from_pretrained` takes
     "Where a model is to be loaded from. Raises `ModelError` when it is a folder that is missing or holds no model."
     if model_name == 'tiny': return str(tiny_path())
-    if not _can_be_path(model_name): raise ModelError(f'model_name={model_name[:80]!r} can be no folder and no name on the Hub. Check model_name; the packaged model is model_name="tiny".')
+    if fault := describe_bad_name(model_name):
+        raise ModelError(f'model_name={model_name[:60]!r} names no model: {fault}. The packaged model is model_name="tiny".')
     folder = expand_home(model_name)
     if folder.is_dir():
         if not (folder/'config.json').exists(): raise ModelError(f'the folder {model_name} holds no model: config.json is missing. Check model_name.')
@@ -432,6 +428,31 @@ class PresetConfigs:
     ) -> TrainingConfig:
         "No card at all: the packaged model and example in 32-bit floats, exact and the same on every machine."
         return preset('tiny', **overrides)
+
+# %% ../nbs/00_config.ipynb #d3a65c7e
+def as_config(
+    value: Any, # a config, or a dict of its fields
+    owner: str # who takes it, for the sentence
+) -> TrainingConfig:
+    "A config, also from a dict. Raises `ConfigError` that says what was given instead."
+    if isinstance(value, TrainingConfig): return value
+    if isinstance(value, dict): return TrainingConfig(**{str(name): one for name, one in value.items()})
+    if callable(value) and (name := getattr(value, '__name__', '')):
+        raise ConfigError(f'{owner} takes a config, and {name} only makes one. Call it: {name}().')
+    way_out = 'Make one with TrainingConfig(…) or a preset'
+    if isinstance(value, (str, Path)): way_out = 'A prepared folder is trained by train_from_meta(folder), and run_config(folder) reads its config'
+    raise ConfigError(f'{owner} takes a TrainingConfig, not a {type(value).__name__}. {way_out}.')
+
+def as_folder(
+    value: Any, # a path; or a config, a trainer or a result, which know their folder
+    name: str = 'run_dir' # of the argument, for the sentence
+) -> Path:
+    "A folder as a path. Raises `ConfigError` where none is named."
+    known = value if isinstance(value, (str, Path)) else getattr(getattr(value, 'config', value), 'output_dir', None)
+    if known is None or isinstance(value, type):
+        raise ConfigError(f'{name} takes a folder, not a {type(value).__name__}. '
+                          f'Give its path, or the config or the result of the run in it.')
+    return checked_path(known, name)
 
 # %% ../nbs/00_config.ipynb #ee334054
 class Suggestion(NamedTuple):

@@ -24,7 +24,7 @@ from .core.errors import ConfigError, DataError
 from .core.secrets import find_secret, find_secrets, redact_secrets, scan_texts
 from .core.limits import read_regular, walk_folder
 from .core.text import html_table, sanitize_line, text_table
-from .core.storage import expand_home
+from .core.storage import checked_path, expand_home
 
 # %% ../nbs/18_corpus.ipynb #0584ed90
 _NO_END = re.compile(r'(?:\b(?:e\.g|i\.e|etc|vs|cf|approx|resp|incl|fig|eq|sec|no|al|dr|mr|ms|st|[a-z])|\.\.)\.$', re.IGNORECASE)
@@ -466,7 +466,7 @@ def code_rows(
 ) -> CodeCorpus:                    # rows, held_out, skipped
     "Questions and answers about a source tree, read from its syntax trees. Raises `DataError` when there is nothing to ask."
     if max_facts is not None and max_facts < 1: raise ConfigError(f'max_facts = {max_facts} leaves nothing to learn: it takes 1 or more, or None for all.')
-    root = expand_home(own_source() if root is None else root).resolve()
+    root = (own_source() if root is None else checked_path(root, 'code_root')).resolve()
     if not root.is_dir(): raise DataError(f'code_root {root} is not a folder. Name a folder with Python files.')
     if root in (root.parent, Path.home().resolve()): raise DataError(f'code_root {root} is {"the whole disk" if root == root.parent else "your home folder"}. {_SMALLER}')
     paths, skipped = source_files(root)

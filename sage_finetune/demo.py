@@ -17,7 +17,7 @@ from .data import load_training_data, packaged_held_out, prompt_key
 from .export import merge, open_run, readable_rows
 from .core.text import html_table, sanitize_line, text_table
 from .runs import read_meta, write_meta
-from .tasks import prepare_run
+from .tasks import find_task, prepare_run
 from .trainer import LoRATrainer, TrainingResult
 
 # %% ../nbs/32_demo.ipynb #5ee9a64e
@@ -79,12 +79,12 @@ def train_and_compare(
 # %% ../nbs/32_demo.ipynb #e8bfeba5
 def quickstart(
     task: str, # code, qa, instruction, chat or custom
-    output_dir: str | Path, # run folder to make
+    output_dir: str | Path | None = None, # run folder to make; None: finetune_output/TASK
     show: bool = True, # print the plan, the steps and the report
     **options: Any # what `prepare_run` takes: model, data, code_root, max_facts, overwrite, and fields of the recipe
 ) -> Report: # scores before and after
     "Prepare a run, train it, and ask its held-out questions before and after. Raises `FinetuneError` for what you can put right."
-    run_dir = prepare_run(task, output_dir, show=show, **options)
+    run_dir = prepare_run(task, Path('finetune_output')/find_task(task).name if output_dir is None else output_dir, show=show, **options)
     given = permissions(options['config']) if options.get('config') else {}
     given |= {name: options[name] for name in PERMISSIONS if name in options}  # your word, which the folder cannot give
     report = train_and_compare(read_meta(run_dir).to_config(**given), show=show)

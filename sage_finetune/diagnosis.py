@@ -128,7 +128,7 @@ def _extras(config: TrainingConfig | None) -> Iterator[Look]:
         wanted, there = bool(config) and config.report_to == tool, installed(tool)
         if there: yield Look(tool, there)
         else: yield Look(tool, f'not installed, and report_to={tool!r} asks for it' if wanted else f'not installed; only report_to={tool!r} would need it',
-                         'problem' if wanted else 'note', _pip(f'"{PACKAGE}[{tool}]"'))
+                         'problem' if wanted else 'note', _pip(tool))
 
 def _torchao() -> Iterator[Look]:
     "Nothing, unless it is there"

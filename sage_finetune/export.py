@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import TrainingConfig
+from .config import TrainingConfig, as_folder
 from .core.errors import DataError, ModelError, RunError
 from .core.secrets import redact_object
 from .core.places import check_links, content_hash, is_plain_name, name_some, note_folder, why_protected
@@ -34,7 +34,7 @@ def run_config(
     **allowed: Any # permissions you give, whatever the file says, such as trust_remote_code=True
 ) -> TrainingConfig:    # with this folder as its `output_dir`
     "The config a run was made with, without permissions you do not give. Raises `RunError` when the folder holds no run."
-    folder = expand_home(run_dir)
+    folder = as_folder(run_dir)
     if (folder/'training_config.json').exists(): return confine(TrainingConfig.load(folder/'training_config.json', mention, **allowed), folder)
     if not (folder/'finetune_meta.json').exists(): raise RunError(f'{folder} is not a run folder: it has no training_config.json. `sage-finetune list` shows the runs there are.')
     return read_meta(folder).to_config(mention, **allowed)
@@ -115,7 +115,7 @@ def merge(
     "Merge a run's adapter into its base, read the files back and prove that they say the same. Raises `RunError` or `ModelError`."
     config = run_config(run_dir, ('trust_remote_code',), trust_remote_code=trust_remote_code)
     config.load_in_8bit = config.load_in_4bit = False
-    own, out = out is None, expand_home(out or config.merged_dir)
+    own, out = out is None, config.merged_dir if out is None else as_folder(out, 'out')
     _need_adapter(config)
     if own: check_links(config.output_dir)
     old = merged_files(out)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Callable, Iterator, NamedTuple, TYPE_CHECKING
 from .core.errors import DataError
 from .core.limits import MAX_DEPTH, is_deep, list_names, open_regular, walk_folder
 from .core.text import sanitize_line
-from .core.storage import expand_home
+from .core.storage import describe_bad_name, expand_home
 from .rows import FORMATS, suggest_column_map
 
 if TYPE_CHECKING: from datasets import Dataset
@@ -411,6 +411,7 @@ def is_hub_name(
     source: str | Path # what a user named
 ) -> bool: # True for `owner/name` and `owner/name:split`
     "Whether this names a data set on the Hub, and neither a file nor a folder that is here."
+    if describe_bad_name(source): return False
     path = expand_home(source)
     return bool(re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?', str(source))) and path.suffix.lower() not in (*_READERS, *_PACKED) and not path.exists()
 
@@ -457,6 +458,8 @@ def _found(source: Any) -> list:
     if _is_dataset(source, 'DatasetDict'): return _one_split(source, 'this DatasetDict', f'Pass one of them: data[{next(iter(source), "train")!r}]')
     if not isinstance(source, (str, Path)):
         raise DataError(f'rows cannot be read from a {type(source).__name__}. Give a path, a folder, a name on the Hub, a list of dicts or a datasets.Dataset.')
+    if fault := describe_bad_name(source):
+        raise DataError(f'{str(source)[:60]!r} names no data: {fault}. The packaged example is data_path="example".')
     path = expand_home(source)
     if not path.suffix and not path.exists() and packaged(str(path)).exists(): return [packaged(str(path))]
     if path.is_dir(): return _files_below(path)

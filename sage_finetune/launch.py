@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import psutil
-from .config import granted, permission_flag
+from .config import as_folder, granted, permission_flag
 
 from .core.errors import ConfigError, FinetuneError, RunError
 from .core.limits import open_regular
@@ -76,7 +76,7 @@ def last_launch(
     run_dir: str | Path # a run folder
 ) -> Launch | None: # None where nobody noted one
     "The last start that was noted. Raises `RunError` when the note is broken."
-    path = Path(run_dir)/LAUNCH
+    path = as_folder(run_dir)/LAUNCH
     if not path.exists(): return None
     launch = typed(read_object(path), Launch, path)
     if not is_pid(launch.pid): raise RunError(f'{path} says pid {launch.pid}, which no started process has. Delete it.')
@@ -161,7 +161,7 @@ def log_lines(
     "The last lines that were printed since the last start; empty ones are left out."
     launch = last_launch(run_dir)
     try:
-        with open_regular(Path(run_dir)/LOG) as log:
+        with open_regular(as_folder(run_dir)/LOG) as log:
             end = log.seek(0, os.SEEK_END)
             older = launch.said if launch and launch.said <= end else 0
             log.seek(max(older, end - 2**16))  # a long log is not read whole

@@ -32,7 +32,7 @@ from transformers import AutoConfig
 
 from . import engine as engines
 from .batches import plan_batches
-from .config import LoRAConfig, TrainingConfig, find_model, model_code
+from .config import LoRAConfig, TrainingConfig, as_config, find_model, model_code
 from .core.errors import ConfigError, FinetuneError
 from .core.text import html_table, sanitize_html, sanitize_line, text_table
 from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, check_model, first_line, pick_device, plan_precision, quiet, refuse_kernels, refusing
@@ -426,6 +426,7 @@ def turned(
     **dials: Any # fields of it or of its adapter, such as max_length=512 or r=16
 ) -> TrainingConfig:
     "A copy with some dials turned. Raises `ConfigError` for those there are not."
+    config = as_config(config, 'estimate_memory')
     lora = {name: dials.pop(name) for name in list(dials) if name in LoRAConfig.__dataclass_fields__}
     return replace(config, **dials, lora=replace(dials.get('lora', config.lora), **lora)) if lora else replace(config, **dials)
 

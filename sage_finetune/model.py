@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.utils import logging as transformers_logging
 
-from .config import LoRAConfig, TrainingConfig, changed, find_model, model_code
+from .config import LoRAConfig, TrainingConfig, as_config, changed, find_model, model_code
 from .core.errors import ConfigError, FinetuneError, ModelError
 from .core.limits import check_patterns, open_regular, parse_json, read_regular
 from .core.text import sanitize_line
@@ -364,7 +364,7 @@ def load_base(
     config: TrainingConfig # `model_name`, precision and quantisation
 ) -> tuple['PreTrainedModel', 'PreTrainedTokenizerBase']: # weights on the config's device; and the tokenizer
     "The base model, in the planned number format, and its tokenizer, with room for new tokens. Raises `ModelError` when either cannot be loaded or weights are missing."
-    config.check()
+    config = as_config(config, 'load_base').check()
     tokenizer, new = run_tokenizer(config)
     _check_weights(config.model_name)
     precision, device = plan_precision(config), pick_device(config)
@@ -474,6 +474,10 @@ def attach_lora(
     new_tokens: list[int] | None = None # ids of new tokens, for which `make_room` has made room; their rows are trained too
 ) -> PeftModel: # the base with a fresh adapter in 32 bits
     "Freeze the base and put a seeded adapter beside its layers. Raises `ModelError` when no layer matches `target_modules`."
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f'model is a {type(model).__name__}, which is none. load_base(config) returns a model and its tokenizer.')
+    if not isinstance(lora, LoRAConfig):
+        raise ConfigError(f'lora takes a LoRAConfig, not a {type(lora).__name__}. That of a run is config.lora.')
     _check_names(model, lora)
     if wrong := check_patterns(_patterns(lora), _names(model)): raise ConfigError(f'lora.target_modules={lora.target_modules!r}: {wrong}. Name layers in a list, or write a simpler pattern.')
     settings = _peft_settings(model, lora, new_tokens or [])

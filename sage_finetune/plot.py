@@ -18,6 +18,7 @@ from itertools import chain
 from os.path import commonpath
 from pathlib import Path
 from typing import Any
+from .config import as_folder
 
 from .core.errors import ConfigError, RunError
 from .core.text import REPLACEMENT, escape_char, sanitize_for_terminal, sanitize_line
@@ -438,7 +439,7 @@ def read_curve(
     run_dir: str | Path # a run folder
 ) -> Curve: # with at least one step
     "The steps of a run folder, to draw. Raises `RunError` when it is none, or nothing was recorded."
-    if not Path(run_dir).is_dir(): raise RunError(f'there is no run folder {run_dir}. `sage-finetune list` shows those there are.')
+    if not as_folder(run_dir).is_dir(): raise RunError(f'there is no run folder {run_dir}. `sage-finetune list` shows those there are.')
     curve, tail = Curve(), MetricsTail(run_dir)
     while rows := tail.read(5000):
         if tail.restarted: curve.clear()
@@ -458,7 +459,7 @@ def plot_run(
     by: str = 'step' # what stands on the x axis: step, tokens, seconds or epoch
 ) -> Picture: # loss, held-out loss, learning rate, tokens per second
     "Draw the curves of a run folder, whatever state it is in. Raises `RunError` when nothing was recorded."
-    title = ': '.join(filter(None, (Path(run_dir).absolute().name, state_of(run_dir))))
+    title = ': '.join(filter(None, (as_folder(run_dir).absolute().name, state_of(run_dir))))
     return RunFigure((7., 5.), speed=True).draw(read_curve(run_dir), title, by)
 
 # %% ../nbs/16_plot.ipynb #6e75adb7
@@ -479,7 +480,8 @@ def compare_runs(
     by: str = 'step' # what stands on the x axis: step, tokens, seconds or epoch
 ) -> Picture: # loss, held-out loss, learning rate, tokens per second
     "Draw several runs over each other. Raises `RunError` for a folder that is none or has no steps."
-    folders = [Path(one) for one in ([run_dirs] if isinstance(run_dirs, (str, Path)) else run_dirs)]
+    single = isinstance(run_dirs, (str, Path)) or not hasattr(run_dirs, '__iter__')
+    folders = [as_folder(one) for one in ([run_dirs] if single else run_dirs)]
     if not folders: raise RunError('there is no run to compare. Name at least one run folder.')
     if isinstance(labels, str) or labels is not None and len(labels) != len(folders): raise ConfigError(f'labels={labels!r} for {len(folders)} runs. Give a list of one name a run, or none at all.')
     names, curves = list(map(str, labels or short_names(folders))), [read_curve(folder) for folder in folders]

@@ -23,13 +23,13 @@ from typing import Any, BinaryIO, get_args, get_origin
 
 import psutil
 
-from .config import PermissionWarning, TrainingConfig, granted
+from .config import PermissionWarning, TrainingConfig, as_folder, granted
 from .core.errors import FinetuneError, RunError
 from .core.secrets import redact_object, redact_secrets
 from .core.limits import open_regular, parse_json, read_regular, shorten, walk_folder
 from .core.processes import find_process, holds_lock, is_locked, is_pid, is_trainer_command, lock_holders, start_mark
 from .core.places import MANIFEST, check_readable, is_inside, name_some, own_files, read_manifest, why_protected
-from .core.storage import expand_home, write_json
+from .core.storage import describe_bad_name, expand_home, write_json
 from .core.text import html_table, sanitize_for_terminal as printable, sanitize_line, text_table
 from .files import is_hub_name
 
@@ -176,7 +176,7 @@ def read_meta(
     run_dir: str | Path # run folder
 ) -> Meta:              # with absolute paths
     "Read what a run is about, SAGE's folders included. Raises `RunError` for a folder that is not a run, or whose meta file is broken."
-    folder = expand_home(run_dir).absolute()
+    folder = as_folder(run_dir).absolute()
     if not folder.is_dir(): raise RunError(f'there is no run folder {run_dir}. `sage-finetune list` shows those there are.')
     path = folder/META
     if not path.exists(): raise RunError(f'{run_dir} holds no {META}, so it is not a prepared run. Prepare one with `sage-finetune quickstart`.')
@@ -266,7 +266,7 @@ def read_status(
     run_dir: str | Path # run folder
 ) -> Status:            # pending when nothing was written yet
     "Read how a run is doing. Raises `RunError` when the file is broken."
-    path = expand_home(run_dir)/STATUS
+    path = as_folder(run_dir)/STATUS
     if not path.exists(): return Status()
     status = typed(read_object(path), Status, path)
     if status.updated and moment(status.updated) is None: raise RunError(f'{path} says updated {printable(status.updated[:60])!r}, which is no time. Delete the file and run again.')
@@ -335,7 +335,7 @@ class MetricsTail:
     def __init__(self,
         run_dir: str | Path # run folder, there already or not
     ):
-        self.path, self.restarted = expand_home(run_dir)/METRICS, False
+        self.path, self.restarted = as_folder(run_dir)/METRICS, False
         self._forget()
 
     def _forget(self): self.place, self.lines, self.last = 0, 0, b''  # bytes and lines that were read, and the last of them
@@ -563,6 +563,6 @@ def list_runs(
     depth: int = 3                          # levels of folders to search
 ) -> Runs:                                  # sorted by path
     "All runs in a folder, each with its state. Raises `RunError` when the folder is missing."
-    folder = expand_home(folder)
+    folder = as_folder(folder, 'folder')
     if not folder.is_dir(): raise RunError(f'there is no folder {folder}. Name the folder your runs are in.')
     return Runs(run_info(path, path.relative_to(folder).as_posix() if path != folder else '.') for path in _run_folders(folder, depth))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import TrainingConfig, find_model, preset, suggest_preset
+from .config import TrainingConfig, as_config, as_folder, find_model, preset, suggest_preset
 from .core.errors import ConfigError, DataError, RunError
 from .core.secrets import describe_secrets, row_text, scan_texts
 from .core.processes import is_locked
@@ -160,7 +160,8 @@ def recipe(
     **overrides: Any                      # fields to set differently
 ) -> TrainingConfig:                      # a new object; yours is not touched
     "The dials of a run. Raises `ConfigError` for an unknown field or a wrong value."
-    if config is None:
+    if config is not None: config = as_config(config, 'config')
+    else:
         name = 'tiny' if model == 'tiny' else suggest_preset().name
         config = TrainingConfig() if name == 'tiny' and model != 'tiny' else preset(name)
     config = TrainingConfig(**config.to_dict())
@@ -208,7 +209,7 @@ def prepare_run(
     **overrides: Any                      # fields of the recipe to set differently
 ) -> Path:                                # the run folder
     "Make a run folder: rows, config, meta file, status pending. Raises a `FinetuneError` before anything is written."
-    kind, folder, data = find_task(task), expand_home(output_dir).absolute(), data and expand_home(data)
+    kind, folder, data = find_task(task), as_folder(output_dir, 'output_dir').absolute(), data and expand_home(data)
     if overwrite and folder.is_dir(): bring_back(folder)
     refuse_taken(folder, overwrite)
     dials = recipe(model, config, **overrides)

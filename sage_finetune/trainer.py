@@ -5,39 +5,45 @@
 # %% auto #0
 __all__ = ['Step', 'clock', 'Pace', 'count_tokens', 'sum_over_processes', 'sum_gradients', 'training_loop', 'check_finite',
            'examples_of', 'out_of_memory', 'memory_error', 'Plan', 'pass_seconds', 'TrainingResult', 'peak_memory_gb',
-           'make_accelerator', 'is_main', 'main_first', 'Bystander', 'prepare_run_data', 'data_remarks', 'lengths_of',
-           'answers_directly', 'load_batches', 'Batching', 'evaluation_due', 'mean_loss', 'likeliest_answers', 'adapt',
-           'plainly', 'Audience', 'LoRATrainer', 'Run', 'train_from_meta', 'main']
+           'make_accelerator', 'is_main', 'main_first', 'Bystander', 'prepare_run_data', 'prepare_as', 'data_remarks',
+           'lengths_of', 'answers_directly', 'load_batches', 'split_own_data', 'own_rows', 'OwnExample',
+           'clean_example', 'own_examples', 'take_own_data', 'Batching', 'evaluation_due', 'mean_loss',
+           'likeliest_answers', 'adapt', 'plainly', 'Audience', 'call_hook', 'parts_returned', 'LoRATrainer', 'Run',
+           'train_from_meta', 'main']
 
 # %% ../nbs/13_trainer.ipynb #82ece352
-import argparse, contextlib, copy, importlib.util, math, os, re, sys, time
-from collections.abc import Callable, Iterable, Iterator
+import argparse, contextlib, copy, importlib.util, math, os, re, sys, time, inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from accelerate.utils.memory import should_reduce_batch_size
+from datasets.table import InMemoryTable
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .batches import BatchPlan, PlannedStep, at_rest, collate, learnt_tokens, plan_batches
 from .checkpoint import STATE, Keeper, Progress, RunWriter, Stop, check_folder, checkpoints, identity, newest_checkpoint, own_names
-from .config import TrainingConfig
-from .core.errors import ConfigError, FinetuneError, RunError
+from .config import TrainingConfig, as_config, as_folder
+from .core.errors import ConfigError, DataError, FinetuneError, RunError
 from .core.processes import stop_requested
 from .core.places import keep_changed, note_folder
 from .core.storage import folder_atomic
 from .core.text import ArgumentParser, describe_encode_error, html_table, safe_streams, sanitize_line, text_table
-from .data import packaged_held_out, prepare, report_line, report_parts
+from .data import Columns, DataReport, Prepared, PreparedDataset, packaged_held_out, prepare, report_line, report_parts
 from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
 from .memory import fitting, line_layout, whole_room
 from .model import adapter_folder, attach_lora, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, pick_device, plan_precision, quiet, run_tokenizer, save_adapter
-from .prompt import render, render_prompt, template_of
+from .prompt import render, render_prompt, stop_ids, template_of
 from .runs import notes_printed, read_meta, read_status, typed
 from .tokens import visible
 
@@ -303,7 +309,8 @@ def make_accelerator(
 ) -> Accelerator:
     "A fresh accelerator. Raises `ConfigError` when the tool of `report_to` is not installed."
     tool = None if config.report_to == 'none' else config.report_to
-    if tool and not importlib.util.find_spec(tool): raise ConfigError(f'report_to={tool!r}, but it is not installed. Run: pip install "sage-finetune[{tool}]"')
+    if tool and not importlib.util.find_spec(tool):
+        raise ConfigError(f'report_to={tool!r}, but it is not installed. Run: pip install {tool}')
     for kind in ('FSDP', 'DEEPSPEED'):
         if os.environ.get(f'ACCELERATE_USE_{kind}', 'false') == 'true':
             raise ConfigError(f'the launcher asks for {kind}, but here every process holds the whole model and they share the steps. Launch without it (accelerate launch --multi_gpu); a model that does not fit one card may in 4 bits: load_in_4bit=True.')
@@ -349,12 +356,22 @@ def prepare_run_data(
 ) -> tuple: # training set, evaluation set or None, report
     "The examples of a run. Raises `ConfigError` without a data_path, `DataError` naming the first bad row."
     if config.data_path is None: raise ConfigError('data_path is not set. Name a file of rows, or the packaged example: data_path="example".')
-    wishes = {name: getattr(config, name) for name in ('max_length', 'column_map', 'on_bad_row', 'overlong', 'thinking', 'allow_special_tokens')}
-    make = lambda path, share: prepare(path, tokenizer, **wishes, eval_ratio=share, cache_dir=config.data_cache or config.output_dir/'prepared', bad_rows_path=config.output_dir/'bad_rows.jsonl', show=False)
     held_out = config.eval_path or packaged_held_out(config.data_path)
-    made = make(config.data_path, 0. if held_out else config.eval_ratio)
-    answers_directly(tokenizer, made.report)
-    return made.train, make(held_out, 0.).train if held_out else made.evaluation, made.report
+    prepared = prepare_as(config, config.data_path, tokenizer, 0. if held_out else config.eval_ratio)
+    answers_directly(tokenizer, prepared.report)
+    return prepared.train, prepare_as(config, held_out, tokenizer).train if held_out else prepared.evaluation, prepared.report
+
+def prepare_as(
+    config: TrainingConfig, # how rows are to be treated
+    source: Any, # what `prepare` takes: a file, a folder, a list of rows, a `datasets.Dataset`
+    tokenizer: Any, # of the base model
+    eval_ratio: float = 0. # share of the questions held out
+) -> Prepared: # examples and report
+    "Rows as examples, the way a config wants them; kept in its `data_cache`, else in the run folder."
+    names = ('max_length', 'column_map', 'on_bad_row', 'overlong', 'thinking', 'allow_special_tokens')
+    options = {name: getattr(config, name) for name in names}
+    places = dict(cache_dir=config.data_cache or config.output_dir/'prepared', bad_rows_path=config.output_dir/'bad_rows.jsonl')
+    return prepare(source, tokenizer, **options, **places, eval_ratio=eval_ratio, show=False)
 
 def data_remarks(
     report: Any # a `DataReport`
@@ -405,6 +422,202 @@ def load_batches(
     "The tensors of micro-batches, in their order."
     join = lambda lines: collate(lines, pad_id, packed)
     return DataLoader(_Lines(dataset), sampler=micro_batches, batch_size=None, collate_fn=join, num_workers=workers, generator=torch.Generator().manual_seed(seed))
+
+# %% ../nbs/13_trainer.ipynb #b04d8391
+_EVALUATION_SPLITS = ('eval', 'evaluation', 'validation', 'valid', 'dev', 'test')
+_EXPECTED = ('Set self.dataset (and self.eval_dataset) in prepare_data, or return them: '
+             'rows of any format, texts, or examples with input_ids and labels.')
+
+def _holds_rows(given: Any) -> bool:
+    "Whether this is many rows rather than one: a conversation is one, and so is a list of token ids"
+    if isinstance(given, (Tensor, np.ndarray)): return given.ndim > 1
+    if isinstance(given, (list, tuple)):
+        return not given or not isinstance(given[0], int) and not (isinstance(given[0], Mapping) and 'role' in given[0])
+    return not isinstance(given, (str, bytes, Mapping, int, float, type(None)))
+
+def split_own_data(
+    given: Any # what `prepare_data` set or returned
+) -> tuple: # training data, evaluation data or None
+    "What is for training and what for evaluation. Raises `DataError` for splits of which none is `train`."
+    pair = isinstance(given, tuple) and len(given) in (2, 3) and _holds_rows(given[0])
+    if pair and (given[1] is None or _holds_rows(given[1])): return given[:2]
+    if isinstance(given, Mapping) and _holds_rows(given.get('train')):
+        return given['train'], next((given[name] for name in _EVALUATION_SPLITS if name in given), None)
+    if not isinstance(given, (datasets.DatasetDict, datasets.IterableDatasetDict)): return given, None
+    if len(given) == 1: return next(iter(given.values())), None
+    names = ', '.join(map(str, given)) or 'none'
+    raise DataError(f'the data from prepare_data has the splits {names}, and none is called train. '
+                    f'Return one of them, or a pair: (training, evaluation).')
+
+# %% ../nbs/13_trainer.ipynb #466849b1
+_MOST_ROWS = 10_000_000  # of a stream: one that never ends would be read until memory runs out
+
+def own_rows(
+    given: Any # a path, a data set, a table, a list, a stream: all that holds rows
+) -> Any: # a path, a `datasets.Dataset`, or a list of dicts
+    "The rows of data somebody brings. Raises `DataError` saying what was expected."
+    if isinstance(given, (str, Path)): return given
+    if isinstance(given, datasets.Dataset) and given.format['type'] != 'custom': return given.with_format(None)
+    if isinstance(given, DataLoader):
+        raise DataError('prepare_data gave a DataLoader, and batches are made here. Give the data set behind it: loader.dataset.')
+    for table in ('to_pylist', 'to_dicts', 'to_dict'):  # of pyarrow, polars, pandas
+        if hasattr(given, table) and len(getattr(given, 'shape', ())) == 2 and not isinstance(given, datasets.Dataset):
+            return own_rows(_table_rows(given, table))
+    if isinstance(given, Mapping): given = _columns_as_rows(given)
+    if getattr(given, 'ndim', 1) == 0 or isinstance(given, type) or not (hasattr(given, '__iter__') or hasattr(given, '__getitem__')):
+        raise DataError(f'prepare_data gave a {type(given).__name__}, which holds no rows. {_EXPECTED}')
+    sized = hasattr(given, '__len__') and hasattr(given, '__getitem__') and not isinstance(given, IterableDataset)
+    rows = list(islice((given[at] for at in range(len(given))) if sized else iter(given), _MOST_ROWS + 1))
+    if len(rows) > _MOST_ROWS:
+        raise DataError(f'prepare_data gave more than {_MOST_ROWS:,} rows. '
+                        f'End the stream, or write them to a file and name it in data_path.')
+    if not rows: raise DataError(f'prepare_data gave no rows. {_EXPECTED}')
+    return [_as_row(row, number) for number, row in enumerate(rows, 1)]
+
+def _table_rows(table: Any, method: str) -> list[dict]:
+    "The rows of a table in memory, without cells that are missing"
+    rows = table.to_dict('records') if method == 'to_dict' else getattr(table, method)()
+    missing = lambda value: value is None or isinstance(value, float) and math.isnan(value)
+    return [{str(name): value for name, value in row.items() if not missing(value)} for row in rows]
+
+def _columns_as_rows(columns: Mapping) -> list[dict]:
+    "Columns of equal length, as a tokenizer returns them, row by row"
+    listed = lambda column: hasattr(column, '__len__') and not isinstance(column, (str, Mapping)) and getattr(column, 'ndim', 1)
+    sizes = {len(column) for column in columns.values() if listed(column)}
+    if not all(map(listed, columns.values())) or len(sizes) != 1 or 'input_ids' in columns and not _holds_rows(columns['input_ids']):
+        names = ', '.join(map(str, list(columns)[:8])) or 'nothing in it'
+        raise DataError(f'prepare_data gave one dict with {names}. Put rows into a list, or give columns of equal length.')
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+def _as_row(row: Any, number: int) -> dict:
+    "One row as a dict: a text, a conversation and a list of token ids are rows, too"
+    if isinstance(row, str): return dict(text=row)
+    if isinstance(row, Mapping): return dict(row)
+    listed = isinstance(row, (list, tuple)) and len(row) > 0
+    if listed and all(isinstance(turn, Mapping) for turn in row): return dict(messages=[dict(turn) for turn in row])
+    if isinstance(row, (Tensor, np.ndarray)) or listed and all(isinstance(one, int) for one in row): return dict(input_ids=row)
+    raise DataError(f'row {number} of the data from prepare_data is a {type(row).__name__}. {_EXPECTED}')
+
+# %% ../nbs/13_trainer.ipynb #b9573587
+class OwnExample(NamedTuple):
+    "A row that is tokens already"
+    ids: list[int] # tokens, without padding
+    labels: list[int] # as many; -100 where not trained on
+
+def _whole_numbers(value: Any, name: str, place: str) -> list[int] | None:
+    "A list, an array or a tensor as a list of whole numbers"
+    values = value.tolist() if hasattr(value, 'tolist') else list(value) if isinstance(value, tuple) else value
+    if isinstance(values, list) and len(values) == 1 and isinstance(values[0], list):
+        values = values[0]  # (1, tokens), as return_tensors='pt' makes it
+    if values is None or isinstance(values, list) and all(isinstance(one, int) for one in values): return values
+    raise DataError(f'{place}: {name} must be a list of whole numbers, and it is a {type(value).__name__} that holds something else. '
+                    f'Tokenize each row with self.tokenizer.')
+
+def clean_example(
+    row: dict, # `input_ids`, perhaps `labels` and `attention_mask`: lists, arrays or tensors
+    place: str, # what to call the row in an error
+    tokenizer: Any, # made the ids
+    vocabulary: int # ids are below this
+) -> OwnExample:
+    "A row of tokens without padding, with a label for each. Raises `DataError` naming the row and what is wrong with it."
+    if row.get('input_ids') is None: raise DataError(f'{place} has no input_ids, though the first one has. Give all rows in one format.')
+    ids, labels, mask = (_whole_numbers(row.get(name), name, place) for name in ('input_ids', 'labels', 'attention_mask'))
+    for name, values in (('labels', labels), ('attention_mask', mask)):
+        if values is not None and len(values) != len(ids):
+            raise DataError(f'{place} has {len(ids)} input_ids and {len(values)} {name}. Give as many as there are tokens.')
+    if labels is None and mask is None: mask = _not_padding(ids, tokenizer)
+    labels = ids if labels is None else labels
+    if mask is not None: ids, labels = ([value for value, kept in zip(values, mask) if kept] for values in (ids, labels))
+    for name, values in (('input_ids', ids), ('labels', labels)):
+        wrong = next((one for one in values if not 0 <= one < vocabulary and not (one == -100 and name == 'labels')), None)
+        or_none = ' or -100' * (name == 'labels')
+        if wrong is not None:
+            raise DataError(f'{place} has {wrong} among its {name}, and the vocabulary has 0 to {vocabulary - 1:,}{or_none}. '
+                            f'Tokenize it with self.tokenizer.')
+    return OwnExample(ids, labels)
+
+def _not_padding(ids: list[int], tokenizer: Any) -> list[bool]:
+    "Where a row without a mask is text: all of it but the padding at its ends, where padding has a token of its own"
+    pad = tokenizer.pad_token_id
+    if pad is None or pad in stop_ids(tokenizer): return [True] * len(ids)
+    real = [at for at, one in enumerate(ids) if one != pad]
+    return [bool(real) and real[0] <= at <= real[-1] for at in range(len(ids))]
+
+# %% ../nbs/13_trainer.ipynb #98aa069c
+def own_examples(
+    rows: Any, # dicts with `input_ids`: a list or a `datasets.Dataset`
+    tokenizer: Any, # made the ids
+    config: TrainingConfig, # `max_length`, `overlong`
+    vocabulary: int # ids are below this
+) -> tuple: # the examples and a `DataReport`; a `datasets.Dataset` that needs no change is given back
+    "Rows that are tokens already, as examples. Raises `DataError` for what cannot be trained on."
+    report, columns, batches = DataReport(source='prepare_data', max_length=config.max_length), Columns(), []
+    unlabelled, same = 0, isinstance(rows, datasets.Dataset)
+    for number, row in enumerate(rows, 1):
+        example = _fit_own(clean_example(row, f'row {number} of the data from prepare_data', tokenizer, vocabulary), number, config, report)
+        report.rows, unlabelled = number, unlabelled + (row.get('labels') is None)
+        same = same and example is not None and (example.ids, example.labels) == (row['input_ids'], row.get('labels'))
+        if example is not None: columns.add(example, number)
+        if len(columns.ids) > 1_000_000: batches, columns = [*batches, _counted(columns, report)], Columns()
+    batches.append(_counted(columns, report))
+    if not report.examples:
+        raise DataError(f'none of the {report.rows:,} rows from prepare_data has a token to train on within '
+                        f'max_length={config.max_length:,}. '
+                        'Give labels other than -100, or raise max_length.')
+    if unlabelled: report.said.append(f'{unlabelled:,} rows have no labels, so all of their tokens are trained on')
+    if same: return rows, report
+    table = InMemoryTable(pa.Table.from_batches(batches))
+    return PreparedDataset(table, tokenizer=tokenizer, report=report, max_length=config.max_length), report
+
+def _counted(columns: Columns, report: DataReport) -> pa.RecordBatch:
+    "Columns as Arrow; their tokens are counted"
+    report.count(columns.counts)
+    return columns.batch()
+
+def _fit_own(example: OwnExample, number: int, config: TrainingConfig, report: DataReport) -> OwnExample | None:
+    "What is trained on of a row of tokens; None where it is left out, which the report counts"
+    size, most = len(example.ids), config.max_length
+    if size > most and config.overlong == 'error':
+        raise DataError(f'row {number} of the data from prepare_data has {size:,} tokens, more than max_length={most:,}. '
+                        f'Raise max_length, or choose overlong="truncate".')
+    if size > most:
+        what = 'cut' if config.overlong == 'truncate' else 'left out'
+        report.overlong[what] = report.overlong.get(what, 0) + 1
+        if what == 'left out': return None
+        example = OwnExample(example.ids[:most], example.labels[:most])
+    if any(label != -100 for label in example.labels[1:]): return example
+    report.silent += 1  # nothing stands before the first token, so that one is not predicted
+    return None
+
+# %% ../nbs/13_trainer.ipynb #494bb23f
+def take_own_data(
+    given: Any, # what `prepare_data` set or returned
+    evaluation: Any, # evaluation data that was set apart from it
+    tokenizer: Any, # of the base model
+    config: TrainingConfig, # how rows are to be treated
+    vocabulary: int # ids are below this
+) -> tuple: # training set, evaluation set or None, report or None
+    "Data of any shape as examples. Raises `ConfigError` where nothing was given, `DataError` for what cannot be trained on."
+    if given is None: raise ConfigError(f'prepare_data gave no data. {_EXPECTED}')
+    given, apart = split_own_data(given)
+    if evaluation is None: evaluation = apart
+    train, held, report = _own_side(given, tokenizer, config, vocabulary, config.eval_ratio if evaluation is None else 0.)
+    if evaluation is None: return train, held, report
+    held, _, also = _own_side(evaluation, tokenizer, config, vocabulary, 0.)
+    if report and also and report.source == also.source == 'prepare_data': report.held_out.count(also)
+    return train, held, report
+
+def _own_side(given: Any, tokenizer: Any, config: TrainingConfig, vocabulary: int, share: float) -> tuple:
+    "One side: its examples, those that were held out of it, and the report"
+    if isinstance(given, PreparedDataset): return given, None, getattr(given, 'report', None)
+    rows = own_rows(given)
+    names = rows.column_names if isinstance(rows, datasets.Dataset) else rows[0] if isinstance(rows, list) else ()
+    if 'input_ids' in names:
+        examples, report = own_examples(rows, tokenizer, config, vocabulary)
+        return examples, None, report
+    prepared = prepare_as(config, rows, tokenizer, share)
+    answers_directly(tokenizer, prepared.report)
+    return prepared.train, prepared.evaluation, prepared.report
 
 # %% ../nbs/13_trainer.ipynb #484c09b3
 class Batching:
@@ -552,15 +765,39 @@ class Audience:
         self.hear('on_step', step)
         if step.eval_loss is not None: self.hear('on_evaluate', step)
 
+# %% ../nbs/13_trainer.ipynb #d9ee6f6e
+def call_hook(
+    trainer: Any, # has the method, its own or a replaced one
+    name: str, # of the method
+    *given: Any # passed to it where it wants so many arguments
+) -> Any: # what it returned
+    "Call a method that a subclass may have replaced. Raises `ConfigError` when it wants arguments that nobody has."
+    method = getattr(trainer, name)
+    signature = inspect.signature(method)
+    for arguments in ((), given):
+        try: signature.bind(*arguments)
+        except TypeError: continue
+        return method(*arguments)
+    raise ConfigError(f'{type(trainer).__name__}.{name}{signature} cannot be called, for nobody has its arguments. '
+                      f'Read what it needs from self.config.')
+
+def parts_returned(
+    returned: Any # what a replaced method gave back: a model, a pair, a dict, nothing
+) -> tuple: # the model or None, the tokenizer or None
+    "Model and tokenizer among what was returned, in whatever order."
+    parts = list(returned.values()) if isinstance(returned, dict) else list(returned) if isinstance(returned, (tuple, list)) else [returned]
+    model = next((part for part in parts if isinstance(part, torch.nn.Module)), None)
+    return model, next((part for part in parts if hasattr(part, 'apply_chat_template')), None)
+
 # %% ../nbs/13_trainer.ipynb #9621a434
 class LoRATrainer:
     "Trains an adapter: `LoRATrainer(config).train()`."
     def __init__(self,
-        config: TrainingConfig # every dial of the run; it is copied, so later changes to it have no effect here
+        config: TrainingConfig # every dial of the run, or a dict of them; it is copied, so later changes to it have no effect here
     ):
-        self.config = copy.deepcopy(config).check()
+        self.config = copy.deepcopy(as_config(config, type(self).__name__)).check()
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.accelerator = self.report = self.batching = self.run = None
-        self.wish, self.inherited = Stop(), ''
+        self.wish, self.inherited, self._taken = Stop(), '', None
 
     def load_model_and_tokenizer(self):
         "Load the base model and its tokenizer into `model` and `tokenizer`."
@@ -598,15 +835,53 @@ class LoRATrainer:
         if self.dataset is None and len(own) == 2:  # with nothing overridden, rows are looked at before a large model is loaded
             if self.config.continue_from and not checkpoints(self.config.checkpoint_dir): adapter_folder(self.config.continue_from)
             self.tokenizer = self.tokenizer or run_tokenizer(self.config)[0]
-            with main_first(self.config): self.prepare_data()
-        if self.model is None: self.load_model_and_tokenizer()
-        if not hasattr(self.model, 'peft_config'): self.apply_lora()
-        if self.dataset is None:
-            with main_first(self.config): self.prepare_data()
+            self._take_data()
+        if self.model is None: self._load()
+        if not hasattr(self.model, 'peft_config'): self._adapt()
+        if self.accelerator is None: self._take_data()
         wants = [name for name in ('early_stopping_patience', 'load_best_model_at_end', 'eval_prompts') if getattr(self.config, name) and self.eval_dataset is None]
         if wants: raise ConfigError(f'{wants[0]} needs rows to evaluate on, and none are held out. Set eval_ratio above 0, or name a file of them: eval_path.')
-        if self.accelerator is None: self.setup_trainer()
+        if self.accelerator is None: self._set_up()
         return self
+
+    def _load(self):
+        "Model and tokenizer, whether the method sets or returns them"
+        model, tokenizer = parts_returned(call_hook(self, 'load_model_and_tokenizer'))
+        if self.model is None: self.model = model
+        if self.tokenizer is None: self.tokenizer = tokenizer
+        loaded = isinstance(self.model, torch.nn.Module)
+        if not loaded or not hasattr(self.tokenizer, 'apply_chat_template'):
+            raise ConfigError(f'after load_model_and_tokenizer there is no {"tokenizer" if loaded else "model"}. '
+                              f'Set self.model and self.tokenizer in it, or return them as a pair.')
+        if self.tokenizer.pad_token_id is None: self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def _adapt(self):
+        "The adapter, whether the method sets the model or returns it"
+        model, _ = parts_returned(call_hook(self, 'apply_lora'))
+        if model is not None: self.model = model
+        if not hasattr(self.model, 'peft_config'):
+            raise ConfigError('after apply_lora the model has no adapter. '
+                              'Call super().apply_lora() in it, or set self.model = attach_lora(self.model, self.config.lora).')
+
+    def _take_data(self):
+        "The data, in whatever shape the method sets or returns it, or somebody has set it before"
+        if self._taken is not None and self.dataset is self._taken: return
+        with main_first(self.config):
+            returned = call_hook(self, 'prepare_data') if self.dataset is None else None
+            given = getattr(self, 'train_dataset', None) if self.dataset is None else self.dataset
+            if returned is not None and returned is not self: given = returned
+            tokens = len(self.tokenizer)
+            if self.model is not None: tokens = max(tokens, self.model.get_input_embeddings().num_embeddings)
+            self.dataset, self.eval_dataset, report = take_own_data(given, self.eval_dataset, self.tokenizer, self.config, tokens)
+        self.report, self._taken = self.report or report, self.dataset
+
+    def _set_up(self):
+        "The plan and all that belongs to it; a replaced method must have made them"
+        call_hook(self, 'setup_trainer')
+        missing = [name for name in ('engine', 'accelerator', 'batching', 'optimizer', 'schedule') if getattr(self, name, None) is None]
+        if missing:
+            raise ConfigError(f'after setup_trainer there is no {missing[0]}. '
+                              f'Call super().setup_trainer() in it first, then change what you like.')
 
     @property
     def plan(self) -> BatchPlan:
@@ -698,14 +973,17 @@ class LoRATrainer:
         audience.hear('on_end', result)
         return result
 
-    def save_model(self):
-        "Write adapter, tokenizer and chat template (also a plain one) to `lora_weights`, whole or not at all."
+    def save_model(self,
+        path: str | Path | None = None # folder for the adapter; None: `lora_weights` in the run folder
+    ):
+        "Write adapter, tokenizer and chat template (also a plain one), whole or not at all."
         if not is_main(): return
         self.tokenizer.chat_template = self.tokenizer.chat_template or template_of(self.tokenizer)
-        run_dir, name = self.config.output_dir, self.config.lora_dir.name
-        with folder_atomic(self.config.lora_dir, own_names(run_dir, name)) as temp:
+        run_dir, name, target = self.config.output_dir, self.config.lora_dir.name, self.config.lora_dir if path is None else as_folder(path, 'path')
+        with folder_atomic(target, own_names(run_dir, name) if path is None else ()) as temp:
             save_adapter(self.model, temp)
             self.tokenizer.save_pretrained(temp)
+            if path is not None: return
             keep_changed(run_dir, name, temp)
             note_folder(run_dir, name, temp)
 
@@ -741,7 +1019,7 @@ class Run:
                 yield step
                 writer.waiting = False
             ended, self.message = self.keeper.finish(self.wish.why)
-            self.trainer.save_model()
+            call_hook(self.trainer, 'save_model', self.config.lora_dir)
             state, message = 'completed' if ended else 'cancelled', self.message
         except GeneratorExit: message = self.keeper.rescue(writer, 'left')
         except (Exception, KeyboardInterrupt) as error:

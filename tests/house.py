@@ -41,15 +41,14 @@ MAY_IMPORT = {
     "peft": {"model": "attaches, saves and merges adapters", "chat": "turns an adapter down and up with the library's own switch"},
     "bitsandbytes": {"model": "8-bit and 4-bit weights, 8-bit optimizer"},
 }
-# Libraries that come with one of the requirements and may be imported as they are.
-COMES_WITH = {"tokenizers": "transformers", "huggingface_hub": "transformers", "numpy": "transformers", "jinja2": "torch", "tqdm": "transformers", "packaging": "transformers",
-    "psutil": "accelerate", "click": "typer", "rich": "typer", "IPython": "ipywidgets", "pandas": "datasets", "pyarrow": "datasets", "yaml": "transformers"}
+# Imported under another name than the one they are installed by.
+INSTALLED_AS = {"IPython": "ipython"}
 # Not there on every computer: imported inside a function, where its absence can be said in a sentence.
 EXTRAS = {"tensorboard", "wandb"}
 # These import no torch: a form, a prompt, a run folder or a corpus is looked at, and the command line helps, without waiting seconds.
 LIGHT = ("config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "diagnosis", "panel", "form", "world", "cli")  # and all of core
 COPIED = ("nbs", PACKAGE, "tests", "benchmarks", ".ci", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "README.md",
-    "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
+    "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE")
 
 
 # ---- the project's files --------------------------------------------------------------------------------------------
@@ -114,7 +113,7 @@ def exports_out_of_sync(root):
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_project(root, Path(folder)/"project")
         for path in (copy/PACKAGE).rglob("*.py"):
-            if path.stem != "__init__": path.unlink()
+            if not path.stem.startswith("__"): path.unlink()  # __init__ and __main__ are written by hand
         run_python("from nbdev.doclinks import nbdev_export; nbdev_export()", copy)
         names = {path.relative_to(base/PACKAGE).as_posix() for base in (root, copy) for path in (base/PACKAGE).rglob("*.py")}
         differ = [name for name in sorted(names) if _bytes(root/PACKAGE/name) != _bytes(copy/PACKAGE/name)]
@@ -262,7 +261,7 @@ def forbidden_imports(root):
                 found.append(f"{module}.py:{line} imports {library}, which belongs to {', '.join(MAY_IMPORT[library])}")
             if library in EXTRAS or name == "torch.utils.tensorboard":
                 if place == "top": found.append(f"{module}.py:{line} imports {name} outside a function; it is an extra and may be missing")
-            elif library not in asked and COMES_WITH.get(library) not in asked:
+            elif INSTALLED_AS.get(library, library) not in asked:
                 found.append(f"{module}.py:{line} imports {library}, which settings.ini does not ask for")
     return found
 

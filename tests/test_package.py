@@ -1,5 +1,7 @@
 """The package as strangers get it: sdist and wheel are built, looked into, installed into an empty environment, and run from there."""
+import ast
 import os
+import posixpath
 import re
 import shutil
 import subprocess
@@ -46,10 +48,30 @@ def installed(root, built, tmp_path_factory):
     shutil.rmtree(folder)  # more than a gigabyte
 
 
-def test_the_sdist_holds_what_building_needs(root, built):
-    with tarfile.open(built[0]) as archive: names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt"} <= names
-    assert {name.partition("/")[0] for name in names if "/" in name} == {house.PACKAGE, "sage_finetune.egg-info"}
+CACHES = re.compile(r"(^|/)(__pycache__|\.ipynb_checkpoints|\.pytest_cache|\.hypothesis|finetune_output|_screens)(/|$)|\.py[cod]$")
+
+
+def test_the_sdist_is_the_project(root, built):
+    "Notebooks, tests, tools and benchmarks too, whatever a module is made from; no caches and no runs"
+    with tarfile.open(built[0]) as archive: names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    assert {"settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "Makefile"} <= names
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    assert folders == {house.PACKAGE, "sage_finetune.egg-info", "nbs", "tests", "benchmarks", ".ci"}
+    source = {path.relative_to(root).as_posix() for folder in ("nbs", "tests", ".ci") for path in (root/folder).rglob("*") if path.is_file()}
+    assert {name for name in source if not CACHES.search(name) and "/." not in name.removeprefix(".ci")} <= names
+    assert not [name for name in names if CACHES.search(name)]
+
+
+def test_the_unpacked_sdist_is_in_order(built, tmp_path):
+    "The guards speak as they do in the checkout, and what is built from it is the same wheel"
+    with tarfile.open(built[0]) as archive: archive.extractall(tmp_path, filter="data")
+    project, = tmp_path.iterdir()
+    guards = ("exports_out_of_sync", "not_clean", "unmatched", "upward_imports", "forbidden_imports", "undocumented", "stale_readme", "metadata_faults")
+    assert run(sys.executable, "tests/house.py", *guards, cwd=project, PYTHONPATH=str(project)) == ""
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", "again", ".", cwd=project)
+    wheel, = (project/"again").glob("*.whl")
+    inside = lambda path: {name: zipfile.ZipFile(path).read(name) for name in zipfile.ZipFile(path).namelist() if not name.endswith("/RECORD")}
+    assert inside(wheel) == inside(built[1])
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(root, built):
@@ -72,7 +94,53 @@ def test_the_wheel_says_what_settings_ini_says(root, built):
     assert {str(one) for one in asked if not one.marker} == {str(Requirement(one)) for one in info["requirements"].split()}
     assert set(said.get_all("Provides-Extra")) == {"tensorboard", "wandb", "dev"}
     assert "sage-finetune = sage_finetune.cli:main" in part["entry_points.txt"] and "Apache License" in part["licenses/LICENSE"]
-    assert said.get_payload().strip() == (root/"README.md").read_text(encoding="utf-8").strip()
+    words = lambda text: re.sub(r"\]\([^)]*\)|(src|href)=\"[^\"]*\"", "", text).split()
+    assert words(said.get_payload()) == words((root/"README.md").read_text(encoding="utf-8"))
+
+
+LINK = re.compile(r"\]\(\s*<?([^()<>\s]+)|^\[[^]]+\]:[ ]*<?([^<>\s]+)|\b(?:src|href)=[\"']([^\"']+)", re.M)
+
+
+def links(text):
+    "Where Markdown and the HTML in it point to, code aside"
+    plain = re.sub(r"^(```|~~~).*?^\1[ ]*$", "", text, flags=re.M | re.S)
+    return ["".join(found) for found in LINK.findall(plain)]
+
+
+def test_the_page_on_the_index_links_to_the_repository(root, built):
+    "A link that is relative to README.md leads nowhere there; pictures are given by their bytes, pages by their page"
+    wheel, info = zipfile.ZipFile(built[1]), house.settings(root)
+    text = wheel.read(next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))).decode()
+    said, here = links(Parser().parsestr(text).get_payload()), links((root/"README.md").read_text(encoding="utf-8"))
+    assert len(said) == len(here) and not [link for link in said if not re.match("https?://|#|mailto:", link)]
+    raw, page = info["git_url"].replace("github.com", "raw.githubusercontent.com") + "/main/", info["git_url"] + "/blob/main/"
+    moved = {old: new for old, new in zip(here, said) if old != new}
+    assert moved, "README.md has no relative link any more: this test has nothing to look at"
+    for old, new in moved.items():
+        assert new == (raw if re.search(r"\.(png|svg|jpe?g|gif)$", old) else page) + old and (root/old.partition("#")[0]).exists(), (old, new)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("[a](docs/x.md#part)", "[a](PAGE/docs/x.md#part)"), ("![a](./nbs/p.png)", "![a](RAW/nbs/p.png)"), ('<img alt="" src="p.SVG">', '<img alt="" src="RAW/p.SVG">'),
+    ("<a href='LICENSE'>x</a>", "<a href='PAGE/LICENSE'>x</a>"), ('[a](x.md "title")', '[a](PAGE/x.md "title")'), ("[![b](p.png)](x.ipynb)", "[![b](RAW/p.png)](PAGE/x.ipynb)"),
+    ("[a]: nbs/x.ipynb", "[a]: PAGE/nbs/x.ipynb"), ("[a](#here) [b](https://x.org/y) [c](mailto:a@b.c)", "[a](#here) [b](https://x.org/y) [c](mailto:a@b.c)"),
+    ("```\n[a](x.md)\n```\n[a](x.md)", "```\n[a](x.md)\n```\n[a](PAGE/x.md)"), ("[a](/nbs/x.md)", "[a](PAGE/nbs/x.md)")])
+def test_links_become_absolute(root, text, expected):
+    "Every way Markdown has of pointing to a file"
+    source = (root/"setup.py").read_text(encoding="utf-8")
+    function = next(ast.get_source_segment(source, node) for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+    exec(function, scope := dict(re=re, posixpath=posixpath))
+    said = scope["absolute_links"](text, "https://github.com/a/b")
+    assert said == expected.replace("RAW", "https://raw.githubusercontent.com/a/b/main").replace("PAGE", "https://github.com/a/b/blob/main")
+
+
+def test_the_wheel_asks_for_everything_it_imports(root, built):
+    "A library that only comes along with another may be gone with its next version"
+    wheel = zipfile.ZipFile(built[1])
+    said = Parser().parsestr(wheel.read(next(name for name in wheel.namelist() if name.endswith("METADATA"))).decode())
+    asked = {Requirement(one).name.lower().replace("-", "_") for one in said.get_all("Requires-Dist") if not Requirement(one).marker}
+    used = {name.partition(".")[0].lower() for path in house.modules(root).values() for name, _, _, place in house.imported(path) if place != "types"}
+    assert used - {name.lower() for name in sys.stdlib_module_names} - {house.PACKAGE, "tensorboard", "wandb"} <= asked
 
 
 def test_the_empty_environment_is_in_order(root, installed, tmp_path):

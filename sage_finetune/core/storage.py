@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PART', 'OLD', 'expand_home', 'replace_path', 'write_atomic', 'why_unwritable', 'write_json', 'copy_atomic',
-           'open_append', 'folder_atomic']
+           'open_append', 'describe_bad_name', 'checked_path', 'folder_atomic']
 
 # %% ../../nbs/core/01_storage.ipynb #8d2bf4ec
 import errno, json, os, re, shutil, stat, tempfile, sys, time
@@ -49,12 +49,13 @@ def write_atomic(
     content: str | bytes # all of it; text is written as UTF-8
 ) -> Path:               # the file
     "Write a file so that a reader sees the old one or the new one, never half of it. Raises `RunError` when it cannot be written."
-    path = expand_home(path)
+    path = _possible(path)
     data = content.encode('utf-8', 'backslashreplace') if isinstance(content, str) else content  # half a character: \ud800, which JSON reads
     temp = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=PART)
+        # a name as long as names may be has room for no more
+        handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name[:40]}.', suffix=PART)
         with os.fdopen(handle, 'wb') as file:
             file.write(data)
             file.flush()
@@ -101,6 +102,12 @@ def why_unwritable(
         return f'cannot write {path}: it is a link, or a part of it is one that leads in a circle. Remove the link.'
     if isinstance(error, (NotADirectoryError, FileExistsError)):
         return f'cannot write {path}: a part of this path is a file, not a folder. Choose another output_dir.'
+    if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
+        return f'cannot write {_shortened(path)}: the file system takes no such name ({error.strerror}). ' \
+            'Choose a shorter one of ordinary letters for output_dir.'
+    if isinstance(error, IsADirectoryError):
+        return f'cannot write {path}: a folder stands there. Choose another name, or another output_dir.'
+    if error.errno == errno.ELOOP: return f'cannot write {path}: a link in this path leads back to itself. Choose another output_dir.'
     return f'cannot write {path}: {error.strerror or error}. Choose another output_dir.'
 
 # %% ../../nbs/core/01_storage.ipynb #343ecb90
@@ -143,6 +150,41 @@ def open_append(
 
 _NO_LINK = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
 
+# %% ../../nbs/core/01_storage.ipynb #5a7fcd4f
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes
+
+def _shortened(path: Any) -> str:
+    "A path as it can be shown in a sentence"
+    text = os.fspath(path) if isinstance(path, Path) else str(path)
+    return text if len(text) <= 80 else f'{text[:60]}… ({len(text)} letters)'
+
+def describe_bad_name(
+    path: str | Path # what somebody wants to read or write
+) -> str: # what is wrong with it, for a sentence; empty where it can be a name
+    "Say why a path can be none on any common file system."
+    text = os.fspath(path)
+    if not text.strip(): return 'it is empty'
+    if '\0' in text: return 'it holds a NUL character'
+    sizes = [len(part.encode('utf-8', 'surrogatepass')) for part in re.split(r'[/\\]' if os.name == 'nt' else '/', text)]
+    if max(sizes) > _LONGEST_NAME: return f'a name in it has {max(sizes):,} bytes, and file systems take {_LONGEST_NAME}'
+    if sum(sizes) + len(sizes) > _LONGEST_PATH: return f'it has {sum(sizes) + len(sizes):,} bytes, and file systems take {_LONGEST_PATH:,}'
+    return ''
+
+def _possible(path: str | Path) -> Path:
+    "A path that can be written to as far as its name goes; raises `RunError`"
+    if fault := describe_bad_name(path):
+        raise RunError(f'cannot write {_shortened(path)!r}: the file system takes no such name, for {fault}. Choose another output_dir.')
+    return expand_home(path)
+
+def checked_path(
+    path: str | Path, # what somebody wants to read or write
+    name: str # of the field or argument
+) -> Path: # the same as a Path
+    "A path that can be one, with `~` written out. Raises `ConfigError` naming the field and what is wrong with it."
+    if not isinstance(path, (str, Path)): raise ConfigError(f'{name} takes a path, not a {type(path).__name__}.')
+    if fault := describe_bad_name(path): raise ConfigError(f'{name}={_shortened(path)!r} cannot be a path: {fault}. Choose another name.')
+    return expand_home(path)
+
 # %% ../../nbs/core/01_storage.ipynb #fe47c590
 @contextmanager
 def folder_atomic(
@@ -150,11 +192,11 @@ def folder_atomic(
     ours: Iterable[str] = () # files of an old folder that go with it, as paths in it; others stay unless the new one has them
 ) -> Iterator[Path]:        # a temporary folder to fill
     "Fill a folder so that it appears whole or not at all. Raises `RunError` when it cannot be written; an old folder then stays as it was."
-    path, temp, old = expand_home(path), None, None
+    path, temp, old = _possible(path), None, None
     behind = path.is_symlink()
     try:
         if not behind: path.parent.mkdir(parents=True, exist_ok=True)
-        temp = Path(tempfile.mkdtemp(dir=path if behind else path.parent, prefix=f'.{path.name}.', suffix=PART))
+        temp = Path(tempfile.mkdtemp(dir=path if behind else path.parent, prefix=f'.{path.name[:40]}.', suffix=PART))
         yield temp
         _settle(temp)
         if behind: _exchange(temp, path, ours)
