@@ -162,11 +162,12 @@ def identity(
     config: TrainingConfig, # resolved
     dataset: Any, # the training examples
     model: torch.nn.Module, # its frozen weights count
-    processes: int = 1 # that share each step
+    processes: int = 1, # that share each step
+    base_weights: str = '' # `base_fingerprint`, where the model came from files: every number counts
 ) -> dict: # plain values
     "What makes this run this run."
     dials = {name: value for name, value in config.to_dict().items() if name not in FREE}
-    return dials | dict(rows=fingerprint_rows(dataset), base=fingerprint_base(model), processes=processes)
+    return dials | dict(rows=fingerprint_rows(dataset), base=fingerprint_base(model), processes=processes, base_weights=base_weights)
 
 def fingerprint_rows(
     dataset: Any # rows with `input_ids` and `labels`
@@ -199,8 +200,10 @@ def differences(
     now: dict # of the one that wants to go on
 ) -> list[str]: # a line each
     "What changed between start and resume."
-    says = dict(rows='the rows are others', base='the base model has other weights')
-    return [says.get(name) or f'{name}: {then.get(name)!r} then, {now.get(name)!r} now' for name in {**then, **now} if then.get(name) != now.get(name)]
+    says = dict(rows='the rows are others', base='the base model has other weights', base_weights='numbers of the base model have changed')
+    unknown = {'base_weights'} if not (then.get('base_weights') and now.get('base_weights')) else set()  # runs of before, and models that came from no file
+    changed = [name for name in {**then, **now} if name not in unknown and then.get(name) != now.get(name)]
+    return [says.get(name) or f'{name}: {then.get(name)!r} then, {now.get(name)!r} now' for name in changed]
 
 # %% ../nbs/11_checkpoint.ipynb #e4746fa6
 def check_folder(

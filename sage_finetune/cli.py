@@ -159,11 +159,14 @@ def list_command(
 def merge_command(
     run_dir: RunDir,
     output: Annotated[Optional[Path], typer.Option('-o', '--output', help='folder for the merged model; merged_model in the run folder by default', callback=_home)] = None,
-    trust_remote_code: TrustCode = False
+    trust_remote_code: TrustCode = False,
+    fp32: Annotated[bool, typer.Option('--fp32', help='merge and save in 32 bits: twice the size, no rounding')] = False,
+    force: Annotated[bool, typer.Option('--force', help='keep a merged model that lost much of what the adapter changes')] = False,
+    allow_other_base: Annotated[bool, typer.Option('--allow-other-base', help='go on where the base has other weights than in training')] = False
 ):
     "Merge an adapter into its base, with proof."
     from sage_finetune.export import merge
-    print(f'{merge(run_dir, output, trust_remote_code=trust_remote_code)}\n\n' + sanitize_line(f'Next: sage-finetune chat {run_dir} --merged'))
+    print(f'{merge(run_dir, output, trust_remote_code=trust_remote_code, fp32=fp32, force=force, allow_other_base=allow_other_base)}\n\n' + sanitize_line(f'Next: sage-finetune chat {run_dir} --merged'))
 
 # %% ../nbs/35_cli.ipynb #435c1780
 @app.command('chat')

@@ -155,7 +155,8 @@ def read_object(
 # %% ../nbs/10_runs.ipynb #72bb4e0f
 def confine(
     config: TrainingConfig, # as it stands in a run folder; changed
-    folder: str | Path      # that run folder, where all of it is written
+    folder: str | Path,     # that run folder, where all of it is written
+    name_reads: bool = True # say which rows would be read from elsewhere; to open what was trained none are
 ) -> TrainingConfig:        # the same object
     "Let a config that came out of a run folder write only there. Raises `RunError` for files that are none."
     config.output_dir = Path(folder)
@@ -168,7 +169,7 @@ def confine(
     for name in ('data_path', 'eval_path', 'continue_from'):
         if (path := getattr(config, name)) is None or not os.path.exists(path): continue
         check_readable(path, f'the run in {folder} has {name}')
-        if not is_inside(folder, path.absolute()): warnings.warn(f'the run in {folder} has {name}={str(path)!r}, outside that folder; it is only read.')
+        if name_reads and not is_inside(folder, path.absolute()): warnings.warn(f'the run in {folder} has {name}={str(path)!r}, outside that folder; it is only read.')
     return config
 
 # %% ../nbs/10_runs.ipynb #8d26d886
@@ -426,7 +427,7 @@ def is_run(
     return any(is_own_state(folder/name) for name in (META, CONFIG, STATUS, METRICS)) or bool(own_files(folder))
 
 # %% ../nbs/10_runs.ipynb #d2c5348d
-MODEL_FILE = re.compile(r'(adapter_config|config|generation_config|model\.safetensors\.index|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|merge_report)\.json'
+MODEL_FILE = re.compile(r'(adapter_config|adapter_identity|config|generation_config|model\.safetensors\.index|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|merge_report)\.json'
                          r'|(adapter_model|state|model(-\d+-of-\d+)?)\.safetensors|README\.md|vocab\.txt|merges\.txt|(tokenizer|spiece)\.model|chat_template\.jinja')
 
 def _whole_parts(folder: Path) -> Iterator[Path]:

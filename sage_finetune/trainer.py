@@ -42,7 +42,7 @@ from .core.text import ArgumentParser, describe_encode_error, html_table, safe_s
 from .data import Columns, DataReport, Prepared, PreparedDataset, packaged_held_out, prepare, report_line, report_parts
 from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
 from .memory import fitting, line_layout, whole_room
-from .model import adapter_folder, attach_lora, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, pick_device, plan_precision, quiet, run_tokenizer, save_adapter
+from .model import adapter_folder, attach_lora, base_fingerprint, check_identity, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, note_identity, pick_device, plan_precision, quiet, run_tokenizer, save_adapter
 from .prompt import render, render_prompt, stop_ids, template_of
 from .runs import notes_printed, read_meta, read_status, typed
 from .tokens import visible
@@ -719,7 +719,9 @@ def adapt(
     "Put the adapter beside the base: a fresh one, or the one that is continued."
     old, inherited = config.continue_from, ''
     if old and not old.expanduser().exists() and (own := checkpoints(config.checkpoint_dir)): old = own[-1]  # a resumed run no longer needs it
-    if old: model, inherited = continue_adapter(model, old, config.lora)
+    if old:
+        check_identity(adapter_folder(old), config.model_name)
+        model, inherited = continue_adapter(model, old, config.lora)
     else: model = attach_lora(model, config.lora, config.seed, tokenizer.convert_tokens_to_ids(config.new_tokens or []))
     if config.gradient_checkpointing:
         model.config.use_cache = False
@@ -797,12 +799,13 @@ class LoRATrainer:
     ):
         self.config = copy.deepcopy(as_config(config, type(self).__name__)).check()
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.accelerator = self.report = self.batching = self.run = None
-        self.wish, self.inherited, self._taken = Stop(), '', None
+        self.wish, self.inherited, self.base_weights, self._taken = Stop(), '', '', None
 
     def load_model_and_tokenizer(self):
         "Load the base model and its tokenizer into `model` and `tokenizer`."
         self.model, tokenizer = load_base(self.config)
         if self.tokenizer is None: self.tokenizer = tokenizer  # else it prepared the rows already, which may have changed its template
+        self.base_weights = base_fingerprint(self.config.model_name)
 
     def apply_lora(self):
         "Put the adapter beside the base: a fresh one, or the one that is continued."
@@ -983,6 +986,7 @@ class LoRATrainer:
         with folder_atomic(target, own_names(run_dir, name) if path is None else ()) as temp:
             save_adapter(self.model, temp)
             self.tokenizer.save_pretrained(temp)
+            note_identity(temp, self.base_weights)
             if path is not None: return
             keep_changed(run_dir, name, temp)
             note_folder(run_dir, name, temp)
@@ -997,7 +1001,7 @@ class Run:
         self.trainer, self.config, self.accelerator, self.batching, self.wish = trainer, trainer.config, trainer.accelerator, trainer.batching, trainer.wish
         self.resume, self.message, self.note = resume, '', ''
         torch.manual_seed(self.config.seed + self.accelerator.process_index)  # dropout draws from here on
-        about = identity(trainer.resolved_config(), trainer.dataset, trainer.model, self.accelerator.num_processes)
+        about = identity(trainer.resolved_config(), trainer.dataset, trainer.model, self.accelerator.num_processes, trainer.base_weights)
         self.keeper = Keeper(self.config, len(trainer.plan), trainer.model, trainer.optimizer, trainer.schedule, self.accelerator, about)
         if not (found := newest_checkpoint(self.config.checkpoint_dir) if resume else None): return
         self.keeper.restore(*found)

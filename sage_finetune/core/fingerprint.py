@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['tensor_digests', 'weight_files', 'fingerprint_weights']
 
-# %% ../../nbs/core/08_fingerprint.ipynb #db73c60d
+# %% ../../nbs/core/08_fingerprint.ipynb #7edd5cb1
 import hashlib, json, mmap
+from functools import lru_cache
 from pathlib import Path
 
 from .errors import ModelError
-from .storage import write_json
 
 # %% ../../nbs/core/08_fingerprint.ipynb #27fdca02
 _HEADER_LIMIT = 100_000_000  # bytes; what the safetensors library itself accepts
@@ -43,7 +43,7 @@ def _digest(kind: str, view: memoryview, first: int, last: int) -> str:
         with view[at:min(at + (1 << 24), last)] as piece: digest.update(piece)
     return digest.hexdigest()[:32]
 
-# %% ../../nbs/core/08_fingerprint.ipynb #0e92f679
+# %% ../../nbs/core/08_fingerprint.ipynb #29879309
 def weight_files(
     folder: str | Path # of a model
 ) -> list[Path]: # sorted
@@ -55,22 +55,14 @@ def weight_files(
     return sorted(path for path in files if path.is_file())
 
 def fingerprint_weights(
-    folder: str | Path, # of a model in safetensors files
-    notes: str | Path | None = None # a file in which digests are kept by path, size and time, so that they are made once
+    folder: str | Path # of a model in safetensors files
 ) -> str: # 32 hexadecimal digits; empty where the folder holds no such file
     "A name for every number of a model, independent of how it is cut into files. Raises `ModelError` for a broken file."
-    files, known = weight_files(folder), _read_notes(notes)
-    digests, kept = {}, {}
-    for path in files:
-        key = f'{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}'
-        kept[key] = known[key] if key in known else tensor_digests(path)
-        digests |= kept[key]
-    if notes and kept.keys() - known.keys(): write_json(notes, kept)
+    digests = {}
+    for path in weight_files(folder): digests |= _known_digests(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()[:32] if digests else ''
 
-def _read_notes(notes: str | Path | None) -> dict:
-    "Digests that were kept; a broken note is made anew"
-    try: known = json.loads(Path(notes).read_text(encoding='utf-8')) if notes else {}
-    except (OSError, ValueError, RecursionError): return {}
-    def is_note(digests): return isinstance(digests, dict) and all(isinstance(digest, str) for digest in digests.values())
-    return {key: digests for key, digests in known.items() if is_note(digests)} if isinstance(known, dict) else {}
+@lru_cache(maxsize=1000)
+def _known_digests(path: str, size: int, changed: int) -> dict[str, str]:
+    "The digests of a file as it was at that time, made once in a process"
+    return tensor_digests(path)
