@@ -9,7 +9,7 @@ FIRST := $(TUTORIALS)/01_first_adapter.ipynb
 ROOT_USER := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast bench lab docs notebooks export tiny-model wheel clean
+.PHONY: help demo test test-fast test-full bench lab docs notebooks export tiny-model wheel clean
 # Compiled modules are kept: without them every run starts seconds later.
 unexport PYTHONDONTWRITEBYTECODE
 # Threads that wait for each other sleep: on two busy cores spinning makes small models up to eight times slower.

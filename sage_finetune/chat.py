@@ -445,7 +445,7 @@ class Chat:
         strength: float = 1., # of the adapter: 0 the base alone, 1 as trained, up to 1.5
         **settings: Any # the fields of `Sampling`: max_new_tokens, temperature, top_p, seed
     ):
-        check_pair(model, tokenizer)
+        if model is not None: check_pair(model, tokenizer)  # a panel has its chat before its model
         self.model, self.tokenizer, self.settings, self.strength = model, tokenizer, Sampling(**settings), strength
         self._stop, self._again, self.cut, self._system = threading.Event(), 0, '', system  # cut: why the last answer is not whole; empty when it is
         self.reset()

@@ -208,11 +208,12 @@ def differences(
 # %% ../nbs/11_checkpoint.ipynb #e4746fa6
 def check_folder(
     config: TrainingConfig, # `output_dir`, `overwrite_output_dir`
-    resume: bool | str = False # the folder is meant to hold a run; "auto": it may
+    resume: bool | str = False, # the folder is meant to hold a run; "auto": it may
+    locked: bool = False # this very call holds the folder's lock, so nobody else trains there
 ) -> list[str]: # names an earlier run left there
     "Refuse a run folder that is in use, holds another run, or cannot be written to. Raises `RunError`."
     folder, status = config.output_dir, read_status(config.output_dir)
-    if still_works(status, folder) and status.pid != os.getpid(): raise RunError(_in_use(folder))
+    if not locked and still_works(status, folder) and status.pid != os.getpid(): raise RunError(_in_use(folder))
     check_links(folder)
     left = [name for name in (METRICS, 'checkpoints', 'lora_weights', 'merged_model') if _holds_anything(folder/name)]
     if left and not resume and not config.overwrite_output_dir:
@@ -308,7 +309,7 @@ class RunWriter:
     def _begin(self, resumed_at: int | None):
         "Make room, write down what is about to happen, and open the file that grows by a line a step"
         tidy(self.folder)
-        left = check_folder(self.config, resume=resumed_at is not None and 'auto')  # a killed run's files may have come back
+        left = check_folder(self.config, resume=resumed_at is not None and 'auto', locked=True)  # a killed run's files may have come back
         if resumed_at is not None and is_run(self.folder) and read_manifest(self.folder) is None: note_files(self.folder, old_files(self.folder))
         old = [name for name in run_files(self.folder) if name.split('/')[0] in (*left, 'logs')] if left and resumed_at is None else []
         with put_aside(self.folder, old): self._write_first()

@@ -46,18 +46,14 @@ def _as_kind(value: Any, kind: type) -> Any:
     "`value` as `kind`, or a ValueError"
     if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool): return value
-    elif kind is Path and isinstance(value, (str, Path)) and _can_be_written(str(value)): return expand_home(value)
-    elif kind is str and isinstance(value, str) and _can_be_written(value): return value
+    elif kind is Path and isinstance(value, (str, Path)): return expand_home(value)
+    elif kind is str and isinstance(value, str): return value
     elif kind is float and isinstance(value, (int, float, str)): return float(value)
     elif kind is int and isinstance(value, (int, float, str)) and float(value) == int(float(value)): return int(float(value))
     elif typing.get_origin(kind) is list and isinstance(value, (list, tuple)): return [_as_kind(o, typing.get_args(kind)[0]) for o in value]
     elif typing.get_origin(kind) is dict and isinstance(value, dict): return {_as_kind(name, str): _as_kind(o, typing.get_args(kind)[1]) for name, o in value.items()}
     elif dataclasses.is_dataclass(kind) and isinstance(value, (kind, dict)): return kind(**value) if isinstance(value, dict) else value
     raise ValueError
-
-def _can_be_written(text: str) -> bool:
-    "Whether a text holds no half of a character, which JSON may say; half of a byte that stands for a name of this disk is none"
-    return not any('\ud800' <= char <= '\udfff' and not '\udc80' <= char <= '\udcff' for char in text)
 
 def _kinds(annotation: Any) -> tuple:
     "The types an annotation allows: `int | None` is (int, NoneType)"

@@ -265,6 +265,7 @@ def merged_files(
     out, kept = Path(out), None
     if not os.path.lexists(out): return []
     why = 'a file' if out.exists() and not out.is_dir() else why_protected(out) if out.exists() else 'a link to nothing'
+    if why == 'a file': raise RunError(f'{out} exists and is not a folder, so no model is put there. Choose another folder with -o (out=).')
     if why: raise RunError(f'{out} is {why}, so no model is put there. Choose another folder with -o (out=).')
     names = [path.relative_to(out).as_posix() for path in sorted(out.rglob('*')) if not path.is_dir() or path.is_symlink()]
     if names and (out/'merge_report.json').is_file(): kept = read_object(out/'merge_report.json').get('files', {name: None for name in names if MODEL_FILE.fullmatch(name)})

@@ -663,8 +663,7 @@ def code_lines(
     config: TrainingConfig # a valid one
 ) -> list[tuple[str, str]]: # kind of line and text, as `line_html` takes them; none where the model brings no code
     "Which Python files of the model are run, or are not."
-    local = config.trust_remote_code or Path(config.model_name).expanduser().is_dir()
-    code = ', '.join(model_code(config.model_name)[:5]) if local else ''
+    code = ', '.join(model_code(config.model_name)[:5])
     if config.trust_remote_code: return [('warning', f'trust_remote_code is ticked: training and chat run {code or "whatever Python code comes with the model"} of {config.model_name} on this computer.')]
     return [('note', f'{config.model_name} brings Python code ({code}), which is not run unless you tick trust_remote_code.')] if code else []
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'IDENTITY', 'pick_device', 'Precision', 'plan_precision', 'check_model', 'refusing', 'load_tokenizer',
-           'first_line', 'code_needed', 'refuse_kernels', 'NewTokens', 'add_tokens', 'adapter_folder',
+           'first_line', 'code_needed', 'read_config', 'refuse_kernels', 'NewTokens', 'add_tokens', 'adapter_folder',
            'inherited_tokens', 'trained_tokens', 'run_tokenizer', 'quiet', 'takes_long', 'load_base', 'make_room',
            'attach_lora', 'ParameterCount', 'count_parameters', 'WeightBytes', 'weight_bytes', 'save_adapter',
            'load_adapter', 'restore_adapter', 'continue_adapter', 'make_optimizer', 'make_schedule', 'neftune', 'free',
@@ -112,11 +112,11 @@ def _numbers(value: Any, name: str = '') -> Iterator[tuple[str, float]]:
         for part in value: yield from _numbers(part, name)
     elif isinstance(value, (int, float)) and not isinstance(value, bool): yield name, value
 
-def _check_numbers(path: Path) -> dict:
-    "The content of a config.json or adapter_config.json. Raises `ModelError` for numbers no model has"
+def _check_numbers(path: Path, of: str) -> dict:
+    "The content of a config.json or adapter_config.json. Raises `ModelError`, naming what it is of, for a broken file and for numbers no model has"
     try: content = parse_json(read_regular(path).decode('utf-8-sig'))
-    except (OSError, ValueError) as error: raise ModelError(f'{path} cannot be read ({str(error)[:200]}). Copy it again from where it came.') from error
-    if not isinstance(content, dict): raise ModelError(f'{path} holds a JSON {type(content).__name__}, not an object. Copy it again from where it came.')
+    except (OSError, ValueError) as error: raise ModelError(f'{of}: its {path.name} is broken ({str(error)[:200]}). Copy it again from where it came.') from error
+    if not isinstance(content, dict): raise ModelError(f'{of}: its {path.name} is broken (it holds a JSON {type(content).__name__}). Copy it again from where it came.')
     for name, number in _numbers(content):
         most = next((most for word, most in _MOST if word in name.lower() and 'token' not in name.lower()), 1 << 20 if name in ('r', 'lora_alpha') else 1 << 48)
         if abs(number) > most: raise ModelError(f'{path} says {name}={number:.6g}, and no model has more than {most:,}. Its files are damaged or were made up; use another folder.')
@@ -125,6 +125,8 @@ def _check_numbers(path: Path) -> dict:
     return content
 
 # %% ../nbs/08_model.ipynb #03af5f7f
+def _cannot_read(model_name: str) -> str: return f'the model of model_name={model_name!r} cannot be read'
+
 def check_model(
     model_name: str # "tiny", a folder, or a name on the Hub
 ):
@@ -132,13 +134,13 @@ def check_model(
     folder = Path(find_model(model_name))
     if not folder.is_dir(): return
     _check_files(folder)
-    if (folder/'config.json').exists(): _check_numbers(folder/'config.json')
+    if (folder/'config.json').exists(): _check_numbers(folder/'config.json', _cannot_read(model_name))
 
 def _check_weights(model_name: str):
     "Refuse a folder whose config.json describes far more than its weights hold: the rest would be filled with random numbers"
     folder = Path(find_model(model_name))
     if not folder.is_dir() or not (folder/'config.json').exists(): return
-    content, held = _check_numbers(folder/'config.json'), sum(path.stat().st_size for path in folder.glob('*.safetensors'))
+    content, held = _check_numbers(folder/'config.json', _cannot_read(model_name)), sum(path.stat().st_size for path in folder.glob('*.safetensors'))
     content = content | (content.get('text_config') if isinstance(content.get('text_config'), dict) else {})
     of = lambda *names: next((int(content[name]) for name in names if isinstance(content.get(name), (int, float))), 0)
     hidden, layers = of('hidden_size', 'n_embd', 'd_model', 'dim'), of('num_hidden_layers', 'n_layer', 'n_layers', 'num_layers')
@@ -194,6 +196,15 @@ def code_needed(
 ) -> str: # a sentence
     "Say that code would have to be run, and that only the user can allow it."
     return f'{what} without running Python code that comes with the model ({", ".join(code[:5])}). If you trust its author: trust_remote_code=True, or --trust-remote-code.'
+
+def read_config(
+    model_name: str # "tiny", a folder, or a name on the Hub
+) -> Any: # a model's config, as transformers reads it
+    "A model's config.json, without running code and without a word: who loads the model says what is wrong with it."
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try: return AutoConfig.from_pretrained(find_model(model_name), trust_remote_code=False)
+    finally: transformers_logging.set_verbosity(before)
 
 def refuse_kernels(
     shape: Any, # a model's config, as transformers reads it
@@ -281,7 +292,7 @@ _ADAPTER_SETTINGS = {'task_type', 'peft_type', 'peft_version', 'auto_mapping', '
 def _saved_settings(folder: Path) -> PeftConfig:
     "What stands in an adapter_config.json, where it asks for nothing but LoRA"
     with refusing(lambda error: f'the adapter in {folder} cannot be read: its adapter_config.json is broken ({first_line(error, 150)}).'):
-        _only_lora(folder, _check_numbers(folder/'adapter_config.json'))
+        _only_lora(folder, _check_numbers(folder/'adapter_config.json', f'the adapter in {folder} cannot be read'))
         settings = PeftConfig.from_pretrained(str(folder))
         _check_settings(settings)
     settings.auto_mapping = None  # the name of a module to import
@@ -385,7 +396,7 @@ def load_base(
     quantisation = _quantisation(config, precision)
     extra = dict(quantization_config=quantisation, device_map={'': device}) if quantisation else {}
     with refusing(lambda error: _cannot_load('model', config.model_name, error, config.trust_remote_code)), quiet(bars=takes_long(find_model(config.model_name))):
-        if not config.trust_remote_code: refuse_kernels(AutoConfig.from_pretrained(find_model(config.model_name), trust_remote_code=False), config.model_name)
+        if not config.trust_remote_code: refuse_kernels(read_config(config.model_name), config.model_name)
         model, loading = AutoModelForCausalLM.from_pretrained(find_model(config.model_name), dtype=precision.dtype, use_safetensors=True,
             trust_remote_code=config.trust_remote_code, output_loading_info=True, **extra)
     if loading['missing_keys']:
@@ -625,7 +636,7 @@ def _too_much(base: torch.nn.Module, settings: PeftConfig, folder: Path) -> str:
     if wrong := check_patterns(_patterns(settings), _names(base)): return wrong
     try:
         with safe_open(folder/'adapter_model.safetensors', 'pt') as file: ranks = [file.get_slice(name).get_shape()[0] for name in file.keys() if '.lora_A.' in name or '.lora_embedding_A' in name]
-    except SafetensorError as error: return f'its weights cannot be read: {error}'
+    except (SafetensorError, OSError) as error: return f'its weights cannot be read: {error}'
     asked = [number for number in (getattr(settings, 'r', 0), *(getattr(settings, 'rank_pattern', None) or {}).values()) if isinstance(number, (int, float))]
     if max(asked, default=0) > max([1024, *ranks]): return f'its adapter_config.json says rank {max(asked):,}, its weights have {max(ranks, default=0):,}'
     ids, table = trained_tokens(folder), base.get_input_embeddings().weight.shape[0]

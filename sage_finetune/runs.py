@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'LOCK', 'RUN_FOLDERS', 'TASK_NAMES', 'STATES', 'WORKING', 'MAX_METRICS',
-           'ROWS_FILE', 'MODEL_FILE', 'RUN_COLUMNS', 'notes_printed', 'Meta', 'is_text', 'is_number', 'typed',
-           'can_be_path', 'read_object', 'confine', 'read_meta', 'write_meta', 'Status', 'moment', 'write_status',
-           'read_status', 'trainer_process', 'process_gone', 'still_works', 'describe_trainer', 'MetricsTail',
-           'metrics_row', 'read_metrics', 'is_own_state', 'is_run', 'old_files', 'run_files', 'other_files',
-           'refuse_replacing', 'RunInfo', 'run_info', 'Runs', 'list_runs']
+           'ROWS_FILE', 'MODEL_FILE', 'RUN_COLUMNS', 'notes_printed', 'Meta', 'is_number', 'typed', 'can_be_path',
+           'read_object', 'confine', 'read_meta', 'write_meta', 'Status', 'moment', 'write_status', 'read_status',
+           'trainer_process', 'process_gone', 'still_works', 'describe_trainer', 'MetricsTail', 'metrics_row',
+           'read_metrics', 'is_own_state', 'is_run', 'old_files', 'run_files', 'other_files', 'refuse_replacing',
+           'RunInfo', 'run_info', 'Runs', 'list_runs']
 
 # %% ../nbs/10_runs.ipynb #1fd28dcd
 import io, json, math, os, platform, re, stat, sys, time, warnings
@@ -90,12 +90,6 @@ class Meta:
     def _repr_html_(self): return html_table(('', ''), self.__dict__.items(), caption=f'run {self.output_dir.name}')
 
 # %% ../nbs/10_runs.ipynb #b35508ec
-def is_text(
-    value: Any # from a file
-) -> bool:     # whether it can be shown and written again
-    "Whether this is text without half of a character, which JSON may hold and no file."
-    return isinstance(value, str) and not any('\ud800' <= char <= '\udfff' for char in value)
-
 def is_number(
     value: Any # from a file
 ) -> bool:     # also for what is infinite or not a number
@@ -103,7 +97,7 @@ def is_number(
     return type(value) in (int, float) and not 1e99 <= abs(value) < math.inf
 
 _FITS = {int: ('a whole number from 0 on', lambda value: type(value) is int and 0 <= value < 2**63), float: ('a number', lambda value: is_number(value) and math.isfinite(value)),
-         str: ('a text', is_text), bool: ('true or false', lambda value: isinstance(value, bool)), tuple: ('a list', lambda value: isinstance(value, tuple)), type(None): ('null', lambda value: value is None)}
+         str: ('a text', lambda value: isinstance(value, str)), bool: ('true or false', lambda value: isinstance(value, bool)), tuple: ('a list', lambda value: isinstance(value, tuple)), type(None): ('null', lambda value: value is None)}
 
 def typed(
     content: dict,   # what a file says
@@ -184,7 +178,7 @@ def read_meta(
     content = read_object(path)
     known = {name: content.get(name) for name in Meta.__dataclass_fields__}
     bad = [name for name in ('task_type', 'model', 'dataset') if not known[name]]
-    bad += [name for name, value in known.items() if value is not None and not is_text(value)]
+    bad += [name for name, value in known.items() if value is not None and not isinstance(value, str)]
     bad += [name for name in ('dataset', 'config', 'code_root', 'data_file') if name not in bad and known[name] and not can_be_path(known[name])]
     if bad: raise RunError(f"{path} does not say {', '.join(bad)} as text, or as a path that can be: another program wrote it, or it was edited. Prepare the run anew.")
     if known['task_type'] not in TASK_NAMES:
@@ -375,7 +369,7 @@ def metrics_row(
 
 _whole, _number, _any_number = (lambda value: value is None or _FITS[int][1](value)), (lambda value: value is None or _FITS[float][1](value)), (lambda value: value is None or is_number(value))
 _MEASURED = dict(step=_FITS[int][1], total=_whole, tokens=_whole, learnt=_whole, loss=_any_number, eval_loss=_any_number, grad_norm=_any_number, epoch=_number, learning_rate=_number,
-    seconds=_number, tokens_per_second=_number, note=is_text)  # a loss may be infinite or not a number, and is then shown as such
+    seconds=_number, tokens_per_second=_number, note=_FITS[str][1])  # a loss may be infinite or not a number, and is then shown as such
 
 # %% ../nbs/10_runs.ipynb #de5a0dda
 def read_metrics(

@@ -365,7 +365,7 @@ def fails_at_the_adapter(failed, run):
     data = tree(run)
     sentence = failed("run", run, what="lora_weights")
     assert not any((run/"checkpoints").iterdir())
-    assert {path.name for path in run.iterdir()} - {".lock", "checkpoints"} == {"finetune_meta.json", "metrics.jsonl", "prepared", "status.json", "training_config.json", "training_data_custom_alpaca.json"}
+    assert {path.name for path in run.iterdir()} - {".lock", "checkpoints"} == {"finetune_meta.json", "metrics.jsonl", "prepared", "run_manifest.json", "status.json", "training_config.json", "training_data_custom_alpaca.json"}
     assert (status(run)["state"], status(run)["message"]) == ("failed", sentence) and len(metrics(run)) == 4 and leftovers(run.parent) == []
     assert tree(run)["training_data_custom_alpaca.json"] == data["training_data_custom_alpaca.json"]
 

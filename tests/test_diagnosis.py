@@ -254,6 +254,7 @@ def test_contradictions_and_a_bad_first_row(tmp_path):
 def test_a_run_that_is_there_already_is_a_note(tmp_path):
     config = recipe(tmp_path)
     (config.output_dir/"lora_weights").mkdir(parents=True)
+    (config.output_dir/"lora_weights"/"adapter_config.json").write_text("{}")
     config.save(config.output_dir/"training_config.json")
     assert doctor(config.output_dir, online=False)["output_dir"].state == "note"
     assert doctor(tmp_path/"none", online=False)["config"].state == "problem"

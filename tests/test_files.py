@@ -490,7 +490,7 @@ def test_rows_and_datasets():
     (dict(text="a"), "rows cannot be read from a dict. Give a path, a folder, a name on the Hub, a list of dicts or a datasets.Dataset."), (None, "rows cannot be read from a NoneType"),
     (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS)), "this DatasetDict has the splits train, test. Pass one of them: data['train'].")], ids=lambda value: str(value)[:20])
 def test_sources_that_are_none(source, says):
-    if source == "": says = "the folder"  # the present folder, which holds no data
+    if source == "": says = "names no data: it is empty"
     assert says in refusal(source)
 
 

@@ -163,7 +163,7 @@ def describe_bad_name(
 ) -> str: # what is wrong with it, for a sentence; empty where it can be a name
     "Say why a path can be none on any common file system."
     text = os.fspath(path)
-    if not text.strip(): return 'it is empty'
+    if not text: return 'it is empty'
     if '\0' in text: return 'it holds a NUL character'
     sizes = [len(part.encode('utf-8', 'surrogatepass')) for part in re.split(r'[/\\]' if os.name == 'nt' else '/', text)]
     if max(sizes) > _LONGEST_NAME: return f'a name in it has {max(sizes):,} bytes, and file systems take {_LONGEST_NAME}'

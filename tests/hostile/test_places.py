@@ -118,7 +118,7 @@ def test_rows_elsewhere_are_read_and_said(run, tmp_path):
 def test_looking_says_it_too(run, victim):
     edit(run/"training_config.json", data_cache=str(victim))
     before = tree(victim)
-    assert "data_cache" in said_by(doctor, run, online=False)[1]
+    assert "data_cache" in doctor(run, online=False)["paths"].found
     assert run_info(run).state == "pending" and tree(victim) == before
 
 

@@ -19,6 +19,7 @@ from sage_finetune.core.errors import ConfigError, FinetuneError, ModelError
 from sage_finetune.core.trust import code_files, safe_environment, shadowing_files
 from sage_finetune.demo import quickstart
 from sage_finetune.diagnosis import doctor
+from sage_finetune.core.places import note_files
 from sage_finetune.export import merge, open_run, run_config
 from sage_finetune.launch import run_here, start_run, train_command
 from sage_finetune.memory import estimate_memory
@@ -75,6 +76,7 @@ class Folder:
         shutil.copy(self.model/"own_code.py", self.run/"lora_weights")
         edit(self.run/"finetune_meta.json", model=str(self.model))
         edit(self.run/"training_config.json", model_name=str(self.model), **dict(trust_remote_code=True) | asked)
+        note_files(self.run, ["lora_weights/tokenizer_config.json"])  # a stranger can write a manifest, too
 
     @property
     def config(self): return run_config(self.run, ())
@@ -147,7 +149,7 @@ LOOKING = {
 USING = {
     "open_run": lambda its: answers(*open_run(its.run), ["Which colour has lamp 1?"], max_new_tokens=2),
     "open_run, merged": lambda its: answers(*open_run(its.run, merged=True), ["Which colour has lamp 1?"], max_new_tokens=2),
-    "merge": lambda its: merge(its.run),
+    "merge": lambda its: merge(its.run, its.run.parent/"merged"),
     "chat panel": lambda its: in_chat_panel(its.run),
     "chat panel, merged": lambda its: in_chat_panel(its.run/"merged_model"),
     "chat panel, model": lambda its: in_chat_panel(its.model),
@@ -159,7 +161,7 @@ USING = {
     "trainer": lambda its: trainer.main([str(its.run), "--overwrite"]),
     "cli run": lambda its: cli.main(["run", str(its.run), "--overwrite"]),
     "cli run, resumed": lambda its: cli.main(["run", str(its.run), "--resume"]),
-    "cli merge": lambda its: cli.main(["merge", str(its.run)]),
+    "cli merge": lambda its: cli.main(["merge", str(its.run), "-o", str(its.run.parent/"merged")]),
     "cli chat": lambda its: cli.main(["chat", str(its.run), "-p", "hello", "--max-new-tokens", "2"]),
     "cli chat, merged": lambda its: cli.main(["chat", str(its.run), "-p", "hello", "--merged", "--max-new-tokens", "2"]),
 }

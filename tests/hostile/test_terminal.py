@@ -1,5 +1,6 @@
 """Text from a stranger is shown, never obeyed, hidden or lost: by whatever shows itself, in a terminal, a notebook, a picture and a log."""
 import dataclasses
+import enum
 import importlib
 import inspect
 import io
@@ -327,7 +328,7 @@ def text_forms(one):
         yield f"{type(one).__name__}.{name}", method(one), "sage_finetune" in getattr(getattr(method, "__code__", None), "co_filename", "")
 
 
-SHOWN = sorted(classes(), key=lambda kind: (kind.__module__, kind.__qualname__))
+SHOWN = sorted((kind for kind in classes() if not issubclass(kind, enum.Enum)), key=lambda kind: (kind.__module__, kind.__qualname__))
 
 
 @pytest.mark.parametrize("kind", SHOWN, ids=lambda kind: f"{kind.__module__.removeprefix('sage_finetune.')}.{kind.__name__}")
