@@ -22,7 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from os.path import commonprefix
 from pathlib import Path
@@ -218,6 +218,7 @@ def uniform(
     if text.isascii(): return text.replace('`', "'") if '`' in text else text
     return unicodedata.normalize('NFKC', text.translate(_UNIFORM))
 
+@lru_cache(maxsize=64)  # the same few texts of a row are asked for twice
 def text_key(
     text: str # any
 ) -> int: # 64 bits; 0 for a text in which there is nothing to see
@@ -314,7 +315,7 @@ def bare_words(
     text: str # any
 ) -> str: # its words, as they were, without punctuation at their ends
     "A text without the differences that punctuation makes."
-    return ' '.join(filter(None, (word.strip(_EDGES) for word in text.split())))
+    return ' '.join([word.strip(_EDGES) for word in text.split()])
 
 def only_thinking(
     answer: str # as it is learnt
@@ -625,7 +626,7 @@ class Question(NamedTuple):
     place: int # of its row in the table, from 0
     first: bool # it opens the conversation
     alone: bool # it is the row's only question
-    size: int # its words
+    size: int # words of its first two hundred characters
     key: int # `text_key` of it
     answer: int # `text_key` of its answer, 0 for plain text
     system: int # `text_key` of what stands before the conversation
@@ -649,7 +650,7 @@ def questions_of(
         before, line, rest = question.partition('\n\n') if glued else ('', '', '')
         for text, part in ((question, False), (rest, True)) if line and rest.strip() else ((question, False),):
             texts = (_clip(text), _clip(answer)) if kept else ('', '')
-            found.append(Question(place, not at, len(turns) == 1, len(words_of(text)), text_key(text), text_key(answer),
+            found.append(Question(place, not at, len(turns) == 1, len(words_of(text[:200])), text_key(text), text_key(answer),
                 text_key(before) if part else system, context, part, *texts))
     return found
 
@@ -1076,7 +1077,7 @@ class NearQuestions(NamedTuple):
     lesson: int # line of the question trained on
     exam: int # line of the held-out question
     same: bool # by their words they are the same
-    at_lesson: tuple # places of words that stand for others, in the question trained on
+    at_lesson: tuple # (place, words) of what stands for something else, in the question trained on
     at_exam: tuple # and in the held-out one
     likeness: float # share of words in common
 
@@ -1096,7 +1097,7 @@ def _near_questions(lessons: pd.DataFrame, exam: pd.DataFrame) -> Iterator[NearQ
         if not answer and not expected: same = count <= length / 8  # two plain texts
         else: same = (alike or first or opens) and same_question(known[place], asked[at], found, alike)
         blanks = [change for change in found if change.old and change.new] if count <= max(1, length / 8) else []
-        places = tuple(one.start for one in blanks), tuple(one.at for one in blanks)
+        places = tuple((one.start, len(one.old)) for one in blanks), tuple((one.at, len(one.new)) for one in blanks)
         yield NearQuestions(lesson, line, same, *places, 1 - count / max(length, 1))
 
 def _filled_in(near: list[NearQuestions], lessons: pd.DataFrame, exam: pd.DataFrame) -> set[tuple]:
