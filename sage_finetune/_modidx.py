@@ -1520,6 +1520,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sage_finetune.health._by_share': ('health.html#_by_share', 'sage_finetune/health.py'),
                                       'sage_finetune.health._clip': ('health.html#_clip', 'sage_finetune/health.py'),
                                       'sage_finetune.health._common_end': ('health.html#_common_end', 'sage_finetune/health.py'),
+                                      'sage_finetune.health._content_key': ('health.html#_content_key', 'sage_finetune/health.py'),
                                       'sage_finetune.health._embedded': ('health.html#_embedded', 'sage_finetune/health.py'),
                                       'sage_finetune.health._exact_leaks': ('health.html#_exact_leaks', 'sage_finetune/health.py'),
                                       'sage_finetune.health._filled_in': ('health.html#_filled_in', 'sage_finetune/health.py'),

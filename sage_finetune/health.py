@@ -218,6 +218,8 @@ def uniform(
     if text.isascii(): return text.replace('`', "'") if '`' in text else text
     return unicodedata.normalize('NFKC', text.translate(_UNIFORM))
 
+_MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9)  # odd numbers whose bits look thrown
+
 @lru_cache(maxsize=64)  # the same few texts of a row are asked for twice
 def text_key(
     text: str # any
@@ -292,7 +294,8 @@ def guess_language(
     text = text[:500].lower()
     script = ('LATIN' if any(map(str.isalpha, text)) else '') if text.isascii() else _script(Counter(text))
     if script != 'LATIN': return _SCRIPTS.get(script, f'{script.capitalize()} script') if script else NO_LETTERS
-    hits = Counter(language for word in set(re.findall(r'[^\W\d_]{2,}', text)) for language in _LANGUAGES_OF.get(word, ()))
+    known = _LANGUAGES_OF.keys() & re.findall(r'[^\W\d_]{2,}', text)
+    hits = Counter([language for word in known for language in _LANGUAGES_OF[word]])
     (best, most), (_, next_most) = [*hits.most_common(2), ('', 0), ('', 0)][:2]
     return best if most >= 2 and most > next_most else UNCLEAR
 
@@ -383,6 +386,11 @@ def _hollow(example: Example, closing: set[int], special: set[int]) -> str:
         if ends and text.strip() and all(one in special for one in ids[ends[-1]:]): return 'thinking'
     return ''
 
+def _content_key(example: Example) -> int:
+    "The same for rows of the same words: of question and answer where there are no other pieces"
+    if len(example.pieces) > 2 or not example.answers: return text_key(bare_words(example.text)) or text_key(example.text)
+    return (text_key(example.asked) * int(_MIX[0]) ^ text_key(example.answers[0])) & 0xFFFFFFFFFFFFFFFF
+
 def measure(
     example: Example, # a row
     stop: set[int], # tokens at which generation stops
@@ -400,7 +408,7 @@ def measure(
         stops=bool(ends) and ends[-1] in stop and all(one in stop or one in special for one in ends),
         language=language, odd=odd_characters(example.text), markup=has_markup(example.text),
         whole=int.from_bytes(whole, 'big'), asked=text_key(example.asked), answer=text_key(first), opening=text_key(opening(first)),
-        content=text_key(bare_words(example.text)) or text_key(example.text), hollow=_hollow(example, closing, special),
+        content=_content_key(example), hollow=_hollow(example, closing, special),
         ending=ending(last, language) if example.asked else '', letters=len(last))
 
 # %% ../nbs/17_health.ipynb #46974647
@@ -413,7 +421,6 @@ def token_codes(
     named = [str(token_id) if '\ufffd' in text else text for token_id, text in zip(vocabulary, seen)]  # half a character is like no other
     return np.array([zlib.crc32(name.encode('utf-8', 'surrogatepass')) + 1 if name else 0 for name in named], dtype=np.uint64)
 
-_MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9)  # odd numbers whose bits look thrown
 HEAD_AND_TAIL = 256  # of longer rows, so many tokens of the beginning and of the end are compared
 
 def shingles(
@@ -605,7 +612,7 @@ def closest_questions(
 ) -> Iterator[tuple[int, int]]: # (place in `asked`, place in `known`), those with most in common first
     "For each question of a set the few of another that have most in common with it."
     numbers = defaultdict(lambda: len(numbers) + 1)
-    tables = [_word_table([[numbers[word.casefold()] for word in words] for words in texts]) for texts in (known, asked)]
+    tables = [_word_table([list(map(numbers.__getitem__, map(str.casefold, words))) for words in texts]) for texts in (known, asked)]
     (keys, owners), (wanted, places) = tables
     begins, ends = np.searchsorted(keys, wanted, 'left'), np.searchsorted(keys, wanted, 'right')
     order = np.lexsort((ends - begins, places))
@@ -626,7 +633,7 @@ class Question(NamedTuple):
     place: int # of its row in the table, from 0
     first: bool # it opens the conversation
     alone: bool # it is the row's only question
-    size: int # words of its first two hundred characters
+    size: int # words of its first two hundred characters; not counted when it is alone
     key: int # `text_key` of it
     answer: int # `text_key` of its answer, 0 for plain text
     system: int # `text_key` of what stands before the conversation
@@ -650,7 +657,7 @@ def questions_of(
         before, line, rest = question.partition('\n\n') if glued else ('', '', '')
         for text, part in ((question, False), (rest, True)) if line and rest.strip() else ((question, False),):
             texts = (_clip(text), _clip(answer)) if kept else ('', '')
-            found.append(Question(place, not at, len(turns) == 1, len(words_of(text[:200])), text_key(text), text_key(answer),
+            found.append(Question(place, not at, len(turns) == 1, len(turns) > 1 and len(words_of(text[:200])), text_key(text), text_key(answer),
                 text_key(before) if part else system, context, part, *texts))
     return found
 
@@ -1089,7 +1096,7 @@ def _near_questions(lessons: pd.DataFrame, exam: pd.DataFrame) -> Iterator[NearQ
     left, right = (list(zip(one.index.tolist(), one.key.tolist(), one['first'].tolist(), one.answer.tolist(), one.reply.tolist())) for one in (lessons, exam))
     for at, place in closest_questions(known, asked):
         (lesson, key, first, answer, reply), (line, other_key, opens, expected, said) = left[place], right[at]
-        if key == other_key: continue  # the same was looked for before
+        if key == other_key or min(len(known[place]), len(asked[at])) < SMALL_TALK: continue  # the same was looked for before
         if len(set(map(str.casefold, known[place])) ^ set(map(str.casefold, asked[at]))) > 2 * max(3, len(asked[at]) / 8): continue
         found, length = changes(known[place], asked[at]), max(len(known[place]), len(asked[at]))
         if (count := words_changed(found)) > max(3, length / 8): continue
@@ -1117,7 +1124,7 @@ def nearly_in_both_splits(survey: Survey) -> Finding: # a measured data set, wit
     lessons, exam = (one.questions[_stands(one.questions)] for one in (survey, held))
     exact = _exact_leaks(lessons, exam)
     exam = exam[~exam.place.isin(exam.place[list(exact)])]
-    lessons, exam = (one[(one['size'] >= SMALL_TALK) & (one.text != '') & ~one.part] for one in (lessons, exam))
+    lessons, exam = (one[(one.text != '') & ~one.part] for one in (lessons, exam))
     near = list(_near_questions(lessons, exam))
     blanks = _filled_in(near, lessons, exam)
     for one in near:
