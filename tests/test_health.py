@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from sage_finetune.config import tiny_path
 from sage_finetune.core.errors import ConfigError, DataError
 from sage_finetune.data import prepare_dataset
-from sage_finetune.health import (CHECKS, LEVELS, Finding, HealthReport, alike, guess_language, health_report, histogram, near_pairs, odd_characters, opening, read_examples,
+from sage_finetune.health import (CHECKS, LEVELS, Finding, HealthReport, alike, ending, guess_language, health_report, histogram, is_placeholder, near_pairs, odd_characters, opening, read_examples,
     shingles, signatures, survey, text_key, token_codes, without_common)
 from sage_finetune.plot import draw_lengths
 from templates_table import TALKS, names, tokenizer_for
@@ -445,7 +445,11 @@ def test_the_same_answer_in_other_words_is_wanted_in_training_and_a_leak_across(
 
 
 @pytest.mark.parametrize("answer", ["N/A", "n/a.", "nan", "NaN", "null", "None", "-", "—", "...", "?", "[deleted]", "<NA>", "TBD", "#N/A", "无"])
-def test_placeholders(look, answer):
+def test_placeholders(answer): assert is_placeholder(answer) and is_placeholder(f" {answer}\n")
+
+
+@pytest.mark.parametrize("answer", ["N/A", "null", "—"])
+def test_rows_with_placeholders(look, answer):
     report = look(healthy(40) + [asked("What is there?", answer)])
     assert (report["hollow answers"].level, report["hollow answers"].rows) == ("warn", [41]) and report["hollow answers"].figures["kinds"]["placeholder"] == 1
     assert look(healthy(150) + [asked("What is there?", answer)])["hollow answers"].level == "note"
@@ -453,7 +457,7 @@ def test_placeholders(look, answer):
 
 
 @pytest.mark.parametrize("answer", ["No.", "42", "Nan Goldin.", "Null and void.", "👍", "∅", "None of them.", "a", "€", "是"])
-def test_short_answers_are_no_placeholders(look, answer): assert look(healthy(40) + [asked("What is there?", answer)])["hollow answers"].level == "ok"
+def test_short_answers_are_no_placeholders(answer): assert not is_placeholder(answer)
 
 
 @pytest.mark.parametrize("answer", ["<think>It may be Ada.</think>", "<think>\nSo, who is it\n</think>\n\n", "<think>I wonder who it may be", "[THINK]Ada?[/THINK]", "It may be Ada, or not.</think>"])
@@ -481,7 +485,7 @@ def test_answers_that_are_cut_off(look, answer):
 @pytest.mark.parametrize("answer", ["salted figs", "The keeper said to all of us: “Nobody sleeps in here.”", "It is all on the page at https://light.example/keeper", "def light(lamp):\n    return lamp.on and lamp.bright",
     "There are three of them in the tower:\n- the lamp\n- the bell\n- the boat that hangs from the roof of the hall", "灯塔看守人在灯塔里住了整整九年。", "The keeper has lived in the tower for nine years!", "He has lived in the tower for many years (nine)",
     "The whole sum of what they paid us is 42", "You are very welcome, and do come again some day 👋", "เขาอาศัยอยู่ในหอคอยมาเก้าปีแล้ว", "क्या वह वहाँ नौ साल से रहता है और काम करता है।"])
-def test_answers_that_are_not_cut_off(look, answer): assert look(healthy(40) + [asked("What about it?", answer)])["cut-off answers"].level == "ok"
+def test_answers_that_are_not_cut_off(answer): assert ending(answer, guess_language(answer)) != "open"
 
 
 def test_answers_without_full_stops_are_a_style_unless_all_have_one_length(look):
