@@ -4,20 +4,27 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'NO_SPACES', 'UNCLEAR', 'NO_LETTERS', 'HEAD_AND_TAIL', 'SIGNATURE', 'BANDS', 'ALIKE', 'MOST_PAIRS',
-           'NEAR_ROWS', 'LEVELS', 'MOST_ROWS', 'OFTEN', 'ADVICE', 'CHECKS', 'frame_of', 'Example', 'read_examples',
-           'decoded', 'text_key', 'opening', 'odd_characters', 'has_markup', 'guess_language', 'Measured', 'measure',
-           'token_codes', 'shingles', 'alike', 'signatures', 'without_common', 'near_pairs', 'Survey', 'survey',
-           'Finding', 'preparation', 'learnt_share', 'longest_rows', 'histogram', 'lengths', 'stop_tokens',
-           'empty_answers', 'one_word_answers', 'answer_lengths', 'same_answers', 'openings', 'exact_duplicates',
-           'answers_differ', 'near_duplicates', 'in_both_splits', 'nearly_in_both_splits', 'languages', 'odd_writing',
-           'secrets', 'markup', 'health_html', 'HealthReport', 'health_report']
+           'KEPT_WORDS', 'PLACES', 'CLOSEST', 'NEAR_ROWS', 'KEPT_LETTERS', 'LEVELS', 'MOST_ROWS', 'OFTEN', 'ADVICE',
+           'MANY', 'MOST', 'SMALL_TALK', 'CHECKS', 'frame_of', 'TurnMarks', 'turn_marks', 'Example', 'read_examples',
+           'decoded', 'uniform', 'text_key', 'opening', 'odd_characters', 'has_markup', 'guess_language',
+           'is_placeholder', 'bare_words', 'only_thinking', 'ending', 'Measured', 'measure', 'token_codes', 'shingles',
+           'alike', 'signatures', 'without_common', 'near_pairs', 'words_of', 'Change', 'changes', 'another_question',
+           'same_answer', 'words_changed', 'same_question', 'closest_questions', 'Question', 'questions_of', 'Survey',
+           'survey', 'Finding', 'preparation', 'learnt_share', 'longest_rows', 'histogram', 'lengths', 'stop_tokens',
+           'empty_answers', 'hollow_answers', 'cut_off_answers', 'one_word_answers', 'answer_lengths', 'same_answers',
+           'openings', 'exact_duplicates', 'answers_differ', 'near_duplicates', 'in_both_splits', 'NearQuestions',
+           'nearly_in_both_splits', 'languages', 'odd_writing', 'secrets', 'markup', 'health_html', 'HealthReport',
+           'health_report']
 
 # %% ../nbs/17_health.ipynb #9a507caa
 import base64, hashlib, re, textwrap, unicodedata, zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from difflib import SequenceMatcher
+from functools import cached_property, lru_cache
+from itertools import chain
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -30,6 +37,7 @@ from .core.errors import ConfigError, DataError, FinetuneError
 from .core.secrets import redact_object, redact_secrets, scan_texts
 from .core.storage import write_json
 from .core.text import sanitize_html, sanitize_line
+from .template import TEMPLATE_ERRORS, THINKING_TAGS, ChatFormat, opening_tokens, probe
 from .tokens import visible
 from .prompt import render_prompt, stop_ids
 from .data import prepare_dataset, report_line
@@ -48,6 +56,55 @@ def frame_of(
     return one[:same(one, other)], one[len(one) - same(one[::-1], other[::-1]):]
 
 # %% ../nbs/17_health.ipynb #d63cd9d0
+class TurnMarks(NamedTuple):
+    "What a chat template writes around a user's turn."
+    opening: str # before it
+    closing: str # behind it
+    tool: str = '' # what a tool's result begins with, where it is written as a user's turn
+    glued: bool = False # the system prompt stands in a user's turn, before the question
+
+_SIGNS = [chr(0x10FF00 + at) for at in range(6)]  # private-use characters: no template writes them by itself
+
+def turn_marks(
+    tokenizer: 'PreTrainedTokenizerBase' # carries the chat template
+) -> TurnMarks | None: # None when the template cannot be asked, or marks no turns
+    "What stands before and behind every user's turn, found by writing a conversation of signs."
+    try:
+        form = ChatFormat(tokenizer)
+        stop, text = form.stop, form.fill(probe(*_SIGNS[:5]), asked=True)
+    except (FinetuneError, *TEMPLATE_ERRORS): return None
+    if [letter for letter in text if letter in _SIGNS] != _SIGNS[:5]: return None
+    parts = re.split('[' + ''.join(_SIGNS) + ']', text)
+    closing = commonprefix(parts[1::2]).strip()
+    closing = next((token[0] for token in opening_tokens(form, closing)[:1] if closing.startswith(token[0])), closing)
+    opening = _common_end(form, parts[:-1:2])  # the stop before it belongs to the answer, unless it is all there is
+    opening = opening.rpartition(stop)[2].strip().removeprefix(closing).strip() or (stop if stop in opening else '')
+    return TurnMarks(opening, closing, _tool_mark(form, opening), _is_glued(form, opening)) if opening and closing else None
+
+def _common_end(form: ChatFormat, parts: list[str]) -> str:
+    "What texts have in common at their end, without a part of a control token"
+    end = commonprefix([part[::-1] for part in parts])[::-1]
+    edges = [len(part) - len(end) for part in parts]
+    tokens = [(token, edge) for part, edge in zip(parts, edges) for token in form.pattern.finditer(part)]
+    inside = [token.end() - edge for token, edge in tokens if token.start() < edge < token.end()]
+    return end[max(inside, default=0):]
+
+def _tool_mark(form: ChatFormat, opening: str) -> str:
+    "How a tool's result begins, where it stands in a user's turn"
+    call = dict(role='assistant', content='', tool_calls=[dict(type='function', id='call_1', function=dict(name='look', arguments={}))])
+    try: text = form.fill([*probe(_SIGNS[0]), call, dict(role='tool', name='look', tool_call_id='call_1', content=_SIGNS[1])])
+    except TEMPLATE_ERRORS: return ''
+    before = text.partition(_SIGNS[1])[0].rpartition(opening)[2]
+    return before.strip() if _SIGNS[1] in text and _SIGNS[0] not in before and 'look' not in before else ''
+
+def _is_glued(form: ChatFormat, opening: str) -> bool:
+    "Whether a system prompt stands in a user's turn"
+    try: text = form.fill([dict(role='system', content=_SIGNS[5]), *probe(*_SIGNS[:3])], asked=True)
+    except TEMPLATE_ERRORS: return False
+    behind = re.split('[' + ''.join(_SIGNS[:5]) + ']', text.partition(_SIGNS[5])[2])
+    return len(behind) > 1 and opening not in behind[0]
+
+# %% ../nbs/17_health.ipynb #65833b74
 class Example(NamedTuple):
     "One row of a prepared data set, read back."
     row: int # its number in the data, from 1
@@ -58,6 +115,8 @@ class Example(NamedTuple):
     asked: str # what stands before the first answer; empty for plain text
     answers: list[str] # what is learnt, one text a piece
     text: str # all of it, without special tokens
+    turns: tuple = () # (question, learnt answer) of each user turn that is answered
+    system: str = '' # what stands before the first of them: a system prompt, with the template's words around it
 
 def _pieces(ids: list[int], learnt: np.ndarray, frame: tuple) -> list[tuple]:
     "Where a row is to be cut"
@@ -72,12 +131,28 @@ def _pieces(ids: list[int], learnt: np.ndarray, frame: tuple) -> list[tuple]:
 
 _THINKING = re.compile(r'\s*\w*\s*<think>\s*(</think>)?\s*$')  # opened by the template behind the question
 
-def _as_example(row: int, ids: np.ndarray, learnt: np.ndarray, pieces: list[tuple], texts: list[str]) -> Example:
+def _question(raw: str, marks: TurnMarks | None) -> str:
+    "The user's turn that stands last in a piece that is not learnt; a tool's result is none. Empty when there is none"
+    turns = raw.split(marks.opening)[1:] if marks else []
+    texts = (turn.partition(marks.closing)[0].strip() for turn in reversed(turns))
+    return next((text for text in texts if not (marks.tool and text.startswith(marks.tool))), '')
+
+def _turns(asked: str, pieces: list[str], answered: list[bool], raw: dict[int, str], marks: TurnMarks | None) -> tuple:
+    "(question, answer) of each answered question; a first piece that is not in `raw` is nothing but the question"
+    found, question = [], ''
+    for at, (text, is_answer) in enumerate(zip(pieces, answered)):
+        if is_answer and question: found.append((question, text))
+        question = '' if is_answer else _question(raw[at], marks) or ('' if at else asked) if at in raw else '' if at else asked
+    return tuple(found)
+
+def _as_example(row: int, ids: np.ndarray, learnt: np.ndarray, pieces: list[tuple], texts: list[str], raw: dict[int, str],
+    marks: TurnMarks | None) -> Example:
     "Put the decoded pieces where they belong"
-    spoken = [(start, end) for start, end in pieces if end > start and learnt[start]]
-    asked = '' if spoken[:1] == pieces[:1] else _THINKING.sub('', texts[0]).strip()
-    answers = [text for text, piece in zip(texts, pieces) if piece in spoken]
-    return Example(row, ids, learnt, pieces, spoken, asked, answers, ' '.join(texts))
+    answered = [end > start and bool(learnt[start]) for start, end in pieces]
+    asked = '' if answered[:1] == [True] else _THINKING.sub('', texts[0]).strip() if texts else ''
+    spoken, answers = ([one for one, is_answer in zip(all_of, answered) if is_answer] for all_of in (pieces, texts))
+    system = raw[0].partition(marks.opening)[0] if marks and 0 in raw and marks.opening in raw[0] else ''
+    return Example(row, ids, learnt, pieces, spoken, asked, answers, ' '.join(texts), _turns(asked, texts, answered, raw, marks), system)
 
 # %% ../nbs/17_health.ipynb #eac9865f
 AT_ONCE = 1000  # rows that are in memory at a time
@@ -87,16 +162,34 @@ def read_examples(
     tokenizer: 'PreTrainedTokenizerBase' # what the ids were made with
 ) -> Iterator[Example]: # in order
     "Read a prepared data set back, a thousand rows at a time."
-    frame, done = frame_of(tokenizer), 0
+    frame, marks, special, done = frame_of(tokenizer), turn_marks(tokenizer), _special_table(tokenizer), 0
     for batch in dataset.with_format('arrow').iter(batch_size=AT_ONCE):
         ids, labels = _lists(batch['input_ids']), _lists(batch['labels'])
         numbers = batch['row'].to_pylist() if 'row' in batch.column_names else range(done + 1, done + 1 + len(ids))
         learnt = [one != -100 for one in labels]
         pieces = [_pieces(one.tolist(), mask, frame) for one, mask in zip(ids, learnt)]
         texts = iter(decoded([one[start:end].tolist() for one, spans in zip(ids, pieces) for start, end in spans], tokenizer))
-        for number, one, mask, spans in zip(numbers, ids, learnt, pieces):
-            yield _as_example(number, one, mask, spans, [next(texts) for _ in spans])
+        unclear = [_unclear(one, mask, spans, special) if marks else {} for one, mask, spans in zip(ids, learnt, pieces)]
+        longer = [one[start:end].tolist() for one, some in zip(ids, unclear) for start, end in some.values()]
+        raw = iter(decoded(longer, tokenizer, special=True))
+        for number, one, mask, spans, some in zip(numbers, ids, learnt, pieces, unclear):
+            yield _as_example(number, one, mask, spans, [next(texts) for _ in spans], {at: next(raw) for at in some}, marks)
         done += len(ids)
+
+def _special_table(tokenizer: Any) -> np.ndarray:
+    "For each id of the vocabulary whether it is a special token"
+    table = np.zeros(max([*tokenizer.get_vocab().values(), *tokenizer.all_special_ids], default=0) + 1, bool)
+    table[[*tokenizer.all_special_ids, *(token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)]] = True
+    return table
+
+def _unclear(ids: np.ndarray, learnt: np.ndarray, pieces: list[tuple], special: np.ndarray) -> dict[int, tuple]:
+    "Pieces, by their place, that may hold more than a question, with the stop before: all but a first one that had a frame on both sides"
+    found, starts = {}, [0, *(start for start, _ in pieces[1:]), len(ids)]
+    for at, (start, end) in enumerate(pieces):
+        if end > start and learnt[start]: continue
+        plain = not at and start and end < starts[1] and not special[np.minimum(ids[start:end], len(special) - 1)].any()
+        if not plain: found[at] = (max(starts[at] - 1, 0), starts[at + 1])
+    return found
 
 def _lists(column: Any) -> list[np.ndarray]:
     "An Arrow column of lists as one array a row"
@@ -105,19 +198,35 @@ def _lists(column: Any) -> list[np.ndarray]:
 
 def decoded(
     parts: list[list[int]], # lists of ids
-    tokenizer: Any # of the model
+    tokenizer: Any, # of the model
+    special: bool = False # special tokens are written, too
 ) -> list[str]: # one a list
-    "Many lists of ids as text, without special tokens; on all cores where the tokenizer can."
+    "Many lists of ids as text; on all cores where the tokenizer can."
     backend = getattr(tokenizer, 'backend_tokenizer', None)
-    if hasattr(backend, 'decode_batch'): return backend.decode_batch(parts, skip_special_tokens=True)
-    return tokenizer.batch_decode(parts, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if hasattr(backend, 'decode_batch'): return backend.decode_batch(parts, skip_special_tokens=not special)
+    return tokenizer.batch_decode(parts, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
 # %% ../nbs/17_health.ipynb #c1be3395
+_KINDS = (('‘’‚‛′`´', "'"), ('“”„‟″«»', '"'), ('‐‑‒–—―−', '-'), ('\u00ad\u200b\u200c\u200d\u2060\ufeff', ''))
+_UNIFORM = {ord(letter): plain for letters, plain in _KINDS for letter in letters}
+_EDGES = '.,;:!?…¿¡"\'()[]{}。、「」『』।॥؟،؛۔ \t\n'  # no difference at the beginning and the end of a text
+
+def uniform(
+    text: str # any
+) -> str: # the same text with one kind of quotes, dashes and letters, upper and lower case as they were
+    "A text without the differences that writing on another keyboard makes (Unicode NFKC, quotes, dashes, invisible characters)."
+    if text.isascii(): return text.replace('`', "'") if '`' in text else text
+    return unicodedata.normalize('NFKC', text.translate(_UNIFORM))
+
+_MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9)  # odd numbers whose bits look thrown
+
+@lru_cache(maxsize=64)  # the same few texts of a row are asked for twice
 def text_key(
     text: str # any
 ) -> int: # 64 bits; 0 for a text in which there is nothing to see
-    "A number that is the same for texts that differ in upper and lower case and in white space only."
-    words = ' '.join(text.casefold().split()).encode('utf-8', 'surrogatepass')
+    "A number that is the same for texts that differ only in case, white space, kinds of quotes and dashes, and punctuation at either end."
+    words = ' '.join(uniform(text).casefold().split())
+    words = (words.strip(_EDGES) or words).encode('utf-8', 'surrogatepass')
     return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), 'big') if words else 0
 
 def opening(
@@ -185,9 +294,58 @@ def guess_language(
     text = text[:500].lower()
     script = ('LATIN' if any(map(str.isalpha, text)) else '') if text.isascii() else _script(Counter(text))
     if script != 'LATIN': return _SCRIPTS.get(script, f'{script.capitalize()} script') if script else NO_LETTERS
-    hits = Counter(language for word in set(re.findall(r'[^\W\d_]{2,}', text)) for language in _LANGUAGES_OF.get(word, ()))
+    known = _LANGUAGES_OF.keys() & re.findall(r'[^\W\d_]{2,}', text)
+    hits = Counter([language for word in known for language in _LANGUAGES_OF[word]])
     (best, most), (_, next_most) = [*hits.most_common(2), ('', 0), ('', 0)][:2]
     return best if most >= 2 and most > next_most else UNCLEAR
+
+# %% ../nbs/17_health.ipynb #5aa743cc
+_PLACEHOLDERS = {
+    *'n/a #n/a na n.a nan -nan <na> nat null none nil undefined void tbd todo tba xxx missing blank #ref! #value! #name? #div/0! 无 暂无 なし'.split(),
+    *'no answer|no response|no output|not available|not applicable|lorem ipsum|your answer here'.split('|'),
+    *'[deleted] [removed] [empty] <empty> (none) (empty)'.split()}
+
+def is_placeholder(
+    answer: str # without its thinking
+) -> bool: # True for `N/A`, `nan`, `null`, `-` and their like
+    "Whether an answer only stands where one is missing."
+    if len(answer) > 40: return False
+    text = ' '.join(uniform(answer).casefold().split()).strip('\'"').rstrip('.')
+    says = any(letter.isalnum() or unicodedata.category(letter) in ('So', 'Sc', 'Sm') for letter in answer)
+    return text in _PLACEHOLDERS or bool(answer.strip()) and not says
+
+def bare_words(
+    text: str # any
+) -> str: # its words, as they were, without punctuation at their ends
+    "A text without the differences that punctuation makes."
+    return ' '.join([word.strip(_EDGES) for word in text.split()])
+
+def only_thinking(
+    answer: str # as it is learnt
+) -> bool: # True when the thinking block is all there is, or never ends
+    "Whether an answer is nothing but thoughts."
+    for opened, closed in THINKING_TAGS:
+        head, found, rest = answer.rpartition(closed)
+        if found and not rest.strip() and head.replace(opened, '').strip(): return True
+        if not found and answer.lstrip().startswith(opened) and answer.strip() != opened: return True
+    return False
+
+# %% ../nbs/17_health.ipynb #5e30f4c0
+_ENDS = '.!?…:。！？．｡।॥؟۔։።፧។။᙮'  # of sentences, in many scripts
+_LINE = re.compile(r'\s*([-*+•|#>]|\d+[.)])\s?')  # begins a line of a list, a table, a quotation; a heading
+
+def ending(
+    text: str, # an answer
+    language: str # as `guess_language` says
+) -> str: # 'closed', 'open', or empty where nothing can be said
+    "Whether a text ends as a sentence does."
+    lines = [line for line in text.rstrip().split('\n') if line.strip()]
+    if not lines or language == 'Thai' or '```' in text or _LINE.match(lines[-1]): return ''
+    last = lines[-1].rstrip(' *_~`"\'”’»')
+    if not last or (len(last) < 16 if language in NO_SPACES else len(last.split()) < (4 if len(lines) > 1 else 8)): return ''
+    if len(lines) > 3 and sum(line.rstrip()[-1] in _ENDS for line in lines[:-1]) < len(lines) / 2: return ''
+    if last[-1] in _ENDS or last[-1] not in ',;-–—' and not last[-1].isalpha(): return 'closed'  # a bracket, a number, a picture
+    return 'closed' if re.search(r'[/@_=\\]|\w\.\w', last.split()[-1]) else 'open'  # an address, a name in code
 
 # %% ../nbs/17_health.ipynb #c8b2f538
 class Measured(NamedTuple):
@@ -207,6 +365,10 @@ class Measured(NamedTuple):
     asked: int # `text_key` of the question, 0 for plain text
     answer: int # `text_key` of the first answer
     opening: int # `text_key` of the first words of the first answer
+    content: int # `text_key` of all its words: the same for rows that differ in case, spaces and punctuation only
+    hollow: str # 'thinking' or 'placeholder' when an answer is only that; mostly empty
+    ending: str # of the last answer, as `ending` says; empty for plain text
+    letters: int # characters of the last answer
     secret: str = '' # kinds of secrets that seem to be in it, with a comma between; a thousand rows are looked at together
 
 # %% ../nbs/17_health.ipynb #1f49f851
@@ -214,22 +376,40 @@ def _single_word(text: str, language: str) -> bool:
     "Whether a text is one word; a language without spaces has no words to count, so there it is two characters"
     return len(text.strip()) <= 2 if language in NO_SPACES else len(text.split()) == 1
 
+def _hollow(example: Example, closing: set[int], special: set[int]) -> str:
+    "What an answer of the row only is: 'thinking', 'placeholder' or neither; `closing` are special tokens that end a thinking block"
+    for (start, end), text in zip(example.spoken, example.answers):
+        if only_thinking(text): return 'thinking'
+        if len(text) <= 40 and is_placeholder(text): return 'placeholder'
+        ids = example.ids[start:end].tolist() if closing else []
+        ends = [at for at, one in enumerate(ids) if one in closing]
+        if ends and text.strip() and all(one in special for one in ids[ends[-1]:]): return 'thinking'
+    return ''
+
+def _content_key(example: Example) -> int:
+    "The same for rows of the same words: of question and answer where there are no other pieces"
+    if len(example.pieces) > 2 or not example.answers: return text_key(bare_words(example.text)) or text_key(example.text)
+    return (text_key(example.asked) * int(_MIX[0]) ^ text_key(example.answers[0])) & 0xFFFFFFFFFFFFFFFF
+
 def measure(
     example: Example, # a row
     stop: set[int], # tokens at which generation stops
-    special: set[int] # special tokens: they may end an answer that is not the last, as a tool call does
+    special: set[int], # special tokens: they may end an answer that is not the last, as a tool call does
+    closing: frozenset[int] = frozenset() # those of them that end a thinking block
 ) -> Measured: # its line in the table
     "Look at one row."
     answers, ends = example.answers, example.ids[[end - 1 for _, end in example.spoken]].tolist()
     first, longest = answers[0] if answers else '', max((end - start for start, end in example.spoken), default=0)
     language = guess_language(' '.join(answers)[:500])
     if language in (UNCLEAR, NO_LETTERS): language = guess_language(f'{example.asked[:250]} {" ".join(answers)}')
-    whole = hashlib.blake2b(example.ids.tobytes(), digest_size=8).digest()
+    whole, last = hashlib.blake2b(example.ids.tobytes(), digest_size=8).digest(), answers[-1] if answers else ''
     return Measured(example.row, len(example.ids), int(example.learnt.sum()), len(answers), longest,
         silent=not all(one.strip() for one in answers), one_word=bool(answers) and all(_single_word(one, language) for one in answers),
         stops=bool(ends) and ends[-1] in stop and all(one in stop or one in special for one in ends),
         language=language, odd=odd_characters(example.text), markup=has_markup(example.text),
-        whole=int.from_bytes(whole, 'big'), asked=text_key(example.asked), answer=text_key(first), opening=text_key(opening(first)))
+        whole=int.from_bytes(whole, 'big'), asked=text_key(example.asked), answer=text_key(first), opening=text_key(opening(first)),
+        content=_content_key(example), hollow=_hollow(example, closing, special),
+        ending=ending(last, language) if example.asked else '', letters=len(last))
 
 # %% ../nbs/17_health.ipynb #46974647
 def token_codes(
@@ -241,7 +421,6 @@ def token_codes(
     named = [str(token_id) if '\ufffd' in text else text for token_id, text in zip(vocabulary, seen)]  # half a character is like no other
     return np.array([zlib.crc32(name.encode('utf-8', 'surrogatepass')) + 1 if name else 0 for name in named], dtype=np.uint64)
 
-_MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9)  # odd numbers whose bits look thrown
 HEAD_AND_TAIL = 256  # of longer rows, so many tokens of the beginning and of the end are compared
 
 def shingles(
@@ -327,7 +506,160 @@ def near_pairs(
     return sorted((one, other, round(same, 3)) for one, other in places if (same := alike(sets[one], sets[other])) >= ALIKE)
 
 # %% ../nbs/17_health.ipynb #37653099
+_WIDE = '\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff'  # scripts without spaces: each character counts as a word
+_WORD = re.compile(rf"[{_WIDE}]|[^\W{_WIDE}]+(?:'[^\W{_WIDE}]+)*|[+%/#=<>$€£]|(?<![^\W\d])-(?=\s?\d)")  # signs of sums count, too
+KEPT_WORDS = 256  # of a longer question, so many words of the beginning and of the end are compared
+
+def words_of(
+    text: str # a question or an answer
+) -> list[str]: # as written; compare them in lower case
+    "The words of a text, at most twice `KEPT_WORDS`."
+    words = _WORD.findall(uniform(text[:20 * KEPT_WORDS] + text[20 * KEPT_WORDS:][-20 * KEPT_WORDS:]))
+    return words if len(words) <= 2 * KEPT_WORDS else words[:KEPT_WORDS] + words[-KEPT_WORDS:]
+
+class Change(NamedTuple):
+    "A place in which two lists of words differ."
+    start: int # where in the one
+    at: int # where in the other
+    old: list[str] # words of the one, as written
+    new: list[str] # words of the other in their place
+
+def changes(
+    one: list[str], # words
+    other: list[str] # words
+) -> list[Change]: # none when they differ in upper and lower case only
+    "What differs between two texts."
+    left, right = [word.casefold() for word in one], [word.casefold() for word in other]
+    start = len(commonprefix([left, right]))
+    tail = len(commonprefix([left[start:][::-1], right[start:][::-1]]))
+    left, right = left[start:len(left) - tail], right[start:len(right) - tail]
+    if not left and not right: return []
+    if min(len(left), len(right)) < 2: blocks = [('replace', 0, len(left), 0, len(right))]
+    else: blocks = SequenceMatcher(None, left, right, autojunk=False).get_opcodes()
+    places = [[start + at for at in block[1:]] for block in blocks if block[0] != 'equal']
+    return [Change(a, c, one[a:b], other[c:d]) for a, b, c, d in places]
+
+# %% ../nbs/17_health.ipynb #b90dc651
+_COURTESY = set('please kindly thanks thank you hi hello hey bitte danke por favor gracias obrigado svp merci per favore grazie'
+    ' alsjeblieft dziękuję proszę tack lütfen tolong пожалуйста спасибо 请 謝 谢 您 お 願 い し ま す'.split())
+_NEGATIONS = set('not no never without except nor cannot nicht kein keine keinen nie ohne ne pas jamais sans non senza sin nunca'
+    ' sem não geen niet zonder nie bez inte utan değil не нет без 不 没 未'.split())
+
+def _is_name(words: list[str], word: str) -> bool:
+    "Whether a word of a text seems to be a name: a capital letter, not at the beginning, in a text that is not all capitals"
+    return len(word) > 1 and word[0].isupper() and word != words[0] and sum(one[0].isupper() for one in words) <= len(words) / 2
+
+def another_question(
+    change: Change, # between two questions
+    one: list[str], # words of the one
+    other: list[str] # of the other
+) -> bool: # True for another number, name or sign, or a negation
+    "Whether a change alone makes another question of it."
+    both = change.old + change.new
+    if any(any(map(str.isdigit, word)) or not word[0].isalnum() for word in both): return True
+    if any(word.casefold() in _NEGATIONS or word.casefold().endswith("n't") for word in both): return True
+    old, new = (any(_is_name(words, word) for word in some) for words, some in ((one, change.old), (other, change.new)))
+    return (old or not change.old) and (new or not change.new)
+
+def same_answer(
+    one: str, # an answer, or its beginning
+    other: str # another
+) -> bool: # True when the words of the short one are in the other, or most words of two longer ones are the same
+    "Whether two answers say the same, as far as their words tell."
+    left, right = ({word.casefold() for word in words_of(text)} for text in (one, other))
+    if not left or not right: return one.strip() == other.strip()
+    common, shorter = len(left & right), min(len(left), len(right))
+    return common == shorter or shorter >= 12 and common >= 0.7 * len(left | right)
+
+def words_changed(
+    found: list[Change] # between two texts
+) -> int: # a word for another is one
+    "How many words differ."
+    return sum(max(len(change.old), len(change.new)) for change in found)
+
+def same_question(
+    one: list[str], # words of a question
+    other: list[str], # of another
+    found: list[Change], # what differs, as `changes` says
+    answered_alike: bool # have they the same answer?
+) -> bool: # True when it was only touched up
+    "Whether two questions are the same, but for a few words that do not matter."
+    if any(another_question(change, one, other) for change in found): return False
+    added = [word.casefold() for change in found if not (change.old and change.new) for word in change.old + change.new]
+    length, replaced = max(len(one), len(other)), words_changed(found) - len(added)
+    if answered_alike: return replaced <= length / 8 and len(added) <= max(min(3, length // 3), length / 8)
+    return replaced + (0 if _COURTESY.issuperset(added) else len(added)) <= min(3, length / 20)
+
+# %% ../nbs/17_health.ipynb #195b22b3
+PLACES, CLOSEST = 2000, 10  # places that are looked up for a question; questions it is then compared with
+
+def _word_table(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    "(key, text) of each word and each pair of words in each text, sorted and each but once; the words are numbers"
+    sizes = np.array([len(text) for text in texts], np.int64)
+    flat = np.fromiter(chain.from_iterable(texts), np.uint64, int(sizes.sum()))
+    owner = np.repeat(np.arange(len(texts)), sizes)
+    inside = owner[1:] == owner[:-1]
+    keys = np.concatenate([flat * _MIX[1], (flat[:-1] * _MIX[0] + flat[1:])[inside] * _MIX[2]])
+    owners = np.concatenate([owner, owner[1:][inside]])
+    order = np.lexsort((owners, keys))
+    keys, owners = keys[order], owners[order]
+    first = np.concatenate([[True], (keys[1:] != keys[:-1]) | (owners[1:] != owners[:-1])])[:len(keys)]
+    return keys[first], owners[first]
+
+def closest_questions(
+    known: list[list[str]], # words of the questions of one set
+    asked: list[list[str]] # of another set
+) -> Iterator[tuple[int, int]]: # (place in `asked`, place in `known`), those with most in common first
+    "For each question of a set the few of another that have most in common with it."
+    numbers = defaultdict(lambda: len(numbers) + 1)
+    tables = [_word_table([list(map(numbers.__getitem__, map(str.casefold, words))) for words in texts]) for texts in (known, asked)]
+    (keys, owners), (wanted, places) = tables
+    begins, ends = np.searchsorted(keys, wanted, 'left'), np.searchsorted(keys, wanted, 'right')
+    order = np.lexsort((ends - begins, places))
+    order = order[(ends > begins)[order]]
+    for some in np.split(order, np.flatnonzero(np.diff(places[order])) + 1):
+        if not len(some): continue
+        enough = int(np.searchsorted(np.cumsum(ends[some] - begins[some]), PLACES)) + 1
+        found = [owners[begins[at]:min(ends[at], begins[at] + PLACES)] for at in some[:enough]]
+        seen, counts = np.unique(np.concatenate(found), return_counts=True)
+        for place in seen[np.argsort(-counts, kind='stable')[:CLOSEST]].tolist(): yield int(places[some[0]]), place
+
+# %% ../nbs/17_health.ipynb #1a8f8e86
 NEAR_ROWS = 50_000  # of larger data sets, so many rows, evenly spread, are searched for near duplicates
+KEPT_LETTERS = 2000  # of a longer question or answer, so many characters of the beginning and of the end are kept
+
+class Question(NamedTuple):
+    "What is kept of a user's turn, or of a plain text."
+    place: int # of its row in the table, from 0
+    first: bool # it opens the conversation
+    alone: bool # it is the row's only question
+    size: int # words of its first two hundred characters; not counted when it is alone
+    key: int # `text_key` of it
+    answer: int # `text_key` of its answer, 0 for plain text
+    system: int # `text_key` of what stands before the conversation
+    context: bool # that is long, as a text that is asked about
+    part: bool # it may be only a part of the turn: what stands behind its first empty line, where a system prompt may stand before it
+    text: str # the question; empty where it is not searched for near ones
+    reply: str # the answer, likewise
+
+def _clip(text: str) -> str: return text if len(text) <= 2 * KEPT_LETTERS else f'{text[:KEPT_LETTERS]} {text[-KEPT_LETTERS:]}'
+
+def questions_of(
+    example: Example, # a row
+    place: int, # of the row in the table, from 0
+    kept: bool = True, # keep the texts
+    glued: bool = False # the template writes a system prompt into the user's turn
+) -> list[Question]: # those that are answered; a plain text counts as one
+    "The questions of a row, turn by turn, the system prompt apart."
+    turns = example.turns or ([] if example.asked or not example.answers else [(example.answers[0], '')])
+    system, context, found = text_key(example.system), len(example.system) > 400, []
+    for at, (question, answer) in enumerate(turns):
+        before, line, rest = question.partition('\n\n') if glued else ('', '', '')
+        for text, part in ((question, False), (rest, True)) if line and rest.strip() else ((question, False),):
+            texts = (_clip(text), _clip(answer)) if kept else ('', '')
+            found.append(Question(place, not at, len(turns) == 1, len(turns) > 1 and len(words_of(text[:200])), text_key(text), text_key(answer),
+                text_key(before) if part else system, context, part, *texts))
+    return found
 
 @dataclass(repr=False)
 class Survey:
@@ -338,6 +670,7 @@ class Survey:
     places: list[int] # rows of the table, from 0, whose shingles were kept
     shingles: list[np.ndarray] # of those rows
     in_answer: list[np.ndarray] # which of them end in a learnt token
+    questions: pd.DataFrame # a `Question` a line
     max_length: int | None = None # longest row that is learnt
     evaluation: 'Survey | None' = None # the held-out rows, if any
 
@@ -347,9 +680,11 @@ class Survey:
         "Read a row again, to show it."
         return next(read_examples(self.dataset.select([place]), self.tokenizer))
     def __repr__(self): return f'survey of {len(self.table):,} rows'
-    def _repr_html_(self): return self.table.drop(columns=['whole', 'asked', 'answer', 'opening']).head(5).to_html()
+    def _repr_html_(self): return self.table.drop(columns=list(_KEYS)).head(5).to_html()
 
-# %% ../nbs/17_health.ipynb #ecf2638f
+# %% ../nbs/17_health.ipynb #9b51c861
+_KEYS = ('whole', 'asked', 'answer', 'opening', 'content')  # columns of 64 bits
+
 def survey(
     dataset: Dataset, # columns `input_ids` and `labels`
     tokenizer: 'PreTrainedTokenizerBase', # what it was made with
@@ -357,22 +692,43 @@ def survey(
     show: bool = True # a progress bar where it takes long
 ) -> Survey: # all that is needed for the findings
     "Measure every row, in one pass and little memory."
-    (stop, special), codes, total = _stops(tokenizer), token_codes(tokenizer), len(dataset)
+    (stop, special), codes, total, marks = _stops(tokenizer), token_codes(tokenizer), len(dataset), turn_marks(tokenizer)
+    closing, glued = _thinking_ends(tokenizer, special), bool(marks and marks.glued)
     kept = set(np.linspace(0, total - 1, min(total, NEAR_ROWS)).astype(int).tolist())
-    measured, texts, tables, cut = [], [], [], []
+    measured, texts, tables, cut, questions, asked = [], [], [], [], [], []
     bar = tqdm(total=total, desc='health', unit=' rows', delay=2, leave=False, **({} if show else dict(disable=True)))
     for place, example in enumerate(read_examples(dataset, tokenizer), 1):
-        measured.append(measure(example, stop, special))
+        measured.append(measure(example, stop, special, closing))
         texts.append(example.text)
+        questions += questions_of(example, place - 1, place - 1 in kept, glued)
         if place - 1 in kept: cut.append((place - 1, *shingles(example, codes)))
         if place % AT_ONCE and place < total: continue
         for at, kinds in scan_texts(texts).items(): measured[at] = measured[at]._replace(secret=', '.join(kinds))
-        tables.append(pd.DataFrame(measured).astype(dict.fromkeys(('whole', 'asked', 'answer', 'opening'), 'uint64')))
+        tables.append(pd.DataFrame(measured).astype(dict.fromkeys(_KEYS, 'uint64')))
+        asked.append(_question_table(questions))
         bar.update(len(measured))
-        measured, texts = [], []
+        measured, texts, questions = [], [], []
     bar.close()
-    table = pd.concat(tables, ignore_index=True).astype(dict(language='category', odd='category', secret='category'))
-    return Survey(dataset, tokenizer, table, *map(list, zip(*cut)), max_length)
+    table = pd.concat(tables, ignore_index=True).astype(dict.fromkeys(('language', 'odd', 'secret', 'hollow', 'ending'), 'category'))
+    return Survey(dataset, tokenizer, table, *map(list, zip(*cut)), _questions_apart(pd.concat(asked, ignore_index=True)), max_length)
+
+def _question_table(questions: list[Question]) -> pd.DataFrame:
+    "Lines of a table"
+    kinds = {'uint64': ('key', 'answer', 'system'), 'bool': ('first', 'alone', 'context', 'part'), 'int64': ('place', 'size'),
+        'object': ('text', 'reply')}
+    return pd.DataFrame(questions, columns=Question._fields).astype({name: kind for kind, names in kinds.items() for name in names})
+
+def _questions_apart(questions: pd.DataFrame) -> pd.DataFrame:
+    "What half of the rows begin a turn with is a system prompt, so what follows is a whole question; a context is one that no other row has"
+    often = questions.groupby('system').place.transform('nunique')
+    usual = often >= max(2, 0.5 * questions.place.nunique())
+    return questions.assign(context=questions.context & (often == 1), part=questions.part & ~usual)
+
+def _thinking_ends(tokenizer: Any, special: set[int]) -> frozenset[int]:
+    "Special tokens that end a thinking block, and so are not in the text"
+    ends = {closed for _, closed in THINKING_TAGS}
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(token_id for token_id, token in added if token_id in special and token.content in ends)
 
 def _stops(tokenizer: Any) -> tuple[set[int], set[int]]:
     "Ids at which generation stops (the end of sequence alone where the template cannot be asked), and all special ids, whoever added them"
@@ -417,11 +773,13 @@ ADVICE = {
     'small share': 'Nearly all computing goes into reading; shorter questions would make training faster.',
     'stop token': 'Do not train on this: the model would not stop. Make these rows with prepare_dataset, and do not cut them off.',
     'empty answers': 'Remove them: they teach the model to say nothing.',
+    'hollow answers': 'Remove these rows, or write their answers: the model learns to say just that.',
+    'cut-off answers': 'Look at the ends of a few. What was cut off teaches to stop in the middle of a sentence: get the whole text.',
     'in both splits': 'Remove these questions from training, or divide the data with split: measured like this, learning by heart looks like understanding.',
-    'nearly in both splits': 'Look at a few pairs; remove from training what asks the same thing in other words.',
+    'nearly in both splits': 'Look at a few pairs; remove from training what asks the same in other words, or the exam measures memory.',
     'not compared': 'Pass the held-out rows as evaluation=, if there are any.',
     'exact duplicates': 'Remove them: a row that stands there twice is learnt twice as hard.',
-    'near duplicates': 'Look at a few pairs and remove the weaker row of each.',
+    'near duplicates': 'Look at a few pairs and remove the weaker row of each. One answer to a question in other words is wanted.',
     'answers differ': 'Keep the better answer, unless several are right.',
     'one answer only': 'There is nothing to learn but this one sentence: look whether it is the right column.',
     'same answers': 'Add rows with other answers, or the model will learn that this one is nearly always right.',
@@ -467,12 +825,19 @@ def _head(text: str, width: int = 70) -> str:
     return visible(textwrap.shorten(text[:5 * width], width, placeholder=' …') if ' ' in text[:width] else text[:width])
 
 # %% ../nbs/17_health.ipynb #2b6cc8a0
+MANY, MOST = 0.1, 0.5  # share of rows left out from which that is a warning, and an error
+
 def preparation(survey: Survey) -> Finding: # a measured data set
     "What was left out before: bad rows, rows that were too long. Rows: none, they are not here."
     report = getattr(survey.dataset, 'report', None)
     if report is None: return _finding('preparation', 'ok', 'It is not known what was left out when these rows were prepared.')
-    lost = dict(bad=report.bad, overlong=dict(report.overlong), nothing_learnt=report.silent)
-    return _finding('preparation', 'note' if any(lost.values()) else 'ok', f'{report_line(report)}.', **lost)
+    figures = dict(bad=report.bad, overlong=dict(report.overlong), nothing_learnt=report.silent)
+    lost, changed = report.bad + report.overlong.get('left out', 0) + report.silent, sum(report.overlong.values())
+    share = min(lost / max(report.rows, 1), 1.)
+    many = max(lost / MANY, changed / MOST) >= report.rows > 0
+    level = 'error' if share >= MOST else 'warn' if many else 'note' if lost or changed else 'ok'
+    said = f'Of {report.rows:,} rows {lost:,} were left out ({share:.1%}): ' * (level in ('warn', 'error')) + f'{report_line(report)}.'
+    return _finding('preparation', level, said, lost=lost, share=round(share, 4), **figures)
 
 def learnt_share(survey: Survey) -> Finding: # a measured data set
     "How many of the tokens are learnt. Rows: those with the smallest share."
@@ -541,6 +906,30 @@ def empty_answers(survey: Survey) -> Finding: # a measured data set
     "Answers without anything to see. Rows: those with such an answer."
     return _found('empty answers', survey.table, survey.table.silent, 'have an empty answer', 'No answer is empty.', level='error')
 
+def hollow_answers(survey: Survey) -> Finding: # a measured data set
+    "Answers that are only a thinking block or stand where one is missing. Rows: those with such an answer."
+    hollow = survey.table.hollow
+    kinds = {kind: int((hollow == kind).sum()) for kind in ('thinking', 'placeholder')}
+    named = dict(thinking='nothing but thoughts', placeholder='a word like N/A or null')
+    what = 'have an answer that says nothing (' + ', '.join(f'{named[kind]}: {count:,}' for kind, count in kinds.items() if count) + ')'
+    count = sum(kinds.values())
+    level = 'error' if count >= MANY * len(hollow) and count else ''
+    fine = 'No answer is only a thinking block, or a word like N/A.'
+    return _found('hollow answers', survey.table, hollow != '', what, fine, level=level, kinds=kinds)
+
+def cut_off_answers(survey: Survey) -> Finding: # a measured data set
+    "Answers that stop in the middle of a sentence where the others do not, or all at one length. Rows: those with such an answer."
+    table = survey.table[survey.table.stops]  # where the stop is missing, that is what is said
+    is_open, said = table.ending == 'open', int((table.ending != '').sum())
+    mask, usual = is_open & (said >= 10) & (is_open.sum() <= 0.2 * said), []
+    for name in ('letters', 'longest_answer'):
+        top = is_open & (table[name] == table[name].max())
+        if table.content[top].nunique() >= 3 and top.sum() >= OFTEN * len(table):
+            mask, usual = mask | top, [*usual, name]
+    what = 'have an answer that ends without the end of a sentence' + ', right at the length of the longest' * bool(usual)
+    rows = pd.Series(survey.table.index.isin(table.index[mask]), survey.table.index)
+    return _found('cut-off answers', survey.table, rows, what, 'No answer seems to end in the middle of a sentence.', at_limit=bool(usual))
+
 def one_word_answers(survey: Survey) -> Finding: # a measured data set
     "Answers of one word. Rows: those whose answers are all single words."
     short = survey.table.one_word & ~survey.table.silent
@@ -580,11 +969,11 @@ def openings(survey: Survey) -> Finding: # a measured data set
     return _found('openings', table, mask, f'have an answer that begins with {words!r}', '', level, words=words, share=round(count / len(table), 4))
 
 # %% ../nbs/17_health.ipynb #972e4ad3
-def _pairs_of(table: pd.DataFrame, key: str) -> tuple[pd.Series, list]:
+def _pairs_of(table: pd.DataFrame, key: str, most: int = 20) -> tuple[pd.Series, list]:
     "Which rows have a key that an earlier row has (0 is no key), and (earlier row, this row) for the first of them"
     again = table[key].duplicated() & (table[key] != 0)
     firsts = table[table[key] != 0].drop_duplicates(key).set_index(key).row
-    return again, [[int(firsts[value]), int(row)] for value, row in zip(table[key][again][:20], table.row[again][:20])]
+    return again, [[int(firsts[value]), int(row)] for value, row in zip(table[key][again][:most], table.row[again][:most])]
 
 def _pair(pairs: list) -> str:
     "The first pair as an example"
@@ -610,24 +999,68 @@ def _answers_alike(survey: Survey, one: int, other: int) -> bool:
 
 def near_duplicates(survey: Survey) -> Finding: # a measured data set
     "Rows that are nearly the same; exact copies and parts of one conversation do not count. Rows: the later one of each pair."
-    table, places, pairs = survey.table, survey.places, []
-    number = table.row.to_numpy()
-    first_of_its_kind = ~table.whole.iloc[places].duplicated().to_numpy()
-    kept = [cut if first else cut[:0] for cut, first in zip(without_common(survey.shingles), first_of_its_kind)]
+    table, places, paraphrases = survey.table, survey.places, set()
+    number, kinds = table.row.to_numpy(), table.drop_duplicates('whole')
+    _, touched = _pairs_of(kinds, 'content', len(kinds))
+    touched = [[*pair, 1.] for pair in touched if pair[0] != pair[1]]
+    first_of_its_kind = ~table.content.iloc[places].duplicated().to_numpy()
+    kept, pairs = [cut if first else cut[:0] for cut, first in zip(without_common(survey.shingles), first_of_its_kind)], []
     for one, other, same in near_pairs(kept):
         rows = number[[places[one], places[other]]].tolist()
-        if rows[0] != rows[1] and _answers_alike(survey, one, other): pairs.append([*rows, same])
-    looked = '' if len(places) == len(table) else f' Looked at: {len(places):,} of {len(table):,} rows.'
-    if not pairs: return _finding('near duplicates', 'ok', f'No two rows are nearly the same.{looked}', count=0, looked_at=len(places))
-    rows, best = sorted({later for _, later, _ in pairs}), max(pairs, key=lambda pair: pair[2])
-    said = f'{_of(len(rows), len(places))} are nearly the same as an earlier row: {_numbers(rows)}; ' \
+        if rows[0] == rows[1] or not _answers_alike(survey, one, other): continue
+        if _asked_otherwise(survey, one, other): paraphrases.add(rows[1])
+        else: pairs.append([*rows, same])
+    return _near_finding(survey, pairs, touched, len(paraphrases))
+
+def _asked_otherwise(survey: Survey, one: int, other: int) -> bool:
+    "Whether two kept rows ask in quite other words"
+    asked = [survey.shingles[at][~survey.in_answer[at]] for at in (one, other)]
+    return all(map(len, asked)) and alike(*asked) < 0.5
+
+def _near_finding(survey: Survey, pairs: list, touched: list, paraphrases: int) -> Finding:
+    "The sentence about near pairs, pairs that differ in case and spaces only, and questions in other words"
+    total, places = len(survey.table), len(survey.places)
+    looked = '' if places == total else f' Looked at: {places:,} of {total:,} rows.'
+    if paraphrases: looked = f' Besides, {paraphrases:,} rows answer alike to a question in other words, which is as it should be.' + looked
+    figures = dict(looked_at=places, paraphrases=paraphrases, case_only=len(touched))
+    if not pairs and not touched: return _finding('near duplicates', 'ok', f'No two rows are nearly the same.{looked}', count=0, **figures)
+    rows, best = sorted({later for _, later, _ in pairs + touched}), max(pairs or touched, key=lambda pair: pair[2])
+    only = f' ({len(touched):,} of them but for case, spaces and punctuation)' if touched else ''
+    said = f'{_of(len(rows), total if touched else places)} are nearly the same as an earlier row{only}: {_numbers(rows)}; ' \
         f'most alike are rows {best[0]:,} and {best[1]:,} ({best[2]:.0%}).{looked}'
-    return _finding('near duplicates', _by_share(len(rows), len(places)), said, rows, count=len(rows), looked_at=len(places), pairs=pairs[:20])
+    return _finding('near duplicates', _by_share(len(rows), places), said, rows, count=len(rows), pairs=(pairs + touched)[:20], **figures)
 
 # %% ../nbs/17_health.ipynb #ada35d62
-def _asked_keys(table: pd.DataFrame) -> pd.Series:
-    "What must not be on both sides: the question, or all of a plain text"
-    return table.asked.where(table.asked != 0, table.answer)
+SMALL_TALK = 3  # training rows from which on a later turn with the same answer is no accident; words a turn needs beside others
+
+def _stands(questions: pd.DataFrame) -> pd.Series:
+    "Which questions say enough to be compared: all that stand alone, and longer ones beside others"
+    return (questions.key != 0) & (questions.alone | (questions['size'] >= SMALL_TALK))
+
+def _first_rows(keys: pd.Series, rows: pd.Series) -> dict[int, int]:
+    "The first row of each key"
+    kept = ~keys.duplicated()
+    return dict(zip(keys[kept].tolist(), rows[kept].tolist()))
+
+def _with_answer(questions: pd.DataFrame) -> pd.Series:
+    "One key for a question and its answer"
+    return (questions.key * _MIX[0]) ^ questions.answer
+
+def _exact_leaks(lessons: pd.DataFrame, exam: pd.DataFrame) -> dict[int, int]:
+    "Lines of held-out questions that are also trained on -> place of the row that trains them; both tables without what does not stand"
+    whole = lessons[~lessons.part]
+    rows_of = lambda mask: _first_rows(whole.key[mask], whole.place[mask])
+    opens = {True: rows_of(whole['first']), False: rows_of(whole['first'] & ~whole.context)}  # True: also those asked about a text
+    anywhere = {True: rows_of(whole.key != 0), False: rows_of(~whole.context)}
+    talk = _with_answer(lessons)
+    rare = lessons.alone | (talk.groupby(talk).transform('size') < SMALL_TALK)
+    paired, found = _first_rows(talk[rare], lessons.place[rare]), {}
+    lines = zip(exam.index.tolist(), exam.key.tolist(), _with_answer(exam).tolist(), exam['first'], exam.context, exam.part)
+    for line, key, pair, first, context, part in lines:
+        known = {} if part else (anywhere if first else opens)[not context]
+        place = known.get(key, paired.get(pair))
+        if place is not None: found[line] = place
+    return found
 
 def _across(pairs: list) -> str:
     "The first pair as an example, from training and from evaluation"
@@ -637,28 +1070,70 @@ def in_both_splits(survey: Survey) -> Finding: # a measured data set, with its `
     "Questions that stand in training and in evaluation. Rows: held-out rows that are also trained on."
     held = survey.evaluation
     if held is None: return _finding('in both splits', 'note', 'No held-out rows were given, so they were not compared.', None, 'not compared')
-    known = pd.Series(survey.table.row.to_numpy(), index=_asked_keys(survey.table))
-    known, keys = known[~known.index.duplicated()], _asked_keys(held.table)
-    mask = keys.isin(known.index) & (keys != 0)
-    pairs = [[int(known[key]), int(row)] for key, row in zip(keys[mask][:20], held.table.row[mask][:20])]
+    lessons, exam = (one.questions[_stands(one.questions)] for one in (survey, held))
+    found = _exact_leaks(lessons, exam)
+    lines = {int(exam.place[line]): place for line, place in reversed(found.items())}
+    mask = pd.Series(held.table.index.isin(list(lines)), held.table.index)
+    pairs = [[int(survey.table.row[lines[place]]), int(held.table.row[place])] for place in sorted(lines)[:20]]
     return _found('in both splits', held.table, mask, f'held out are also trained on ({_across(pairs)})',
         f'No question of the {len(held.table):,} held-out rows is trained on.', level='error', pairs=pairs)
 
 # %% ../nbs/17_health.ipynb #289ea421
-def _questions(survey: Survey) -> list[np.ndarray]:
-    "The shingles of what is asked; of plain text, all of them"
-    return [cut[~answer] if (~answer).any() else cut for cut, answer in zip(survey.shingles, survey.in_answer)]
+class NearQuestions(NamedTuple):
+    "Two questions that have most of their words in common."
+    lesson: int # line of the question trained on
+    exam: int # line of the held-out question
+    same: bool # by their words they are the same
+    at_lesson: tuple # (place, words) of what stands for something else, in the question trained on
+    at_exam: tuple # and in the held-out one
+    likeness: float # share of words in common
+
+def _near_questions(lessons: pd.DataFrame, exam: pd.DataFrame) -> Iterator[NearQuestions]:
+    "Candidates, compared word by word"
+    known, asked = ([words_of(text) for text in one.text] for one in (lessons, exam))
+    labels = lessons.answer.value_counts()
+    labels = set(labels.index[(labels >= 3) & (labels > 0.05 * len(lessons))].tolist()) - {0}  # frequent: the same by chance
+    left, right = (list(zip(one.index.tolist(), one.key.tolist(), one['first'].tolist(), one.answer.tolist(), one.reply.tolist())) for one in (lessons, exam))
+    for at, place in closest_questions(known, asked):
+        (lesson, key, first, answer, reply), (line, other_key, opens, expected, said) = left[place], right[at]
+        if key == other_key or min(len(known[place]), len(asked[at])) < SMALL_TALK: continue  # the same was looked for before
+        if len(set(map(str.casefold, known[place])) ^ set(map(str.casefold, asked[at]))) > 2 * max(3, len(asked[at]) / 8): continue
+        found, length = changes(known[place], asked[at]), max(len(known[place]), len(asked[at]))
+        if (count := words_changed(found)) > max(3, length / 8): continue
+        alike = answer not in labels and (answer == expected or same_answer(reply, said))
+        if not answer and not expected: same = count <= length / 8  # two plain texts
+        else: same = (alike or first or opens) and same_question(known[place], asked[at], found, alike)
+        blanks = [change for change in found if change.old and change.new] if count <= max(1, length / 8) else []
+        places = tuple((one.start, len(one.old)) for one in blanks), tuple((one.at, len(one.new)) for one in blanks)
+        yield NearQuestions(lesson, line, same, *places, 1 - count / max(length, 1))
+
+def _filled_in(near: list[NearQuestions], lessons: pd.DataFrame, exam: pd.DataFrame) -> set[tuple]:
+    "(line, places) of questions in which a blank is filled in: several of the other side differ there, and so do the answers"
+    answers = defaultdict(set)
+    for one in near:
+        if not one.at_exam: continue
+        answers['exam', one.exam, one.at_exam] |= {(one.lesson, lessons.answer[one.lesson])}
+        answers['lesson', one.lesson, one.at_lesson] |= {(one.exam, exam.answer[one.exam])}
+    own = dict(exam=exam.answer, lesson=lessons.answer)
+    return {key for key, others in answers.items() if len(others) > 1 and len({answer for _, answer in others} | {own[key[0]][key[1]]}) > 1}
 
 def nearly_in_both_splits(survey: Survey) -> Finding: # a measured data set, with its `evaluation`
     "Questions that stand in evaluation and, a little different, in training. Rows: those of the held-out rows."
-    name, held, border = 'nearly in both splits', survey.evaluation, len(survey.places)
+    name, held, best = 'nearly in both splits', survey.evaluation, {}
     if held is None: return _finding(name, 'note', 'No held-out rows were given, so they were not compared.', None, 'not compared')
-    lessons, exam = (_asked_keys(one.table).to_numpy() for one in (survey, held))
-    exact, pairs = set(lessons[np.isin(lessons, exam)].tolist()), []
-    for one, other, same in near_pairs(without_common(_questions(survey) + _questions(held)), second=border):
-        first, second = survey.places[one], held.places[other - border]
-        if int(exam[second]) not in exact: pairs.append([int(survey.table.row[first]), int(held.table.row[second]), same])
-    if not pairs: return _finding(name, 'ok', f'No question of {len(held.places):,} held-out rows is nearly one of {border:,} trained on.', count=0)
+    lessons, exam = (one.questions[_stands(one.questions)] for one in (survey, held))
+    exact = _exact_leaks(lessons, exam)
+    exam = exam[~exam.place.isin(exam.place[list(exact)])]
+    lessons, exam = (one[(one.text != '') & ~one.part] for one in (lessons, exam))
+    near = list(_near_questions(lessons, exam))
+    blanks = _filled_in(near, lessons, exam)
+    for one in near:
+        if not one.same or ('exam', one.exam, one.at_exam) in blanks or ('lesson', one.lesson, one.at_lesson) in blanks: continue
+        place = int(exam.place[one.exam])
+        best[place] = max(best.get(place, (0., 0)), (one.likeness, -int(lessons.place[one.lesson])))
+    pairs = [[int(survey.table.row[-best[place][1]]), int(held.table.row[place]), round(best[place][0], 3)] for place in sorted(best)]
+    fine = f'No question of {len(held.places):,} held-out rows is nearly one of {len(survey.places):,} trained on.'
+    if not pairs: return _finding(name, 'ok', fine, count=0)
     rows = sorted({row for _, row, _ in pairs})
     said = f'{_of(len(rows), len(held.places))} held out are nearly the same as one trained on: {_numbers(rows)} ({_across(pairs)}: {pairs[0][2]:.0%}).'
     return _finding(name, 'warn', said, rows, count=len(rows), pairs=pairs[:20])
@@ -696,8 +1171,9 @@ def markup(survey: Survey) -> Finding: # a measured data set
     return _found('markup', survey.table, survey.table.markup, 'have HTML in them', 'There is no HTML in the text.', level='note')
 
 # %% ../nbs/17_health.ipynb #d5b0cb9c
-CHECKS = (preparation, learnt_share, stop_tokens, empty_answers, in_both_splits, nearly_in_both_splits, exact_duplicates, near_duplicates, answers_differ,
-    same_answers, lengths, secrets, odd_writing, openings, one_word_answers, languages, markup, answer_lengths, longest_rows)
+CHECKS = (preparation, learnt_share, stop_tokens, empty_answers, hollow_answers, cut_off_answers, in_both_splits, nearly_in_both_splits,
+    exact_duplicates, near_duplicates, answers_differ, same_answers, lengths, secrets, odd_writing, openings,
+    one_word_answers, languages, markup, answer_lengths, longest_rows)
 
 def _look(findings: list[Finding], name: str) -> Finding:
     "The finding of that name"

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer
 from sage_finetune.config import tiny_path
 from sage_finetune.core.errors import ConfigError, DataError
 from sage_finetune.data import prepare_dataset
-from sage_finetune.health import (CHECKS, LEVELS, Finding, HealthReport, alike, guess_language, health_report, histogram, near_pairs, odd_characters, opening, read_examples,
+from sage_finetune.health import (CHECKS, LEVELS, Finding, HealthReport, alike, ending, guess_language, health_report, histogram, is_placeholder, near_pairs, odd_characters, opening, read_examples,
     shingles, signatures, survey, text_key, token_codes, without_common)
 from sage_finetune.plot import draw_lengths
+from templates_table import TALKS, names, tokenizer_for
 
 TOWNS = "Arbor Belmont Cedar Dunmore Easton Farley Glenwood Harrow Ivydale Juniper Kelso Linden Marlow Norwood Oakham Preston Quincy Redhill Selby Thornton".split()
 THINGS = "bridge market school harbour library mill garden theatre".split()
@@ -279,6 +280,230 @@ def test_rows_that_were_left_out_are_told(made, look):
 def test_markup(look):
     report = look(healthy(40) + [asked("Say it in bold.", "<b>Gladly</b>, and loud &amp; clear."), asked("Which is less?", "We know that 3 < 4 and 5 > 4, R&D said.")])
     assert alarms(report) == {"markup": "note"} and report["markup"].rows == [41]
+
+
+# ---- leaks, however they are dressed ----------------------------------------------------------------------------------
+
+def chat(*said, system=""):
+    "A row of several turns"
+    turns = [("system", system)] * bool(system) + [("assistant" if at % 2 else "user", text) for at, text in enumerate(said)]
+    return dict(messages=[dict(role=role, content=text) for role, text in turns])
+
+
+TASKS = ("keeps the spare key to", "pays for the lamps in", "rings the small bell of", "sweeps the long stairs of", "counts the visitors of", "repairs the wooden roof of")
+TIMES = ("when the old man is away in winter", "while the others are still asleep", "on the first evening of the fair", "after the boats have left the bay")
+PEOPLE = "Ada Bruno Cora Dag Elin Finn Greta Hugo Ilse Jonas".split()
+
+
+def wide(count, seed=0):
+    "Questions of 12 to 17 words that ask for different facts by one pattern"
+    chance, found = random.Random(seed), {}
+    while len(found) < count:
+        question = f"Who {chance.choice(TASKS)} the {chance.choice(THINGS)} of {chance.choice(TOWNS)} {chance.choice(TIMES)}?"
+        found.setdefault(question, f"That is {chance.choice(PEOPLE)}, who has done it for {chance.randrange(2, 60)} years.")
+    return list(found.items())
+
+
+def leaked(look, training, held_out):
+    "Held-out rows that either of the two findings names"
+    report = look(training, held_out)
+    return sorted({*report["in both splits"].rows, *report["nearly in both splits"].rows})
+
+
+REWRITTEN = {
+    "the same": lambda text: text, "capitals": str.upper, "small letters": str.lower, "spaces": lambda text: f"  {text.replace(' ', '  ')}\n", "no mark": lambda text: text.rstrip("?"),
+    "typographic": lambda text: text.replace("the", "‘the’", 1).replace("'", "’"), "wide letters": lambda text: "".join(chr(ord(one) + 0xFEE0) if "a" <= one <= "z" else one for one in text),
+    "please": lambda text: text.replace("?", ", please?"), "hello": lambda text: f"Hello! {text}", "tell me": lambda text: f"And tell me: {text}",
+    "one word": lambda text: text.replace(" of ", " at ", 1), "another word": lambda text: text.replace("Who ", "Which ", 1), "dash": lambda text: text.replace("Who ", "Who – ", 1),
+    "a word less": lambda text: text.replace(" the ", " ", 1), "hidden": lambda text: text.replace(" ", "\u200b ", 1)}
+
+
+def test_planted_leaks_are_found_and_nothing_else(look):
+    every = wide(220)
+    lessons, fresh = every[:160], every[160:]
+    curly = [(question.replace("the", "'the'", 1) if name == "typographic" else question, answer) for (question, answer), name in zip(lessons, REWRITTEN)]
+    training = [asked(*pair) for pair in curly + lessons[len(curly):]]
+    held = [asked(change(question), answer) for (question, answer), change in zip(curly, REWRITTEN.values())] + [asked(*pair) for pair in fresh]
+    found, planted = set(leaked(look, training, held)), set(range(1, len(REWRITTEN) + 1))
+    recall, precision = len(found & planted) / len(planted), len(found & planted) / max(len(found), 1)
+    print(f"planted {len(planted)}, recall {recall:.2f}, precision {precision:.2f} among {len(fresh)} clean ones; missed: {[list(REWRITTEN)[at - 1] for at in planted - found]}")
+    assert (recall, precision) == (1., 1.)
+
+
+@pytest.mark.parametrize("systems", [("Be brief.", "You are a pirate."), ("", "Answer like a poet."), ("A long prompt. " * 60, "Another long prompt. " * 60), ("Use English.", "")])
+def test_another_system_prompt_makes_no_other_question(look, systems):
+    pairs = wide(40)
+    lessons, exam = ([chat(*pair, system=system) for pair in some] for some, system in ((pairs[:30], systems[0]), (pairs[25:], systems[1])))
+    assert look(lessons, exam)["in both splits"].rows == [1, 2, 3, 4, 5]
+    assert leaked(look, lessons, exam) == [1, 2, 3, 4, 5]
+    other = [chat(question, "Nobody knows that any more.", system=systems[1]) for question, _ in pairs[25:]]
+    assert look(lessons, other)["in both splits"].rows == [1, 2, 3, 4, 5]
+
+
+def test_a_text_in_the_system_prompt_is_a_part_of_the_question(look):
+    texts = [" ".join(row["output"] for row in healthy(160, seed)[:8]) for seed in range(30)]
+    lessons, exam = ([chat("What is this text about, in one sentence?", f"It is about {text[:60]}.", system=text) for text in some] for some in (texts[:20], texts[20:]))
+    assert leaked(look, lessons, exam) == []
+    assert leaked(look, lessons, [*exam, lessons[3]]) == [11]
+
+
+def test_every_turn_is_compared(look):
+    pairs = wide(60)
+    lessons = [chat(*first, *second) for first, second in zip(pairs[:20], pairs[20:40])]
+    hello = ("Good morning to you!", "Good morning, how can I help?")
+    held = [chat(*pairs[25]), chat(*hello, *pairs[3]), chat(*hello, *pairs[30]), chat(*hello, *pairs[50]), chat(*pairs[51]), chat(*pairs[52], *pairs[53], *pairs[4])]
+    assert leaked(look, lessons, held) == [1, 2, 3, 6]
+    assert look(lessons, held)["in both splits"].level == "error"
+    touched = [chat(*hello, pairs[7][0].replace("?", ", please?"), pairs[7][1]), chat(pairs[28][0].replace(" of ", " at ", 1), pairs[28][1])]
+    assert look(lessons, touched)["nearly in both splits"].rows == [1, 2]
+
+
+def test_small_talk_in_later_turns_is_no_leak(look):
+    pairs, talk = wide(40), (("Thank you very much for that!", "You are welcome."), ("And why is that so?", "It has always been like that."), ("Go on.", "There is no more."))
+    lessons = [chat(*pair, *(talk[at % 3])) for at, pair in enumerate(pairs[:30])]
+    held = [chat(*pair, *(talk[at % 3])) for at, pair in enumerate(pairs[30:])] + [chat(*pairs[5], "And why?", "She likes it.")]
+    assert leaked(look, lessons, held) == [11]
+
+
+def test_what_is_not_learnt_is_no_lesson(look, made, tokenizer):
+    pairs = wide(20)
+    shown = [dict(messages=[*chat(*pairs[0])["messages"], *chat(*pair)["messages"]]) for pair in pairs[1:12]]
+    for row in shown: row["messages"][1]["train"] = False
+    assert leaked(look, shown, [chat(*pairs[0])]) == [] and leaked(look, shown, [chat(*pairs[4])]) == [1]
+
+
+@pytest.mark.parametrize("pattern, fills", [
+    ("What is the colour of door {}?", [str(at) for at in range(1, 41)]), ("Which town has the number {} on the old map of the whole bay, my friend?", [str(at) for at in range(100, 140)]),
+    ("Who is the mayor of {}?", TOWNS), ("Say, who was the very first mayor of {} after the long war was over?", TOWNS),
+    ("Where does the {} stand when you come from the river and walk up the hill?", [f"{a} {b}" for a in ("old", "new") for b in THINGS]),
+    ("What is {} + 17?", [str(at) for at in range(40)]), ("Is {} open?", [f"the {thing}" for thing in THINGS]), ("桥{}在哪里", list("一二三四五六七八九十甲乙丙丁戊己"))])
+def test_a_blank_that_is_filled_in_makes_another_question(look, pattern, fills):
+    rows = [asked(pattern.format(fill), f"It is {random.Random(fill).choice(THINGS)} {len(fill) * 7 + at}, as far as we know.") for at, fill in enumerate(fills)]
+    cut = len(rows) * 3 // 4
+    assert leaked(look, rows[:cut], rows[cut:]) == []
+    assert leaked(look, rows[:cut], [rows[2], *rows[cut:]]) == [1]
+
+
+@pytest.mark.parametrize("one, other, answers, same", [
+    ("Who keeps the light in the tower?", "Who keeps the light in the tower, please?", ("Ada.", "Bruno."), True),
+    ("Who keeps the light in the tower?", "Who does not keep the light in the tower?", ("Ada.", "Ada."), False),
+    ("Is the ferry that leaves the old pier at dusk open to all guests?", "Isn't the ferry that leaves the old pier at dusk open to all guests?", ("Yes.", "Yes."), False),
+    ("What is the answer to 5 + 3 when you count it all on your fingers?", "What is the answer to 5 - 3 when you count it all on your fingers?", ("It is 8.", "It is 2."), False),
+    ("Wer hält das Licht im alten Turm am Ufer der Bucht heute Nacht?", "Wer hält das Licht im alten Turm am Ufer der Bucht heute Nacht bitte?", ("Ada.", "Ada."), True),
+    ("灯塔的看守人每天晚上在什么时候点亮那盏灯？", "请问灯塔的看守人每天晚上在什么时候点亮那盏灯", ("黄昏时分。", "黄昏时分。"), True),
+    ("Who lights the lamp of the tower at the end of the pier at dusk?", "Who lights the lantern of the tower at the end of the pier at dusk?", ("Ada Pell.", "It is Ada Pell who does."), True)])
+def test_when_a_question_was_only_touched_up(look, one, other, answers, same):
+    rows = healthy(30) + [asked(one, answers[0])]
+    assert leaked(look, rows, [asked(other, answers[1])]) == [1] * same
+
+
+def test_every_template_is_read_turn_by_turn():
+    said = ("Who keeps the light?", "Ada.", "And the cat, who feeds it?", "Nora.")
+    seen = 0
+    for name in names():
+        try: dataset = prepare_dataset([chat(*said, system="Be brief, always.")], tokenizer_for(name), show=False)
+        except DataError: dataset = prepare_dataset([chat(*said)], tokenizer_for(name), show=False)  # it takes no system prompt
+        turns = [turn for example in read_examples(dataset, tokenizer_for(name)) for turn in example.turns]
+        assert turns[0][0] in (said[0], f"Be brief, always.\n\n{said[0]}") and turns[-1][0] == said[2], name
+        seen += 1
+    assert seen > 30
+
+
+@pytest.mark.parametrize("name", ["gemma3", "deepseekv3", "llama3", "glm4moe"])
+def test_leaks_behind_other_templates(name):
+    pairs, tokenizer = wide(12), tokenizer_for(name)
+    lessons = prepare_dataset([chat(*pair, *other, system="Be brief.") for pair, other in zip(pairs[:4], pairs[4:8])], tokenizer, show=False)
+    held = prepare_dataset([chat(*pairs[1], system="You are a pirate."), chat(*pairs[6]), chat(*pairs[9], system="Be brief."), chat(*pairs[10], *pairs[2], system="Be kind.")], tokenizer, show=False)
+    assert sorted(set(health_report(lessons, held, tokenizer=tokenizer)["in both splits"].rows)) == [1, 2, 4]
+
+
+def test_the_result_of_a_tool_is_no_question():
+    tokenizer = tokenizer_for("qwen3")
+    messages, tools = TALKS["tools"]
+    example = list(read_examples(prepare_dataset([dict(messages=messages, tools=tools)], tokenizer, show=False), tokenizer))[-1]
+    assert [question for question, _ in example.turns] == ["What is dusk?"]
+
+
+# ---- copies, and answers that say nothing -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change", [str.upper, str.lower, lambda text: text.replace(" ", "  "), lambda text: text.rstrip(".?"), lambda text: f"{text} \n", lambda text: text.replace("'", "’")])
+def test_copies_that_differ_in_case_or_spaces_only(look, change):
+    rows = healthy(40)
+    rows[4] = asked("What's on the miller's table?", "It's Ada's old hat, and nobody's book.")
+    report = look(rows + [asked(change(rows[4]["instruction"]), change(rows[4]["output"])), asked(rows[6]["instruction"], change(rows[6]["output"]) + " ")])
+    assert {41} <= set(report["near duplicates"].rows) | set(report["exact duplicates"].rows) and alarms(report, "near duplicates", "exact duplicates", "cut-off answers") == {}
+    assert [5, 41] in [pair[:2] for pair in report["near duplicates"].figures.get("pairs", []) + report["exact duplicates"].figures.get("pairs", [])]
+
+
+def test_the_same_answer_in_other_words_is_wanted_in_training_and_a_leak_across(look):
+    answer = " ".join(row["output"] for row in healthy(12, seed=5))
+    question = "Describe the harbour of Selby for a visitor who comes by boat in the evening, when the lamps are lit."
+    report = look(healthy(40) + [asked(question, answer), asked("Tell me how Selby looks from the sea at night.", answer)])
+    assert alarms(report) == {} and report["near duplicates"].figures["paraphrases"] == 1
+    across = look(healthy(40) + [asked(question, answer)], [asked(question.replace("visitor", "traveller"), answer)])["nearly in both splits"]
+    assert across.rows == [1] and across.do != look(healthy(40) + [asked(question, answer)] + [asked(question.replace("visitor", "traveller"), answer)])["near duplicates"].do
+
+
+@pytest.mark.parametrize("answer", ["N/A", "n/a.", "nan", "NaN", "null", "None", "-", "—", "...", "?", "[deleted]", "<NA>", "TBD", "#N/A", "无"])
+def test_placeholders(answer): assert is_placeholder(answer) and is_placeholder(f" {answer}\n")
+
+
+@pytest.mark.parametrize("answer", ["N/A", "null", "—"])
+def test_rows_with_placeholders(look, answer):
+    report = look(healthy(40) + [asked("What is there?", answer)])
+    assert (report["hollow answers"].level, report["hollow answers"].rows) == ("warn", [41]) and report["hollow answers"].figures["kinds"]["placeholder"] == 1
+    assert look(healthy(150) + [asked("What is there?", answer)])["hollow answers"].level == "note"
+    assert look(healthy(40) + [asked(f"What is in room {at}?", answer) for at in range(10)])["hollow answers"].level == "error"
+
+
+@pytest.mark.parametrize("answer", ["No.", "42", "Nan Goldin.", "Null and void.", "👍", "∅", "None of them.", "a", "€", "是"])
+def test_short_answers_are_no_placeholders(answer): assert not is_placeholder(answer)
+
+
+@pytest.mark.parametrize("answer", ["<think>It may be Ada.</think>", "<think>\nSo, who is it\n</think>\n\n", "<think>I wonder who it may be", "[THINK]Ada?[/THINK]", "It may be Ada, or not.</think>"])
+def test_answers_that_are_only_thoughts(look, answer):
+    report = look(healthy(40) + [asked("Who is it?", answer)])
+    assert report["hollow answers"].rows == [41] and report["hollow answers"].figures["kinds"]["thinking"] == 1
+    assert look(healthy(40) + [asked("Who is it?", f"{answer}</think>[/THINK] It is Ada.")])["hollow answers"].level == "ok"
+
+
+def test_thoughts_whose_tags_are_special_tokens():
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path())
+    tokenizer.add_special_tokens(dict(additional_special_tokens=["<think>", "</think>"]))
+    rows = [asked("Who is it?", "<think>It may be Ada.</think>"), asked("Who was it?", "<think>It may be Ada.</think>It was Ada.")]
+    assert health_report(prepare_dataset(rows, tokenizer, show=False, thinking="as_is"), tokenizer=tokenizer)["hollow answers"].rows == [1]
+
+
+@pytest.mark.parametrize("answer", ["The keeper has lived in the old tower for nine years and", "The keeper has lived in the old tower for nine years, with his", "We saw the lamp, the bell, the boat that came in,",
+    "Der Wärter wohnt seit neun Jahren in dem alten Turm und sieht", "灯塔看守人在灯塔里住了整整九年因为他很喜欢大海和"])
+def test_answers_that_are_cut_off(look, answer):
+    report = look(healthy(40) + [asked("What about it?", answer)])
+    assert alarms(report, "languages") == {"cut-off answers": "warn"} and report["cut-off answers"].rows == [41]
+    assert look(healthy(150) + [asked("What about it?", answer)])["cut-off answers"].level == "note"
+
+
+@pytest.mark.parametrize("answer", ["salted figs", "The keeper said to all of us: “Nobody sleeps in here.”", "It is all on the page at https://light.example/keeper", "def light(lamp):\n    return lamp.on and lamp.bright",
+    "There are three of them in the tower:\n- the lamp\n- the bell\n- the boat that hangs from the roof of the hall", "灯塔看守人在灯塔里住了整整九年。", "The keeper has lived in the tower for nine years!", "He has lived in the tower for many years (nine)",
+    "The whole sum of what they paid us is 42", "You are very welcome, and do come again some day 👋", "เขาอาศัยอยู่ในหอคอยมาเก้าปีแล้ว", "क्या वह वहाँ नौ साल से रहता है और काम करता है।"])
+def test_answers_that_are_not_cut_off(answer): assert ending(answer, guess_language(answer)) != "open"
+
+
+def test_answers_without_full_stops_are_a_style_unless_all_have_one_length(look):
+    bare = [asked(row["instruction"], row["output"].rstrip(".") + " or so") for row in healthy(40)]
+    assert look(bare)["cut-off answers"].level == "ok"
+    cut = [asked(row["instruction"], (row["output"] + " " + row["output"])[:61].replace(".", "").rstrip().ljust(61, "x")) for row in healthy(40)]
+    report = look(cut)
+    assert report["cut-off answers"].level == "warn" and report["cut-off answers"].figures["at_limit"]
+
+
+@pytest.mark.parametrize("lost, level", [(0, "ok"), (1, "note"), (3, "note"), (6, "warn"), (60, "error"), (400, "error")])
+def test_the_share_of_rows_left_out_decides(look, made, lost, level):
+    long = asked("Tell me everything.", " ".join(row["output"] for row in healthy(9, seed=3)))
+    report = look(made(healthy(40) + [long] * lost, max_length=100))["preparation"]
+    assert report.level == level and report.figures["lost"] == lost
+    if lost >= 6: assert f"{lost} were left out" in report.said
+    bad = look(made(healthy(40) + [asked("What is this?", "")] * lost, on_bad_row="skip"))["preparation"]
+    assert (bad.level, bad.figures["lost"]) == (level, lost)
 
 
 # ---- what is below ----------------------------------------------------------------------------------------------------
