@@ -329,3 +329,18 @@ def test_a_greeting_has_a_line_that_drops_it():
     assert 'Begin with a user turn; row["messages"] = row["messages"][1:] drops a greeting.' in said
     row["messages"] = row["messages"][1:]
     assert to_messages(row) == TALK
+
+
+# ---- from a shell -----------------------------------------------------------------------------------------------------
+
+def test_columns_are_named_on_the_command_line(tmp_path, monkeypatch, capsys):
+    from sage_finetune.cli import main
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"rows.csv").write_text("Frage,Antwort,Quelle\n2 = 2?,Yes.,web\n3 + 3?,Six.,web\n", encoding="utf-8")
+    assert main(["data", "rows.csv", "--column-map", "question=Frage", "--column-map", "answer=Antwort", "--show", "0"]) == 0
+    assert "2 examples" in capsys.readouterr().out
+    for pair in ("Frage", "=Frage", "question="):
+        assert main(["data", "rows.csv", "--column-map", pair]) == 2
+        assert f"--column-map '{pair}' is no pair. Write the known name first, as in --column-map question=Frage." in capsys.readouterr().err
+    assert main(["data", "rows.csv", "--column-map", "Frage=question"]) == 2
+    assert "wrong way round" in capsys.readouterr().err
