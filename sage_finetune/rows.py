@@ -78,8 +78,8 @@ def listed_turns(
 
 # %% ../nbs/04_rows.ipynb #470b2849
 _PAIRS = (('chosen', 'rejected'), ('chosen', 'reject'), ('preferred', 'non_preferred'), ('preferred', 'dispreferred'),
-          ('preferred', 'rejected'), ('accepted', 'rejected'), ('winning', 'losing'), ('winner', 'loser'), ('win', 'lose'),
-          ('response_j', 'response_k'))
+          ('preferred', 'rejected'), ('accepted', 'rejected'), ('selected', 'rejected'), ('winning', 'losing'), ('winner', 'loser'),
+          ('win', 'lose'), ('y_w', 'y_l'), ('response_j', 'response_k'))
 # a row that can be read may have fields of these names for other reasons
 _WEAK_PAIRS = ('better', 'worse'), ('best', 'worst'), ('good', 'bad'), ('positive', 'negative'), ('correct', 'incorrect'), ('pos', 'neg')
 _ANSWER_WORDS = {'', *'response answer output completion text message messages conversation conversations reply summary generation'.split()}
@@ -101,7 +101,7 @@ def _answer_pair(row: dict, pairs: tuple) -> tuple | None:
 # %% ../nbs/04_rows.ipynb #366535ea
 _CANDIDATE = re.compile(r'(response|answer|output|completion|generation|reply|conversation|human_ref|summary|candidate|messages?)_?([012ab])')
 _LISTS = set('responses completions answers outputs candidates generations replies summaries ranking rankings'.split())
-_VERDICT = re.compile(r'.*(prefer|winner|better|choice|rank|safer|label|score|vote|rating).*')
+_VERDICT = re.compile(r'.*(prefer|winner|better|choice|rank|safer|label|score|vote|rating|reward).*')
 
 def _several_answers(row: dict, readable: bool) -> tuple | None:
     "(fields that hold the answers, the field that says which is best) of a row with several; a row that is readable needs the second"
@@ -168,7 +168,8 @@ def _learn_best(row: dict, answers: list, verdict: str | None) -> str:
     asks, first = _question_field(row, tuple(answers)) or 'prompt', f'"{answers[0]}"'
     if len(answers) == 1:
         listed, scores = row[answers[0]], verdict and row[verdict]
-        text = next((key for key, part in listed[0].items() if isinstance(part, str)), 'text') if isinstance(listed[0], dict) else None
+        texts = [key for key, part in listed[0].items() if isinstance(part, str)] if isinstance(listed[0], dict) else []
+        text = next((key for key in texts if key in _ANSWER_WORDS), texts[0] if texts else None)
         best, scored = 'min' if 'rank' in str(verdict).lower() else 'max', isinstance(scores, list) and len(scores) == len(listed)
         pick = f'{best}(zip(row["{verdict}"], range(len(row[{first}]))))[1]' if scored else '0'
         pick = f'row[{first}][{pick}]' + (f'["{text}"]' if text else '')
@@ -443,7 +444,8 @@ _MARKS = {name: learn for learn, names in (
 _LABELS = dict.fromkeys(('kto_tag', 'label', 'desirable', 'is_desirable', 'chosen', 'accepted', 'preferred'), True)
 _LABELS |= dict(undesirable=False, rejected=False)
 _THOUGHTS = 'reasoning_content', 'reasoning', 'thinking', 'thought', 'thoughts', 'think', 'cot', 'chain_of_thought', 'complex_cot'
-_MEDIA = re.compile(r'(image|video|audio|picture|photo|img|pixel_value)(_?(url|path|file|byte|list|base64))?s?')
+_MEDIA = re.compile(r'((input|output|query|source|target|left|right)_?)?(image|video|audio|picture|photo|img|pixel_value)s?'
+                    r'(_?(url|uri|path|file|filename|byte|data|list|base64|b64|\d+))?s?')
 
 class _Fields(NamedTuple):
     "Fields that say more than their format"

@@ -133,14 +133,14 @@ def test_marks_hold_on_the_way_to_tokens(tokenizer):
 # ---- pictures, thinking, the rest -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("media", [dict(images=["cat.png"]), dict(image="cat.png"), dict(videos=[dict(path="a.mp4")]), dict(audios=["a.wav"]), dict(image_url="https://a/b.png"), dict(audio=dict(bytes=b"x", path=None)),
-    dict(Image=b"png"), dict(image_paths='["cat.png"]')], ids=str)
+    dict(Image=b"png"), dict(image_1="cat.png"), dict(input_image="cat.png"), dict(image_b64="aGk="), dict(image_paths='["cat.png"]')], ids=str)
 def test_rows_with_pictures_and_sound_are_refused(media):
     name = next(iter(media))
     for row in (QA, dict(text="<image> a cat"), dict(messages=TALK)): assert f"the row has '{name}', and only text can be learnt here" in refusal(row | media)
     assert f"turn 1 has '{name}'" in refusal(dict(messages=[dict(ASK, **media), TELL]))
 
 
-@pytest.mark.parametrize("media", [dict(images=[]), dict(image=None), dict(videos=""), dict(audio=dict(bytes=None, path=None)), dict(images="[]"), dict(images=[None]), dict(image=False)], ids=str)
+@pytest.mark.parametrize("media", [dict(images=[]), dict(image=None), dict(videos=""), dict(audio=dict(bytes=None, path=None)), dict(images="[]"), dict(images=[None]), dict(image=False), dict(image_id="7"), dict(image_caption="a cat"), dict(audio_transcript="hello")], ids=str)
 def test_empty_columns_of_pictures_are_nothing(media):
     assert read_row(QA | media).messages == to_messages(dict(messages=[dict(ASK, **media), TELL])) == TALK
 
@@ -214,6 +214,10 @@ COMPARED = {  # shape -> row, of which the better answer is "Four."
     "an arena": dict(conversation_a=[ASK, BAD], conversation_b=TALK, winner="model_b"),
     "scores": dict(prompt="2 + 2?", responses=["Five.", "Four."], scores=[0.1, 0.9]),
     "ranks": dict(prompt="2 + 2?", responses=["Five.", "Four."], rank=[2, 1]),
+    "a winner": dict(prompt="2 + 2?", y_w="Four.", y_l="Five."),
+    "a selected one": dict(messages=[ASK], selected_response="Four.", rejected_response="Five."),
+    "completions of models": dict(instruction="2 + 2?", completions=[dict(model="a", response="Four.", rating=5), dict(model="b", response="Five.", rating=1)]),
+    "rewards": dict(prompt="2 + 2?", completions=["Five.", "Four."], rewards=[-1.5, 2]),
     "a ranking": dict(prompt="2 + 2?", answers=[dict(answer="Four.", rank=1), dict(answer="Five.", rank=2)])}
 
 
