@@ -15,7 +15,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core.errors import FinetuneError
+from .core.errors import ConfigError, FinetuneError
 from .core.text import describe_encode_error, safe_streams, sanitize_for_terminal, sanitize_line
 from .core.storage import expand_home
 from .runs import list_runs, notes_printed
@@ -73,6 +73,13 @@ def doctor_command(
     if diagnosis.problems: raise typer.Exit(2)
 
 # %% ../nbs/35_cli.ipynb #89302ac3
+def _columns(pairs: list[str] | None) -> dict[str, str] | None:
+    "A column_map out of texts like question=Frage"
+    if not pairs: return None
+    wrong = next((pair for pair in pairs if not all(pair.partition('=')[::2])), None)
+    if wrong is not None: raise ConfigError(f'--column-map {wrong!r} is no pair. Write the known name first, as in --column-map question=Frage.')
+    return dict(pair.split('=', 1) for pair in pairs)
+
 @app.command('data')
 def data_command(
     source: Annotated[str, typer.Argument(metavar='DATA', help='a file, a folder, a Hub data set, or "example" (packaged)')],
@@ -80,6 +87,8 @@ def data_command(
     max_length: Annotated[int, typer.Option(min=16, help='longest example in tokens')] = 1024,
     show: Annotated[int, typer.Option(min=0, help='examples to show token by token')] = 2,
     held_out: Annotated[Optional[str], typer.Option('--eval', help='evaluation rows, to see whether a question stands on both sides')] = None,
+    column_map: Annotated[Optional[list[str]], typer.Option(
+        metavar='NAME=COLUMN', help='a known name and the column it stands for, such as question=Frage; as often as needed')] = None,
     skip_bad: Annotated[bool, typer.Option(help='count rows that cannot be used instead of stopping at the first')] = False,
     report: Annotated[Optional[Path], typer.Option(help='write the health report to this .json file', callback=_home)] = None
 ):
@@ -87,7 +96,8 @@ def data_command(
     from sage_finetune.data import packaged_held_out, prepare_dataset
     from sage_finetune.health import health_report
     from sage_finetune.model import load_tokenizer
-    make, held_out = partial(prepare_dataset, tokenizer=load_tokenizer(model), max_length=max_length, on_bad_row='skip' if skip_bad else 'error'), held_out or packaged_held_out(source)
+    options = dict(column_map=_columns(column_map), on_bad_row='skip' if skip_bad else 'error')
+    make, held_out = partial(prepare_dataset, tokenizer=load_tokenizer(model), max_length=max_length, **options), held_out or packaged_held_out(source)
     dataset, evaluation = make(source), make(held_out, show=False) if held_out else None
     for number in range(min(show, len(dataset))):
         example = dataset.example(number)

@@ -28,13 +28,14 @@ from datasets.table import MemoryMappedTable
 from tqdm import tqdm
 
 from .core.errors import ConfigError, DataError, RunError
-from .core.limits import open_regular, parse_json, read_regular
+from .core.limits import open_regular, parse_json, read_regular, shorten
 from .core.processes import core_count
+from .core.secrets import redact_object
 from .core.storage import PART, copy_atomic, expand_home, folder_atomic, replace_path, why_unwritable
 from .core.text import sanitize_html, sanitize_line
 from .files import BadRow, RawRow, iter_rows, load_training_data, packaged, packaged_held_out, source_key, source_name, source_size
 from .prompt import THINKING, Rendered, Renderer, render_texts, template_notes
-from .rows import (FORMATS, RowError, Sample, detect_data_format, format_alpaca_sample, format_conversation_sample, format_prompt_sample,
+from .rows import (FORMATS, RowError, Sample, UntrainedRow, detect_data_format, format_alpaca_sample, format_conversation_sample, format_prompt_sample,
                                 format_qa_sample, format_text_sample, read_row, to_messages)
 from .tokens import TokenLine, tokens_html, tokens_text, visible
 
@@ -138,12 +139,17 @@ def prompt_key(
     said = '\n'.join([f'{role} {" ".join((content or "").split())}' for role, content in asked if role != 'system'])
     return int.from_bytes(hashlib.sha256(said.encode('utf-8', 'surrogatepass')).digest()[:8], 'big') / 2**64
 
+def _is_held_out(row: dict, eval_ratio: float) -> bool:
+    "Whether a row is one to hold out; one that is not to be learnt is neither, and stays where it is"
+    try: return prompt_key(read_row(row)) < eval_ratio
+    except UntrainedRow: return False
+
 def split(
     rows: list[dict], # rows of any shapes
     eval_ratio: float = 0.1 # share of the questions to hold out
 ) -> tuple[list[dict], list[dict]]: # training rows, held-out rows
     "Divide rows by a hash of their questions: stable when rows are added, and no question on both sides. When all would be held out, none is."
-    held = [prompt_key(read_row(row)) < eval_ratio for row in rows]
+    held = [_is_held_out(row, eval_ratio) for row in rows]
     if all(held): return rows, []
     return [row for row, out in zip(rows, held) if not out], [row for row, out in zip(rows, held) if out]
 
@@ -219,6 +225,7 @@ class DataReport(Counts):
     rows: int = 0 # rows read, the bad ones too
     held_out: Counts = field(default_factory=Counts) # examples kept away for evaluation
     bad: int = 0 # rows that cannot be learnt from
+    untrained: int = 0 # rows left out because a field of theirs says so
     bad_rows: list[BadRow] = field(default_factory=list) # the first thousand of them
     bad_rows_path: str | None = None # the file that lists all of them
     overlong: dict[str, int] = field(default_factory=dict) # what was done with rows that were too long -> how many
@@ -228,6 +235,7 @@ class DataReport(Counts):
     unrolled_to: int = 0 # examples made of those
     silent: int = 0 # examples without a learnt token, left out
     notes: dict[str, Note] = field(default_factory=dict) # what was noticed or changed -> how often and where first
+    unread: dict[str, str] = field(default_factory=dict) # fields that are not read -> the first thing they hold
     said: list[str] = field(default_factory=list) # sentences about the data as a whole
     template: list[str] = field(default_factory=list) # sentences about the chat template
     seconds: float = 0. # time it took
@@ -246,6 +254,17 @@ def _note(report: DataReport, kind: str, first: str, count: int = 1):
     old = report.notes.get(kind)
     report.notes[kind] = Note(old.count + count, old.first) if old else Note(count, first)
 
+def _glimpse(value: Any) -> str:
+    "The beginning of what a field holds"
+    try: text = json.dumps(value[:200] if isinstance(value, str) else value, ensure_ascii=False, default=str)
+    except (ValueError, TypeError, RecursionError): text = type(value).__name__
+    return shorten(text, 200)
+
+def _note_unread(report: DataReport, fields: dict[str, str]):
+    "Remember fields that nobody reads, each with the first thing it holds"
+    for name, value in fields.items():
+        if len(report.unread) < _KEPT_NOTES: report.unread.setdefault(name, value)
+
 def _note_long(report: DataReport, row: LongRow):
     "Remember a long row, if few of its kind are known"
     if sum(other.what == row.what for other in report.long_rows) < _KEPT_LONG: report.long_rows.append(row)
@@ -257,11 +276,12 @@ def add_report(
     "Add up two reports; the lists of rows keep their beginnings."
     report.count(piece)
     report.held_out.count(piece.held_out)
-    for name in ('rows', 'bad', 'turns_cut', 'unrolled', 'unrolled_to', 'silent'): setattr(report, name, getattr(report, name) + getattr(piece, name))
+    for name in ('rows', 'bad', 'untrained', 'turns_cut', 'unrolled', 'unrolled_to', 'silent'): setattr(report, name, getattr(report, name) + getattr(piece, name))
     report.bad_rows += piece.bad_rows[:_KEPT_BAD - len(report.bad_rows)]
     for row in piece.long_rows: _note_long(report, row)
     for what, count in piece.overlong.items(): report.overlong[what] = report.overlong.get(what, 0) + count
     for kind, (count, first) in piece.notes.items(): _note(report, kind, first, count)
+    _note_unread(report, piece.unread)
 
 # %% ../nbs/06_data.ipynb #ee8ae502
 _WHAT = {'shortened': 'shortened by whole turns', 'left out': 'left out as too long', 'cut': 'cut off at max_length (their stop token is not learnt)', 'in pieces': 'texts laid into pieces'}
@@ -277,6 +297,7 @@ def report_line(
     if report.held_out.examples: said.append(f'held out: {report.held_out.examples:,}')
     said += [f'{_WHAT[what]}: {count:,}' + f' ({_many(report.turns_cut, "turn")})' * (what == 'shortened') for what, count in report.overlong.items()]
     if report.bad: said.append(f'bad rows skipped: {report.bad:,} of {report.rows:,}')
+    if report.untrained: said.append(f'left out, as they say themselves that they are not to be learnt: {_many(report.untrained, "row")}')
     if report.unrolled: said.append(f'made into several examples, as the template rewrites earlier turns: {_many(report.unrolled, "conversation")} into {report.unrolled_to:,}')
     if report.silent: said.append(f'left out for want of anything to learn: {report.silent:,}')
     return '; '.join(said)
@@ -292,7 +313,13 @@ def _told(report: DataReport) -> Iterator[tuple[str, list[str]]]:
     if report.bad_rows_path: more = [', '.join([*more, f'all in {report.bad_rows_path}'])]
     yield 'bad rows', [*map(str, report.bad_rows[:3]), *more]
     yield 'notes', [f'{note.count:,} × {kind} (first: {note.first})' for kind, note in report.notes.items()]
+    yield 'fields not read', [_unread_line(report.unread)] if report.unread else []
     yield 'template', report.template
+
+def _unread_line(fields: dict[str, str], at_most: int = 20) -> str:
+    "Fields nobody reads, with the first thing each holds"
+    more = [f'and {len(fields) - at_most:,} more'] if len(fields) > at_most else []
+    return ', '.join([f'{name} (first: {shorten(value, 40)})' for name, value in itertools.islice(fields.items(), at_most)] + more)
 
 def report_parts(
     report: DataReport # of some data
@@ -403,7 +430,8 @@ class Maker:
         chunk: list # of `RawRow` and `BadRow`; an error as the last one is raised in its place
     ) -> Made:
         "Make the examples of a chunk."
-        made, samples = Made(), [self._read(raw) for raw in chunk]
+        made = Made()
+        samples = [self._read(raw, made.report) for raw in chunk]
         read = [sample for sample in samples if isinstance(sample, Sample)]
         talks = iter(self.renderer.batch([(sample.messages, sample.tools) for sample in read if sample.messages is not None]))
         texts = iter(self._texts([sample.text for sample in read if sample.messages is None]))
@@ -414,10 +442,15 @@ class Maker:
 
     def _texts(self, texts: list[str]) -> list[Rendered]: return render_texts(texts, self.tokenizer, self.settings.allow_special_tokens) if texts else []
 
-    def _read(self, raw: Any) -> Any:
-        "A row as a Sample, or what is wrong with it"
-        try: return read_row(raw.row, self.settings.format_type, self.settings.column_map) if isinstance(raw, RawRow) else raw
+    def _read(self, raw: Any, report: DataReport) -> Any:
+        "A row as a Sample, or what is wrong with it; what is not read of it goes into the report"
+        if not isinstance(raw, RawRow): return raw
+        unread = {}
+        try: sample = read_row(raw.row, self.settings.format_type, self.settings.column_map, unread)
         except DataError as error: return error
+        names = {shorten(name, 60): name for name in unread}
+        _note_unread(report, {short: _glimpse(unread[name]) for short, name in names.items() if short not in report.unread})
+        return sample
 
 # %% ../nbs/06_data.ipynb #29a1e4bf
 def _take(made: Made, raw: Any, sample: Any, found: Any, maker: Maker):
@@ -425,6 +458,9 @@ def _take(made: Made, raw: Any, sample: Any, found: Any, maker: Maker):
     if not isinstance(raw, (RawRow, BadRow)) or (found is sample and isinstance(found, DataError) and not isinstance(found, RowError)): raise found  # of no single row
     made.report.rows, made.done = made.report.rows + 1, getattr(raw, 'done', made.done)
     if isinstance(found, list): return _take_examples(made, raw, sample, found, maker)
+    if isinstance(found, UntrainedRow):
+        made.report.untrained += 1
+        return _note(made.report, found.found, raw.place())
     bad = found if isinstance(found, BadRow) else BadRow.of(raw, found)
     if maker.settings.on_bad_row == 'error': raise DataError(str(bad))
     made.bad.append(bad)
@@ -538,11 +574,13 @@ def _judge(report: DataReport, maker: Maker, folder: Path) -> DataReport:
     if not report.learnt: raise DataError(f'{report.source}: {_nothing(report)}')
     if not report.held_out.examples: (folder/EVALUATION).unlink(missing_ok=True)
     if not report.bad: (folder/BAD_ROWS).unlink()
+    report.unread = redact_object(report.unread)
     report.template = template_notes(maker.tokenizer)
     return report
 
 def _nothing(report: DataReport) -> str:
     "Why there is nothing to learn"
+    if report.untrained == report.rows: return f'all {report.rows:,} rows say themselves that they are not to be learnt. Remove the field that says so.'
     if report.bad == report.rows: return f'all {report.rows:,} rows are bad, so there is nothing to learn. The first: {report.bad_rows[0]}'
     if report.overlong: return f'no example of the {report.rows:,} rows fits into max_length={report.max_length:,}. Raise max_length or shorten the answers.'
     return f'no example of the {report.rows:,} rows has a token to learn. Give an answer weight 1.'
@@ -640,7 +678,7 @@ def open_prepared(
     return PreparedDataset(table, fingerprint=fingerprint, tokenizer=tokenizer, report=report, max_length=report.max_length)
 
 # %% ../nbs/06_data.ipynb #75abb608
-CACHE_VERSION = 1  # of the files' layout
+CACHE_VERSION = 2  # of the files' layout, and of how rows are read
 _CALL = dict(type='function', function=dict(name='add', arguments=dict(left=1, right=2)))
 _ADD = dict(type='function', function=dict(name='add', description='Adds.', parameters=dict(type='object', properties=dict(left=dict(type='integer')))))
 _ASK, _TELL = dict(role='user', content=' Two words '), dict(role='assistant', content='An answer.')
@@ -828,6 +866,7 @@ def check_rows(
     "Look at every row before anything expensive begins. Raises `DataError` naming the first bad one."
     for number, row in enumerate(rows, 1):
         try: read_row(row, data_format)
+        except UntrainedRow: continue
         except DataError as error: raise DataError(str(BadRow.of(RawRow(row, source, number, number), error))) from error
     return rows
 

@@ -7,7 +7,7 @@ __all__ = ['MAX_COLUMNS', 'place', 'RawRow', 'BadRow', 'packaged', 'packaged_hel
            'load_training_data', 'source_size', 'source_key']
 
 # %% ../nbs/05_files.ipynb #ed161a26
-import codecs, csv, hashlib, io, json, os, re, sys
+import bz2, codecs, csv, gzip, hashlib, io, json, lzma, os, re, sys, zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,15 +16,21 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator, NamedTuple, TYPE_CHECKING
 
 from .core.errors import DataError
-from .core.limits import MAX_DEPTH, is_deep, list_names, open_regular, walk_folder
+from .core.limits import MAX_DEPTH, is_deep, list_names, open_regular, parse_json, read_regular, walk_folder
 from .core.text import sanitize_line
 from .core.storage import describe_bad_name, expand_home
-from .rows import FORMATS, suggest_column_map
+from .rows import FORMATS, suggest_column_map, without_nulls
 
 if TYPE_CHECKING: from datasets import Dataset
 
 # %% ../nbs/05_files.ipynb #6dcdbea4
 _TEXT_FILES = ('.jsonl', '.ndjson', '.csv', '.tsv', '.json')
+_PACKERS = ('.gz', '.bz2', '.xz', '.zst')  # one file in each, which is unpacked while it is read
+
+def _kind(path: str | Path) -> str:
+    "The ending that says how rows are stored: .jsonl of rows.jsonl and of rows.jsonl.gz"
+    path = Path(path)
+    return (Path(path.stem) if path.suffix.lower() in _PACKERS else path).suffix.lower()
 
 def place(
     file: str,      # as the user named it
@@ -32,7 +38,7 @@ def place(
     number: int = 0 # which row of the file it is, from 1; 0 when not known
 ) -> str: # "rows.csv, line 7"
     "Where a row stands, for people. A .json file may be one long line, so there the number of the row is said as well."
-    suffix = Path(file).suffix.lower()
+    suffix = _kind(file)
     if suffix == '.json' and number: return f'{file}, row {number} (line {line})'
     return f'{file}, line {line}' if suffix in _TEXT_FILES else f'{file}, row {line}'
 
@@ -87,21 +93,27 @@ def _encoding(head: bytes) -> tuple[str, int]:
 # %% ../nbs/05_files.ipynb #e827c890
 _CHUNK = 1 << 20  # bytes or characters read at once
 
-def _wrong_encoding(path: Path, encoding: str) -> DataError:
-    "Where a text file stops being what it seemed to be"
-    decoder, line, done = codecs.getincrementaldecoder(encoding)('surrogatepass'), 1, 0
-    with open_regular(path) as file:
-        while True:
-            piece, pending = file.read(_CHUNK), len(decoder.getstate()[0])
-            try: line, done = line + decoder.decode(piece, not piece).count('\n'), done + len(piece)
-            except UnicodeDecodeError as failure:
-                error = failure
-                break
-            if not piece: return DataError(f'{path} is not {encoding.upper()} text. Save it as UTF-8.')
-    line += error.object[:error.start].decode(encoding, 'replace').count('\n')
-    where = f'line {line}, byte {done - pending + error.start + 1} of the file is {error.object[error.start]:#04x}'
-    way_out = f'Save it as UTF-8; from Windows-1252 `iconv -f WINDOWS-1252 -t UTF-8 {path.name}` converts it.'
-    return DataError(f'{path} is not {encoding.upper()} text: {where}. {way_out}')
+def _letters(sample: bytes, encoding: str, letters: str) -> float:
+    "Which part of the characters outside of ASCII are such letters; 0 where the bytes are no text of that encoding"
+    try: text = codecs.getincrementaldecoder(encoding)().decode(sample)
+    except UnicodeDecodeError: return 0.
+    beyond = re.findall(r'[^\x00-\x7f]', text)
+    return sum(map(len, re.findall(f'[{letters}]+', text))) / max(len(beyond), 1)
+
+_HAN, _KANA, _HANGUL = '\u4e00-\u9fff', '\u3040-\u30ff', '\uac00-\ud7a3'
+_ENCODINGS = (  # name, the codec to try, letters, which part of all at least; the first that fits is said
+    ('Shift_JIS', 'cp932', _KANA, .2), ('EUC-JP', 'euc_jp', _KANA, .2), ('EUC-KR', 'cp949', _HANGUL, .9), ('GBK', 'gb2312', _HAN, .5),
+    ('Big5', 'big5', _HAN, .7), ('GBK', 'gb18030', _HAN, .5), ('Windows-1251', 'cp1251', 'а-яё', .6), ('KOI8-R', 'koi8_r', 'а-яё', .6))
+
+def _probable_encoding(sample: bytes) -> str:
+    "In which encoding bytes that are not UTF-8 probably are; empty when none is likely"
+    zeros = sample[::2].count(0), sample[1::2].count(0)
+    if max(zeros) > 1 and min(zeros) * 9 < max(zeros): return 'UTF-16BE' if zeros[0] > zeros[1] else 'UTF-16LE'
+    runs = [len(run) for run in re.findall(rb'[\x80-\xff]+', sample)]
+    alone = sum(length == 1 for length in runs) / max(sum(runs), 1)
+    for name, codec, letters, part in _ENCODINGS if alone < .4 else _ENCODINGS[:2]:
+        if _letters(sample, codec, letters) >= part: return name
+    return 'Windows-1252' if alone >= .4 or _letters(sample, 'cp1252', '\u00c0-\u024f') >= .9 else ''
 
 def _text_of(file: BinaryIO, encoding: str) -> io.TextIOWrapper:
     "A binary file as text, line ends left alone"
@@ -127,6 +139,77 @@ def _held_still(path: Path) -> Iterator[BinaryIO]:
             if _stamp(path) != before: raise DataError(changed)
     except OSError as error: raise DataError(f'{path} cannot be read: {error.strerror or error}. Check that the file is there and that you may read it.') from error
 
+# %% ../nbs/05_files.ipynb #2f6c8935
+def _unpacked(size: int) -> int: return 2**30 + 1000 * size  # bytes that a file of so many may hold
+
+def _bomb(path: Path, size: int, holds: str) -> DataError:
+    return DataError(f'{path} has {size:,} bytes and holds more than {holds}. No data set is packed so tightly, so it is not read.')
+
+class _Lent:
+    "A file that stays open when the reader it was given to is gone"
+    def __init__(self, file: BinaryIO): self.read, self.closed = file.read, False
+    def close(self): pass
+
+def _zstd(file: BinaryIO) -> Any:
+    import pyarrow
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(_Lent(file), 'r'), 'zstd')
+
+_STREAMS = {'.gz': lambda file: gzip.GzipFile(fileobj=file), '.bz2': bz2.BZ2File, '.xz': lzma.LZMAFile, '.zst': _zstd}
+
+class _Unpacking(io.RawIOBase):
+    "What a packed file holds, as a file; going back begins anew"
+    def __init__(self, file: BinaryIO, path: Path):
+        self.file, self.path, self.size, self.at = file, path, os.fstat(file.fileno()).st_size, 0
+        self.begin = _STREAMS[path.suffix.lower()]
+        self.stream = self.begin(file)
+
+    def readable(self) -> bool: return True
+    def seekable(self) -> bool: return True
+    def tell(self) -> int: return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        "The next bytes; raises `DataError` for a damaged file and for one that holds too much"
+        try: piece = self.stream.read(len(buffer))
+        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+            reason = ' '.join(str(error).split()).rstrip('.')[:150]
+            raise DataError(f'{self.path} is not a readable {self.path.suffix} file ({reason}). Copy it again or pack it anew.') from error
+        self.at += len(piece)
+        if self.at > _unpacked(self.size): raise _bomb(self.path, self.size, f'{self.at:,} bytes')
+        buffer[:len(piece)] = piece
+        return len(piece)
+
+    def seek(self, to: int, whence: int = 0) -> int:
+        "Go to a place; only places from the start are asked for"
+        if to < self.at:
+            self.file.seek(0)
+            self.stream, self.at = self.begin(self.file), 0
+        while self.at < to and self.readinto(bytearray(min(_CHUNK, to - self.at))): pass
+        return self.at
+
+def _unpacked_stream(file: BinaryIO, path: Path) -> BinaryIO:
+    "A file as it is, or what is packed in it"
+    return io.BufferedReader(_Unpacking(file, path), 1 << 16) if path.suffix.lower() in _PACKERS else file
+
+# %% ../nbs/05_files.ipynb #817a3e6e
+def _wrong_encoding(path: Path, encoding: str) -> DataError:
+    "Where a text file stops being what it seemed to be"
+    decoder, line, done = codecs.getincrementaldecoder(encoding)('surrogatepass'), 1, 0
+    with open_regular(path) as packed, _unpacked_stream(packed, path) as file:
+        while True:
+            piece, pending = file.read(_CHUNK), len(decoder.getstate()[0])
+            try: line, done = line + decoder.decode(piece, not piece).count('\n'), done + len(piece)
+            except UnicodeDecodeError as failure:
+                error = failure
+                break
+            if not piece: return DataError(f'{path} is not {encoding.upper()} text. Save it as UTF-8.')
+    line += error.object[:error.start].decode(encoding, 'replace').count('\n')
+    where = f'line {line}, byte {done - pending + error.start + 1} of the file is {error.object[error.start]:#04x}'
+    name = _probable_encoding(error.object[error.object.rfind(b'\n', 0, error.start) + 1:])
+    with open_regular(path) as file: head = file.read(2)
+    if head == b'\x1f\x8b': return DataError(f'{path} is not {encoding.upper()} text: {where}. It is packed: name it {path.name}.gz.')
+    way_out = f'Save it as UTF-8; from {name} `iconv -f {name.upper()} -t UTF-8 {path.name}` converts it.' if name else 'Save it as UTF-8.'
+    return DataError(f'{path} is not {encoding.upper()} text: {where}. {way_out}')
+
 # %% ../nbs/05_files.ipynb #f13d3102
 _STRICT, _LENIENT = json.JSONDecoder(), json.JSONDecoder(strict=False)
 _LONGEST = 1 << 28  # characters of one row; what is longer is none
@@ -150,8 +233,17 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError): return 'nested too deeply'
     return f'{error.msg.replace(" starting at", "")} at character {error.pos + 1}' if isinstance(error, json.JSONDecodeError) else str(error)
 
+def _holds_list(file: BinaryIO, encoding: str) -> bool:
+    "Whether a file of lines is one JSON list instead, on one line or on several"
+    start, head = file.tell(), file.read(1 << 16)
+    file.seek(start)
+    first, _, rest = head.decode(encoding, 'ignore').lstrip().partition('\n')
+    if not first.startswith('[') or not re.match(r'\[\s*(\{|\Z)', first): return False
+    return not (rest.strip().startswith('[') and first.rstrip().endswith(']'))  # else a list on every line
+
 def _lines(file: BinaryIO, path: Path, encoding: str, bad: Callable) -> Iterator[RawRow]:
     "The rows of a file with one JSON object a line; blank lines are skipped"
+    if _holds_list(file, encoding): return (yield from _json_rows(file, path, encoding, bad))
     name, number, done, utf8 = str(path), 0, 0, encoding == 'utf-8'
     for at, line in enumerate(iter(partial((file if utf8 else _text_of(file, encoding)).readline, _LONGEST), b'' if utf8 else ''), 1):
         if len(line) >= _LONGEST: raise DataError(f'{path}, line {at}: one line of more than 256 million characters is no row. Write one row a line.')
@@ -231,11 +323,30 @@ def _values(pieces: _Pieces) -> Iterator[tuple[Any, int]]:
         if pieces.peek(): raise pieces.broken('something stands behind the end of the list')
 
 # %% ../nbs/05_files.ipynb #3ba593ee
+def _converting_line(value: dict, path: Path) -> tuple | None:
+    "(what an object that holds a table is, the line that makes rows of it); None for anything else"
+    frame = lambda orient: f'import pandas; pandas.read_json("{path.name}", orient="{orient}").to_json("rows.jsonl", orient="records", lines=True)'
+    parts, name = list(value.values()), f'json.load(open("{path.name}", encoding="utf-8"))'
+    if not parts: return None
+    if value.keys() >= {'columns', 'data'} and isinstance(value['data'], list): return 'holds a table with its columns beside it', frame('split')
+    rows = value.get('rows')
+    if isinstance(rows, list) and rows and isinstance(rows[0], dict) and isinstance(rows[0].get('row'), dict):
+        return 'holds a page of the Hub\'s viewer', f'import json; json.dump([part["row"] for part in {name}["rows"]], open("rows.json", "w"))'
+    if all(isinstance(part, dict) for part in parts):
+        if all(key.isdigit() for part in parts for key in part) and any(parts): return 'holds a table column by column, as pandas writes it', frame('columns')
+        if all(key.isdigit() for key in value): return 'holds rows by their numbers, as pandas writes them', frame('index')
+    lists = [part for part in parts if isinstance(part, list)]
+    if len(lists) < len(parts) or len({len(part) for part in parts}) > 1 or any(isinstance(one, (dict, list)) and 'role' in one for one in lists[0][:1]): return None
+    if len(parts) == 1 and lists[0] and isinstance(lists[0][0], dict): return None
+    return 'holds a table column by column', frame('columns')
+
 def _single(value: dict, path: Path) -> DataError:
     "One object where rows should be; if a list of rows stands inside, its name is said"
+    if line := _converting_line(value, path): return DataError(f'{path} {line[0]}. This line converts it: {line[1]}.')
     known = [key for needed, _ in FORMATS.values() for key in needed]
     inside = next((key for key, part in value.items() if key not in known and isinstance(part, list) and part and isinstance(part[0], dict)), None)
-    if inside: return DataError(f'{path} holds one JSON dict, not a list of rows; the rows seem to stand under {inside!r}. Save that list alone as a file.')
+    if inside: return DataError(f'{path} holds one JSON dict, not a list of rows; the rows seem to stand under {inside!r}. Save that list alone as a file: '
+                                 f'import json; json.dump(json.load(open("{path.name}", encoding="utf-8"))["{inside}"], open("rows.json", "w")).')
     return DataError(f'{path} holds one JSON dict, not a list of rows. Put [ and ] around it.')
 
 def _json_rows(file: BinaryIO, path: Path, encoding: str, bad: Callable) -> Iterator[RawRow]:
@@ -320,14 +431,7 @@ def _table(file: BinaryIO, path: Path, encoding: str, bad: Callable) -> Iterator
             else: bad(BadRow(name, line, *_cell_fault(cells, header, delimiter), number))
 
 # %% ../nbs/05_files.ipynb #e7a29f29
-def _without_nulls(value: Any) -> Any:
-    "A nested value without the keys that are null"
-    if isinstance(value, dict): return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
-
-def _unpacked(size: int) -> int: return 2**30 + 1000 * size  # bytes that a file of so many may hold
-
-def _bomb(path: Path, size: int, holds: str) -> DataError: return DataError(f'{path} has {size:,} bytes and holds more than {holds}. No data set is packed so tightly, so it is not read.')
+def _row_of(columns: dict) -> dict: return {name: without_nulls(value) for name, value in columns.items()}
 
 def _batch_size(metadata: Any, path: Path, size: int) -> int:
     "Rows to read at once. Raises `DataError` for a small file that says it holds very much: such a file was made to fill memory"
@@ -354,42 +458,121 @@ def _parquet(file: BinaryIO, path: Path, size: int) -> Iterator[RawRow]:
             if seen > _unpacked(size): raise _bomb(path, size, f'{seen:,} bytes')
             for row in rows:
                 number += 1
-                yield RawRow(_without_nulls(row), name, number, number, size * number // table.metadata.num_rows)
+                yield RawRow(_row_of(row), name, number, number, size * number // table.metadata.num_rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f'{path} is not a readable parquet file ({" ".join(str(error).split())}). Copy it again or write it anew.') from error
 
+# %% ../nbs/05_files.ipynb #09def9fd
+def _arrow(file: BinaryIO, path: Path, size: int) -> Iterator[RawRow]:
+    "The rows of an Arrow file, a few hundred at a time"
+    import pyarrow
+    number, name, seen = 0, str(path), 0
+    try:
+        for batch in _arrow_batches(file):
+            batch.validate(full=True)
+            if number + batch.num_rows > 10**6 + 1000 * size: raise _bomb(path, size, f'{number + batch.num_rows:,} rows')
+            step = max(1, min(500, 2**29 // max(batch.nbytes, 1)))
+            for start in range(0, batch.num_rows, step):
+                rows = batch.slice(start, step).to_pylist()
+                seen += sum(len(value) for row in rows for value in row.values() if value.__class__ is str)
+                if max(seen, batch.nbytes) > _unpacked(size): raise _bomb(path, size, f'{seen:,} bytes')
+                for row in rows:
+                    number += 1
+                    yield RawRow(_row_of(row), name, number, number, file.tell())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f'{path} is not a readable Arrow file ({" ".join(str(error).split())[:200]}). Copy it again or write it anew.') from error
+
+def _arrow_batches(file: BinaryIO) -> Iterator[Any]:
+    "The batches of an Arrow stream, or of an Arrow file"
+    import pyarrow
+    if file.read(6) == b'ARROW1':
+        reader = pyarrow.ipc.open_file(file)
+        return (reader.get_batch(at) for at in range(reader.num_record_batches))
+    file.seek(0)
+    return iter(pyarrow.ipc.open_stream(file))
+
 # %% ../nbs/05_files.ipynb #eaa71e44
-_READERS = {'.jsonl': _lines, '.ndjson': _lines, '.json': _json_rows, '.csv': _table, '.tsv': _table, '.parquet': None}
-_PACKED = ('.gz', '.zip', '.bz2', '.xz', '.zst', '.tar', '.7z')
+_READERS = {'.jsonl': _lines, '.ndjson': _lines, '.json': _json_rows, '.csv': _table, '.tsv': _table, '.parquet': None, '.arrow': None}
+_PACKED = ('.zip', '.tar', '.tgz', '.7z', *_PACKERS)
+_FRAME = 'import pandas; pandas.{}({!r}).to_json("rows.jsonl", orient="records", lines=True)'
+_CONVERTING = {'.xlsx': 'read_excel', '.xls': 'read_excel', '.ods': 'read_excel', '.feather': 'read_feather', '.orc': 'read_orc', '.xml': 'read_xml'}
 
 def _wrong_kind(path: Path) -> DataError:
-    "A file that is not read"
-    if path.suffix.lower() in _PACKED: return DataError(f'{path} is a packed file. Unpack it first and name the file that comes out.')
-    return DataError(f'{path}: files of kind {path.suffix!r} are not read. Use .json, .jsonl, .csv or .parquet.')
+    "A file that is not read, with the way to one that is"
+    kind, name = path.suffix.lower(), path.name
+    if kind == '.zip': return DataError(f'{path} is a packed file. Unpack it with `python -m zipfile -e {name} .` and name the file that comes out.')
+    if kind in ('.tar', '.tgz') or _kind(path) == '.tar': return DataError(f'{path} is a packed file. Unpack it with `tar -xf {name}` and name the file that comes out.')
+    if kind in _PACKED: return DataError(f'{path} is a packed file, and its name does not say of what kind. Name it like rows.jsonl{kind}, or unpack it first.')
+    line = f' This line converts it: {_FRAME.format(_CONVERTING[kind], name)}.' if kind in _CONVERTING else ''
+    if kind in ('.txt', '.md'): line = f' A text becomes a row with: rows = [{{"text": open({name!r}, encoding="utf-8").read()}}].'
+    return DataError(f'{path}: files of kind {path.suffix!r} are not read. Use .json, .jsonl, .csv or .parquet.{line}')
+
+def _is_read(path: Path) -> bool:
+    "Whether there is a reader for a file of that name; only text is unpacked"
+    return _kind(path) in _READERS and (path.suffix.lower() not in _PACKERS or _READERS[_kind(path)] is not None)
 
 def _file_rows(path: Path, bad: Callable) -> Iterator[RawRow]:
     "The rows of one file"
-    kind, encoding = path.suffix.lower(), 'utf-8'
-    if kind not in _READERS: raise _wrong_kind(path)
-    with _held_still(path) as file:
-        if kind == '.parquet': return (yield from _parquet(file, path, os.path.getsize(path)))
-        encoding, mark = _encoding(file.read(4))
-        file.seek(mark)
-        try: yield from _READERS[kind](file, path, encoding, bad)
-        except UnicodeDecodeError as error: raise _wrong_encoding(path, encoding) from error
+    kind, encoding = _kind(path), 'utf-8'
+    if not _is_read(path): raise _wrong_kind(path)
+    with _held_still(path) as packed:
+        if kind == '.parquet': return (yield from _parquet(packed, path, os.path.getsize(path)))
+        if kind == '.arrow': return (yield from _arrow(packed, path, os.path.getsize(path)))
+        with _unpacked_stream(packed, path) as file:
+            encoding, mark = _encoding(file.read(4))
+            file.seek(mark)
+            try:
+                for raw in _READERS[kind](file, path, encoding, bad): yield raw if file is packed else raw._replace(done=packed.tell())
+            except UnicodeDecodeError as error: raise _wrong_encoding(path, encoding) from error
 
 # %% ../nbs/05_files.ipynb #75962ba9
+_SPLITS = {name: split for split, names in dict(train='train training', test='test testing eval evaluation heldout held_out holdout',
+           validation='validation valid val dev').items() for name in names.split()}
+_SPLIT = re.compile(r'(?:^|[-_./ ])(' + '|'.join(sorted(_SPLITS, key=len, reverse=True)) + r')(?=$|[-_./ \d])', re.I)
+
+def _split_of(path: Path, folder: Path) -> str:
+    "Which part of a data set a file holds by its name, or that of its folder; empty when they do not say"
+    said = _SPLIT.findall(path.relative_to(folder).as_posix())
+    return _SPLITS[said[-1].lower()] if said else ''
+
+def _one_split_only(paths: list[Path], folder: Path) -> list[Path]:
+    "The files of a folder, unless some are for training and others for testing"
+    parts = {}
+    for path in paths: parts.setdefault(_split_of(path, folder), []).append(path)
+    if not set(parts) - {'', 'train'} or len(parts) == 1: return paths
+    train, other = parts.get('train') or parts.get('') or [paths[0]], next(parts[name] for name in ('test', 'validation') if name in parts)
+    if other is train: train = parts['validation']
+    if len(train) == len(other) == 1: way_out = f'Name them one by one: data_path="{train[0].as_posix()}", eval_path="{other[0].as_posix()}".'
+    else: way_out = 'Lay the files of each into a folder of its own, and name one as data_path and the other as eval_path.'
+    names = f'{train[0].relative_to(folder).as_posix()} and {other[0].relative_to(folder).as_posix()}'
+    raise DataError(f'the folder {folder} has the splits {", ".join(sorted(name or "(no name)" for name in parts))}, such as {names}, and they would be learnt together. {way_out}')
+
+def _saved_dataset(folder: Path) -> list[Path] | None:
+    "The files of a folder that `save_to_disk` wrote; None for any other"
+    listing = next((folder/name for name in ('dataset_dict.json', 'state.json') if (folder/name).is_file()), None)
+    if listing is None: return None
+    try:
+        content = parse_json(read_regular(listing))
+        if listing.name == 'state.json': return [folder/Path(part['filename']).name for part in content['_data_files']] or None
+        names = [Path(name).name for name in content['splits']]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return None
+    if len(names) == 1: return _saved_dataset(folder/names[0])
+    train, other = (*(name for name in ('train', *names) if name in names), '')[0], next((name for name in names if name != 'train'), '')
+    paths = [(folder/name).as_posix() for name in (train, other)]
+    raise DataError(f'the folder {folder} has the splits {", ".join(names)}. Name one of them: data_path="{paths[0]}", eval_path="{paths[1]}".')
+
 def _files_below(folder: Path) -> list[Path]:
     "The data files of a folder, sorted; hidden ones and other kinds are skipped"
+    if (saved := _saved_dataset(folder)) is not None: return saved
     seen, found, others = set(), [], []
     for here, folders, names in walk_folder(folder, 'Name the folder or the file that holds the rows.', DataError, followlinks=True):
         seen.add(os.path.realpath(here))
         folders[:] = sorted(name for name in folders if not name.startswith('.') and os.path.realpath(os.path.join(here, name)) not in seen)
         paths = [Path(here, name) for name in names if not name.startswith('.')]
-        found += [path for path in paths if path.suffix.lower() in _READERS]
-        others += [path.name for path in paths if path.suffix.lower() not in _READERS]
+        found += [path for path in paths if _is_read(path) and _kind(path) != '.arrow']
+        others += [path.name for path in paths if not _is_read(path)]
     once = {os.path.realpath(path): path for path in sorted(found, reverse=True)}  # of two ways to a file, the first by name stays
-    if once: return sorted(once.values())
+    if once: return _one_split_only(sorted(once.values()), folder)
     instead = f'; it holds {len(others)} of other kinds, such as {min(others)}' if others else ''
     raise DataError(f'the folder {folder} holds no data files (.json, .jsonl, .csv or .parquet){instead}. Check data_path.')
 
@@ -413,7 +596,7 @@ def is_hub_name(
     "Whether this names a data set on the Hub, and neither a file nor a folder that is here."
     if describe_bad_name(source): return False
     path = expand_home(source)
-    return bool(re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?', str(source))) and path.suffix.lower() not in (*_READERS, *_PACKED) and not path.exists()
+    return bool(re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?', str(source))) and path.suffix.lower() not in (*_READERS, *_PACKED, *_CONVERTING) and not path.exists()
 
 def _from_hub(name: str) -> 'Dataset':
     "A data set from the Hub, `owner/name` or `owner/name:split`"
@@ -439,7 +622,7 @@ def _dataset_rows(dataset: 'Dataset', name: str) -> Iterator[RawRow]:
     for start in range(0, len(plain), 1000):
         columns = plain[start:start + 1000]
         for number, values in enumerate(zip(*columns.values()), start + 1):
-            yield RawRow(_without_nulls(dict(zip(columns, values))), name, number, number, number)
+            yield RawRow(_row_of(dict(zip(columns, values))), name, number, number, number)
 
 # %% ../nbs/05_files.ipynb #45143dd7
 def _is_dataset(source: Any, kind: str = 'Dataset') -> bool:
@@ -452,18 +635,44 @@ def source_name(
     "What to call a source in a sentence."
     return str(source) if isinstance(source, (str, Path)) else 'the data'
 
+class _Paths(list): "The files of a source"
+
+def _frame_rows(frame: Any) -> list[dict]:
+    "The rows of a table of pandas; what lacks is null, and arrays are lists"
+    rows = frame.astype(object).where(frame.notna(), None).to_dict('records')
+    return [_row_of({str(name): _plain(value) for name, value in row.items()}) for row in rows]
+
+def _plain(value: Any) -> Any:
+    "A value without arrays"
+    if hasattr(value, 'tolist'): value = value.tolist()
+    if isinstance(value, dict): return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+def _no_source(source: Any) -> DataError:
+    "What cannot be read, with the line that makes rows of it"
+    line = ''
+    if _is_dataset(source, 'IterableDataset'): line = 'list(data.take(10_000)), or list(data) when it is not too large'
+    elif isinstance(source, dict) and all(isinstance(values, list) for values in source.values()): line = '[dict(zip(data, values)) for values in zip(*data.values())]'
+    elif hasattr(source, 'to_pylist'): line = 'data.to_pylist()'
+    elif hasattr(source, 'to_dicts'): line = 'data.to_dicts()'
+    elif isinstance(source, Iterator): line = 'list(data)'
+    elif callable(source): line = 'list(data())'
+    way_out = f' To make a list of it: rows = {line}.' if line else ''
+    return DataError(f'rows cannot be read from a {type(source).__name__}. '
+                     f'Give a path, a folder, a name on the Hub, a list of dicts or a datasets.Dataset.{way_out}')
+
 def _found(source: Any) -> list:
     "The files of a source; or its rows, or a Dataset"
     if _is_dataset(source) or isinstance(source, (list, tuple)): return source
+    if 'pandas' in sys.modules and isinstance(source, sys.modules['pandas'].DataFrame): return _frame_rows(source)
     if _is_dataset(source, 'DatasetDict'): return _one_split(source, 'this DatasetDict', f'Pass one of them: data[{next(iter(source), "train")!r}]')
-    if not isinstance(source, (str, Path)):
-        raise DataError(f'rows cannot be read from a {type(source).__name__}. Give a path, a folder, a name on the Hub, a list of dicts or a datasets.Dataset.')
+    if not isinstance(source, (str, Path)): raise _no_source(source)
     if fault := describe_bad_name(source):
         raise DataError(f'{str(source)[:60]!r} names no data: {fault}. The packaged example is data_path="example".')
     path = expand_home(source)
-    if not path.suffix and not path.exists() and packaged(str(path)).exists(): return [packaged(str(path))]
-    if path.is_dir(): return _files_below(path)
-    if path.is_file(): return [path]
+    if not path.suffix and not path.exists() and packaged(str(path)).exists(): return _Paths([packaged(str(path))])
+    if path.is_dir(): return _Paths(_files_below(path))
+    if path.is_file(): return _Paths([path])
     if path.exists(): raise DataError(f'{source} is not a regular file, but a pipe, a device or a socket. Write the rows to a file and name that.')
     if is_hub_name(source): return _from_hub(str(source))
     raise DataError(f'there is no data file {source}. Check data_path; the packaged example is data_path="example".')
@@ -473,7 +682,7 @@ def _raw_rows(source: Any, bad: Callable) -> Iterator[RawRow]:
     "The rows of any source"
     found, done = _found(source), 0
     if _is_dataset(found): return (yield from _dataset_rows(found, source_name(source)))
-    if found is source:
+    if not isinstance(found, _Paths):
         for number, row in enumerate(found, 1):
             if isinstance(row, dict): yield RawRow(row, 'the data', number, number, number)
             else: bad(BadRow('the data', number, f'the row is of type {type(row).__name__}', _A_ROW, number))
@@ -483,7 +692,7 @@ def _raw_rows(source: Any, bad: Callable) -> Iterator[RawRow]:
         done += os.path.getsize(path)
 
 def iter_rows(
-    source: 'str | Path | list | tuple | Dataset', # a .json, .jsonl, .csv or .parquet file, a folder, a packaged name, a name on the Hub, rows, or a Dataset
+    source: 'str | Path | list | tuple | Dataset', # a .json, .jsonl, .csv or .parquet file, packed or not, a folder, a packaged name, a name on the Hub, rows, or a Dataset
     on_bad: Callable[[BadRow], Any] | None = None # called for a row that cannot be read; None: stop there
 ) -> Iterator[RawRow]: # rows in the order of the source
     "Read rows one at a time. Raises `DataError` for a bad row (without `on_bad`), for a file that cannot be read, and when there are no rows at all."
@@ -510,7 +719,7 @@ def source_size(
 ) -> tuple[int | None, int | None]: # rows where they can be known without reading, and bytes of the files; None where there are none
     "How much there is to read."
     found = _found(source)
-    if found is source or _is_dataset(found): return len(found), None
+    if not isinstance(found, _Paths): return len(found), None
     try:
         rows = [_parquet_rows(path) for path in found] if all(path.suffix.lower() == '.parquet' for path in found) else [None]
         return (None if None in rows else sum(rows)), sum(os.path.getsize(path) for path in found)
@@ -530,7 +739,7 @@ def source_key(
     "A fingerprint of a source: the bytes and names of its files, or its rows. Two sources with the same key give the same rows at the same places."
     found, digest = _found(source), hashlib.blake2b(digest_size=16)
     if _is_dataset(found): digest.update(f'{found._fingerprint} {len(found)}'.encode())
-    elif found is source:
+    elif not isinstance(found, _Paths):
         for row in found: digest.update(json.dumps(row, default=str).encode() + b'\n')
     else:
         for path in found:

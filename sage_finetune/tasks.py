@@ -22,7 +22,7 @@ from .core.places import MANIFEST, bring_back, check_links, note_files, put_asid
 from .core.storage import expand_home, why_unwritable, write_json
 from .corpus import code_rows
 from .files import BadRow, iter_rows
-from .rows import detect_data_format, read_row
+from .rows import UntrainedRow, detect_data_format, read_row
 from .runs import LOCK, describe_trainer, still_works
 from .runs import (
     CONFIG, META, METRICS, ROWS_FILE, RUN_FOLDERS, STATUS, html_table, process_gone, read_status, refuse_replacing, run_files, text_table, write_meta, write_status)
@@ -74,6 +74,7 @@ def file_rows(
     rows, formats = [], []
     for raw in iter_rows(path):
         try: read_row(raw.row)
+        except UntrainedRow: pass
         except DataError as error: raise DataError(str(BadRow.of(raw, error))) from error
         rows.append(raw.row)
         formats.append(detect_data_format(raw.row))

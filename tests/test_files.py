@@ -90,8 +90,15 @@ def test_what_stands_in_a_json_file(content):
     assert load_training_data(write("rows.json", content)) == ROWS
 
 
-def test_a_list_in_a_jsonl_file_is_said():
-    assert re.search("rows.jsonl, line 1: the row is of type list. A row must be an object", refusal(write("rows.jsonl", json.dumps(ROWS))))
+@pytest.mark.parametrize("content", [json.dumps(ROWS), json.dumps(ROWS, indent=1), "\n[" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n"], ids=["one line", "indented", "an object a line"])
+def test_a_list_in_a_jsonl_file_is_read_as_one(content):
+    for name in ("rows.jsonl", "rows.ndjson"): assert load_training_data(write(name, content)) == ROWS
+    assert "rows.jsonl, line 3: this is not JSON" in refusal(write("rows.jsonl", f"[{GOOD},\n\n{{"))
+
+
+def test_a_list_on_every_line_is_said():
+    turns = json.dumps([dict(role="user", content="Hi")])
+    for content in (f"{turns}\n{turns}\n", "[1, 2]\n[3]"): assert re.search("rows.jsonl, line 1: the row is of type list. A row must be an object", refusal(write("rows.jsonl", content)))
 
 
 @pytest.mark.parametrize("content", ["\n".join(map(json.dumps, ROWS)), "\r\n".join(map(json.dumps, ROWS)) + "\r\n", "\n \n" + "\n\t\n\r\n".join(map(json.dumps, ROWS)) + "\n\n \n"], ids=["no last line end", "Windows", "blank lines"])
@@ -190,8 +197,7 @@ def test_nested_structs_lose_the_keys_of_other_rows():
     names = dict(messages=None, text=None)
     write("rows.parquet", [names | row for row in rows])
     assert pyarrow.parquet.read_table("rows.parquet").to_pylist()[0] != rows[0], "parquet no longer fills in nulls: this test proves nothing"
-    assert load_training_data("rows.parquet") == rows
-    assert load_training_data(datasets.Dataset.from_parquet("rows.parquet")) == rows
+    for source in ("rows.parquet", datasets.Dataset.from_parquet("rows.parquet")): assert load_training_data(source) == [names | row for row in rows], "only columns stay that are null"
     assert read_row(load_training_data("rows.parquet")[0]).messages[1]["tool_calls"][0]["function"] == calls[0]
 
 
@@ -205,6 +211,106 @@ def test_row_groups_are_streamed():
 @pytest.mark.parametrize("content", [b"", b"not parquet", as_parquet(ROWS)[:-9], as_parquet(ROWS)[:60] + b"\0" * 60 + as_parquet(ROWS)[120:]], ids=["empty", "text", "cut off", "damaged"])
 def test_parquet_that_is_none(content):
     assert re.match(r"rows.parquet is not a readable parquet file \(.*\)\. Copy it again or write it anew\.$", refusal(write("rows.parquet", content)))
+
+
+# ---- Arrow, packed files, tables of pandas ----------------------------------------------------------------------------
+
+def packings():
+    "Content -> packed, by ending"
+    import bz2
+    import lzma
+    return {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": lambda content: pyarrow.compress(content, "zstd", asbytes=True)}
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+def test_packed_files_are_read_as_what_is_in_them(kind, ending):
+    rows = [dict(ROWS[at % 2], number=str(at)) for at in range(3000)]
+    pack = packings()[ending]
+    name = write(f"rows{kind}{ending}", pack(WRITERS[kind](rows).encode()) if ending != ".zst" else zstd(WRITERS[kind](rows).encode()))
+    assert load_training_data(name) == rows
+    raws = list(iter_rows(name))
+    assert raws[5].line == [raw.line for raw in iter_rows(write(f"rows{kind}", WRITERS[kind](rows)))][5] and ("line" in raws[5].place())
+    assert all(raw.done <= os.path.getsize(name) for raw in raws) and source_size(name) == (None, os.path.getsize(name))
+    assert load_training_data(write(f"set/rows{kind}{ending}", open(name, "rb").read()) and "set") == rows
+
+
+def zstd(content):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream: stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def test_a_packed_file_that_unpacks_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(files, "_unpacked", lambda size: 10_000_000)
+    name = write("rows.jsonl.gz", gzip.compress((GOOD + "\n").encode() * 300_000))
+    assert "holds more than" in refusal(name) and "No data set is packed so tightly" in refusal(name)
+
+
+def test_a_packed_file_in_another_encoding_is_said():
+    assert "rows.csv.gz is not UTF-8 text: line 3, byte 11 of the file is 0xe9" in refusal(write("rows.csv.gz", gzip.compress("text\na\nCafé, né\n".encode("latin-1"))))
+
+
+def test_what_save_to_disk_wrote_is_read(here):
+    rows = [dict(ROWS[at % 2], number=at, none=None) for at in range(2500)]
+    datasets.Dataset.from_list(rows).save_to_disk("saved", num_shards=2)
+    write("saved/cache-1234.arrow", b"not read")
+    assert load_training_data("saved") == rows and len(load_training_data("saved/data-00000-of-00002.arrow")) == 1250
+    datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk("one")
+    assert load_training_data("one") == rows
+    datasets.DatasetDict(test=datasets.Dataset.from_list(rows), train=datasets.Dataset.from_list(rows)).save_to_disk("both")
+    assert 'the folder both has the splits test, train. Name one of them: data_path="both/train", eval_path="both/test".' == refusal("both")
+    assert len({source_key(name) for name in ("saved", "one")}) == 2
+
+
+def test_arrow_files_of_strangers(here):
+    table = pyarrow.table(dict(question=["2 + 2?"], answer=["Four."]))
+    with pyarrow.OSFile("a.arrow", "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer: writer.write_table(table)
+    assert load_training_data("a.arrow") == [ROWS[0]]
+    write("cut.arrow", open("a.arrow", "rb").read()[:-30])
+    assert "cut.arrow is not a readable Arrow file" in refusal("cut.arrow")
+    nulls = pyarrow.table(dict(text=pyarrow.nulls(3_000_000)))
+    with pyarrow.OSFile("nulls.arrow", "wb") as sink, pyarrow.ipc.new_stream(sink, nulls.schema) as writer: writer.write_table(nulls)
+    assert "nulls.arrow has" in refusal("nulls.arrow") and "rows. No data set is packed so tightly" in refusal("nulls.arrow")
+    for listing in ('{"_data_files": [{"filename": "../a.arrow"}]}', '{"_data_files": 3}', "[]", "{"):
+        write("odd/state.json", listing)
+        with pytest.raises(DataError): list(iter_rows("odd"))
+
+
+def test_a_table_of_pandas():
+    import pandas
+    frame = pandas.DataFrame(dict(question=["2 + 2?", "Ask"], answer=["Four.", None], number=[1, 2], score=[0.5, float("nan")], messages=[[dict(role="user", n=None)], []]))
+    rows = [dict(question="2 + 2?", answer="Four.", number=1, score=0.5, messages=[dict(role="user")]), dict(question="Ask", answer=None, number=2, score=None, messages=[])]
+    assert load_training_data(frame) == rows and source_size(frame) == (2, None) and source_key(frame) == source_key(frame.copy()) == source_key(rows)
+    frame.to_parquet("frame.parquet")
+    assert load_training_data(pandas.read_parquet("frame.parquet")) == load_training_data("frame.parquet") == rows
+
+
+@pytest.mark.parametrize("source, line", [
+    (lambda: (row for row in ROWS), "rows = list(data)."), (lambda: iter(ROWS), "rows = list(data)."), (lambda: dict(question=["a"], answer=["b"]), "rows = [dict(zip(data, values)) for values in zip(*data.values())]."),
+    (lambda: datasets.Dataset.from_list(ROWS).to_iterable_dataset(), "rows = list(data.take(10_000)), or list(data)"), (lambda: pyarrow.Table.from_pylist(ROWS), "rows = data.to_pylist()."), (lambda: lambda: ROWS, "rows = list(data()).")], ids=str)
+def test_other_objects_have_a_line_that_makes_rows_of_them(source, line):
+    data = source()
+    assert f"To make a list of it: {line}" in refusal(data)
+    rows = eval(line.removeprefix("rows = ").split(", or")[0].removesuffix("."), dict(data=data))
+    assert load_training_data(rows) == (ROWS if not isinstance(data, dict) else [dict(question="a", answer="b")])
+
+
+# ---- tables laid down as one object -----------------------------------------------------------------------------------
+
+COLUMNAR = {
+    "columns of pandas": lambda frame: frame.to_json(), "an index": lambda frame: frame.to_json(orient="index"), "a split": lambda frame: frame.to_json(orient="split"), "lists": lambda frame: json.dumps(frame.to_dict("list")),
+    "a page of the viewer": lambda frame: json.dumps(dict(features=[], rows=[dict(row_idx=at, row=row) for at, row in enumerate(frame.to_dict("records"))])),
+    "a list inside": lambda frame: json.dumps(dict(version=1, data=frame.to_dict("records"))), "rows inside": lambda frame: json.dumps(dict(rows=frame.to_dict("records")))}
+
+
+@pytest.mark.parametrize("shape", COLUMNAR)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_table_that_is_one_object_has_a_line_that_converts_it(shape, count):
+    import pandas
+    said = refusal(write("table.json", COLUMNAR[shape](pandas.DataFrame(ROWS[:count]))))
+    exec(said[said.index("import "):].removesuffix("."))
+    assert load_training_data("rows.jsonl" if os.path.exists("rows.jsonl") else "rows.json") == ROWS[:count]
 
 
 # ---- files that are not what they seem --------------------------------------------------------------------------------
@@ -248,16 +354,38 @@ BROKEN = {  # what is wrong -> (name, content, what the sentence says)
     "Latin-1 at the very end": ("rows.csv", "text\né".encode("latin-1"), "rows.csv is not UTF-8 text: line 2, byte 6 of the file is 0xe9"),
     "half of UTF-16": ("rows.jsonl", f"{GOOD}\n{GOOD}".encode("utf-16")[:-1], "rows.jsonl is not UTF-16-LE text: line 2, byte "),
     "bytes": ("rows.jsonl", b"\x80\x81\x82\x83", "rows.jsonl is not UTF-8 text: line 1, byte 1 of the file is 0x80"),
-    "a packed file": ("rows.jsonl.gz", gzip.compress(GOOD.encode()), "rows.jsonl.gz is a packed file. Unpack it first and name the file that comes out."),
+    "an archive": ("rows.zip", b"PK", "rows.zip is a packed file. Unpack it with `python -m zipfile -e rows.zip .` and name the file that comes out."),
+    "a packed archive": ("rows.tar.gz", b"x", "rows.tar.gz is a packed file. Unpack it with `tar -xf rows.tar.gz` and name"),
+    "packed and nameless": ("rows.gz", gzip.compress(GOOD.encode()), "rows.gz is a packed file, and its name does not say of what kind. Name it like rows.jsonl.gz"),
+    "a packed table of columns": ("rows.parquet.gz", b"x", "rows.parquet.gz is a packed file"),
+    "damaged and packed": ("rows.jsonl.gz", gzip.compress(GOOD.encode())[:-9], "rows.jsonl.gz is not a readable .gz file ("),
+    "no packed file at all": ("rows.jsonl.gz", GOOD, "rows.jsonl.gz is not a readable .gz file ("),
+    "a spreadsheet": ("rows.xlsx", b"PK", "This line converts it: import pandas; pandas.read_excel('rows.xlsx').to_json(\"rows.jsonl\", orient=\"records\", lines=True)."),
+    "a text": ("rows.txt", "x", "A text becomes a row with: rows = [{\"text\": open('rows.txt', encoding=\"utf-8\").read()}]."),
+    "an Arrow file that is none": ("rows.arrow", b"x" * 99, "rows.arrow is not a readable Arrow file ("),
     "another kind": ("rows.docx", "x", "rows.docx: files of kind '.docx' are not read. Use .json, .jsonl, .csv or .parquet."),
     "no kind": ("rows", "x", "rows: files of kind '' are not read"),
-    "a packed file by another name": ("rows.jsonl", gzip.compress(GOOD.encode()), "rows.jsonl is not UTF-8 text: line 1, byte 2 of the file is 0x8b")}
+    "a packed file by another name": ("rows.jsonl", gzip.compress(GOOD.encode()), "rows.jsonl is not UTF-8 text: line 1, byte 2 of the file is 0x8b. It is packed: name it rows.jsonl.gz.")}
 
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_files_that_are_not_what_they_seem(fault):
     name, content, says = BROKEN[fault]
     assert says in refusal(write(name, content))
+
+
+OTHER_ENCODINGS = [("GBK", "gbk", "问题,答案\n今天天气怎么样？,很好，我们去公园散步吧。\n"), ("Shift_JIS", "cp932", "質問,答え\n今日の天気はどうですか,とても良いです。\n"), ("Big5", "big5", "問題,答案\n今天天氣怎麼樣？,很好，我們去公園散步吧。\n"),
+    ("EUC-KR", "cp949", "질문,답변\n오늘 날씨는 어때요?,아주 좋습니다.\n"), ("EUC-JP", "euc_jp", "質問,答え\n今日の天気はどうですか,とても良いです。\n"), ("Windows-1251", "cp1251", "вопрос,ответ\nКакая сегодня погода?,Очень хорошая.\n"),
+    ("KOI8-R", "koi8_r", "вопрос,ответ\nКакая сегодня погода?,Очень хорошая.\n"), ("Windows-1252", "cp1252", "question,answer\nComment ça va?,Très bien, merci – à bientôt.\n"), ("Windows-1252", "cp1252", "Frage,Antwort\nWas trägt er?,Käse für München.\n"),
+    ("UTF-16LE", "utf-16-le", "问题,答案\n今天天气怎么样？,很好。\nHow, are, you,?\n"), ("UTF-16BE", "utf-16-be", "问题,答案\n今天天气怎么样？,很好。\nHow, are, you,?\n")]
+
+
+@pytest.mark.parametrize("name, codec, text", OTHER_ENCODINGS, ids=[f"{name} {codec}" for name, codec, _ in OTHER_ENCODINGS[:8]] + ["German", "UTF-16LE", "UTF-16BE"])
+def test_the_encoding_to_convert_from_is_named(name, codec, text):
+    for content in (text, "plain,text\nalone,here\n" * 500 + text):
+        said = refusal(write("rows.csv", content.encode(codec)))
+        if codec.startswith("utf-16") and content != text: continue  # known by its beginning, and read
+        assert f"from {name} `iconv -f {name.upper()} -t UTF-8 rows.csv` converts it." in said and "is not UTF-8 text: line" in said
 
 
 @pytest.mark.parametrize("at", range(1, 60, 4))
@@ -459,11 +587,32 @@ def test_an_empty_file_in_a_folder_is_no_fault():
     assert load_training_data("set") == [ROWS[0]]
 
 
+SPLIT_FOLDERS = {  # files -> what is said
+    ("train.jsonl", "test.jsonl"): 'data_path="set/train.jsonl", eval_path="set/test.jsonl"', ("train.jsonl", "validation.jsonl"): 'data_path="set/train.jsonl", eval_path="set/validation.jsonl"',
+    ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"): 'eval_path="set/test-00000-of-00001.parquet"', ("train/a.jsonl", "test/a.jsonl"): 'data_path="set/train/a.jsonl", eval_path="set/test/a.jsonl"',
+    ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/valid-00000-of-00001.parquet"): "Lay the files of each into a folder of its own",
+    ("rows.jsonl", "rows_dev.jsonl"): 'data_path="set/rows.jsonl", eval_path="set/rows_dev.jsonl"', ("TRAIN.csv", "Eval.csv"): 'data_path="set/TRAIN.csv", eval_path="set/Eval.csv"',
+    ("validation.jsonl", "test.jsonl"): "the splits test, validation", ("my.train.jsonl.gz", "my.heldout.jsonl.gz"): "my.heldout.jsonl.gz"}
+
+
+@pytest.mark.parametrize("names", SPLIT_FOLDERS, ids=str)
+def test_files_for_training_and_for_testing_are_not_laid_together(names):
+    for name in names: write(f"set/{name}", as_parquet(ROWS) if name.endswith("parquet") else gzip.compress(GOOD.encode()) if name.endswith("gz") else GOOD if "csv" not in name else as_csv(ROWS))
+    said = refusal("set")
+    assert "the folder set has the splits" in said and "they would be learnt together" in said and SPLIT_FOLDERS[names] in said
+
+
+@pytest.mark.parametrize("names", [("train-00000.jsonl", "train-00001.jsonl"), ("test.jsonl",), ("training.jsonl", "more.jsonl"), ("contest.jsonl", "latest.jsonl", "trained.jsonl"), ("value.jsonl", "devices.jsonl")], ids=str)
+def test_folders_of_one_split_are_read(names):
+    for name in names: write(f"set/{name}", GOOD)
+    assert load_training_data("set") == [ROWS[0]] * len(names)
+
+
 def test_folders_without_data():
     os.makedirs("empty.json")
     assert "the folder empty.json holds no data files (.json, .jsonl, .csv or .parquet). Check data_path." in refusal("empty.json")
     write("other/notes.txt", "x")
-    write("other/rows.jsonl.gz", "x")
+    write("other/rows.zip", "x")
     assert "it holds 2 of other kinds, such as notes.txt" in refusal("other")
 
 
