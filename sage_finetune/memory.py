@@ -350,7 +350,7 @@ def _looks(layer: nn.Module) -> tuple:
 
 def _alike_layers(base: nn.Module, lora: LoRAConfig) -> nn.ModuleList | None:
     "A model's layers, if all look alike and the adapter's targets are not chosen by their numbers"
-    named = [*([lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules), *(lora.modules_to_save or [])]
+    named = [*([lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules), *(lora.modules_to_save or []), *(lora.target_parameters or [])]
     if any(part.isdigit() or '[' in part or '\\' in part for name in named for part in name.split('.')): return None
     stack = _stack(base)
     return stack if len({_looks(layer) for layer in stack}) == 1 else None

@@ -6,13 +6,16 @@
 __all__ = ['LOADING', 'ROWS', 'pick_device', 'Precision', 'plan_precision', 'check_model', 'refusing', 'load_tokenizer',
            'first_line', 'code_needed', 'refuse_kernels', 'NewTokens', 'add_tokens', 'adapter_folder',
            'inherited_tokens', 'trained_tokens', 'run_tokenizer', 'quiet', 'takes_long', 'load_base', 'make_room',
-           'attach_lora', 'ParameterCount', 'count_parameters', 'WeightBytes', 'weight_bytes', 'save_adapter',
-           'load_adapter', 'restore_adapter', 'continue_adapter', 'make_optimizer', 'make_schedule', 'neftune', 'free']
+           'attach_lora', 'ParameterCount', 'count_parameters', 'Coverage', 'adapter_coverage', 'WeightBytes',
+           'weight_bytes', 'save_adapter', 'load_adapter', 'restore_adapter', 'continue_adapter', 'make_optimizer',
+           'make_schedule', 'neftune', 'free']
 
 # %% ../nbs/08_model.ipynb #f618922a
-import copy, gc, json, logging, math, re, threading, warnings
+import copy, gc, inspect, json, logging, math, re, threading, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
@@ -21,9 +24,11 @@ import torch
 
 for _room in ('backends.cpu.ops', 'autograd._functions'): logging.getLogger(f'bitsandbytes.{_room}').setLevel(logging.ERROR)  # an optional kernel nobody asked for; how 8-bit products are made, at each of them
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from peft.tuners.lora import Linear as LoRALinear
+from peft.tuners.lora import Linear as LoRALinear, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+try: from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+except ImportError: convert_peft_config_for_transformers = None  # it came with a later version
 from safetensors import SafetensorError, safe_open
 from transformers import Adafactor, AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 from transformers.pytorch_utils import Conv1D
@@ -297,6 +302,7 @@ _MAY_BE = dict(  # fields of a LoRA adapter that its use depends on; what is mis
     lora_dropout=lambda value: type(value) in (int, float) and 0 <= value < 1,
     target_modules=lambda value: value is None or isinstance(value, str) or _is_names(value),
     modules_to_save=lambda value: value is None or _is_names(value),
+    target_parameters=lambda value: value is None or _is_names(value),
     exclude_modules=lambda value: value is None or isinstance(value, str) or _is_names(value),
     bias=lambda value: value in ('none', 'all', 'lora_only'),
     base_model_name_or_path=lambda value: value is None or isinstance(value, str), megatron_config=lambda value: value is None,
@@ -417,6 +423,172 @@ def make_room(
     for table in _tables(model).values():
         for token_id, pieces in zip(new.ids, new.pieces): table.weight[token_id] = table.weight[pieces].float().mean(0).to(table.weight.dtype)
 
+# %% ../nbs/08_model.ipynb #f8be99a1
+_ADAPTER_PARTS = re.compile(r'(^|\.)(lora_\w+|original_module)(\.|$)')
+_ROUTERS = re.compile(r'Router|TopKGating|MoE\w*Gate$')  # classes that choose experts
+_PACKED = ('Params4bit', 'Int8Params')  # how bitsandbytes calls weights it has made smaller
+
+class _Matrix(NamedTuple):
+    "A weight matrix of a model, or a stack with one for each expert"
+    owner: str # name of the module that holds it
+    name: str # in that module
+    module: torch.nn.Module # that module
+    weight: torch.Tensor # its numbers
+    router: bool # it chooses experts
+
+    @property
+    def path(self) -> str: return f'{self.owner}.{self.name}'
+    @property
+    def leaf(self) -> str: return self.owner.rpartition('.')[2]
+    @property
+    def is_linear(self) -> bool: return isinstance(self.module, (torch.nn.Linear, Conv1D))
+    @property
+    def is_stack(self) -> bool: return self.weight.dim() == 3 and not isinstance(self.module, torch.nn.modules.conv._ConvNd)
+    @property
+    def count(self) -> int: return len(self.weight) if self.is_stack else 1
+    @property
+    def size(self) -> int: return self.weight.numel() * (2 if type(self.weight).__name__ == 'Params4bit' else 1)
+    @property
+    def label(self) -> str:
+        leaf = next((part for part in reversed(self.owner.split('.')) if not part.isdigit()), '')
+        return 'router' if self.router else leaf if self.name == 'weight' else f'{leaf}.{self.name}'
+
+def _is_matrix(module: torch.nn.Module, name: str, p: torch.Tensor) -> bool:
+    "Whether a parameter is a weight matrix: no bias, no scale, no table"
+    if isinstance(module, (torch.nn.Linear, Conv1D)): return name == 'weight'
+    return not name.endswith('bias') and 'embed' not in name and (type(p).__name__ in _PACKED or sum(size > 1 for size in p.shape) > 1)
+
+def _is_router(modules: dict, owner: str) -> bool:
+    "Whether a module chooses experts, by its class or by its name beside experts"
+    parts = [part for part in owner.split('.') if part != 'base_layer']
+    leaf, parent = parts[-1], modules.get('.'.join(parts[:-1]), modules[''])
+    if any(_ROUTERS.search(type(module).__name__) for module in (modules[owner], parent)): return True
+    return (leaf in ('gate', 'wg', 'shared_expert_gate') or 'router' in leaf) and any('expert' in name for name in (*vars(parent), *parent._modules))
+
+# %% ../nbs/08_model.ipynb #9ee26bc8
+def _matrices(model: torch.nn.Module) -> Iterator[_Matrix]:
+    "The weight matrices of a model, with an adapter or without, but for its tables: embeddings and head"
+    inner = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    tables = {id(part) for table in (inner.get_input_embeddings(), inner.get_output_embeddings()) if table is not None for part in table.modules()}
+    modules = dict(inner.named_modules())
+    for owner, module in modules.items():
+        if id(module) in tables or isinstance(module, torch.nn.Embedding) or _ADAPTER_PARTS.search(owner): continue
+        for name, p in module.named_parameters(recurse=False):
+            if _is_matrix(module, name, p): yield _Matrix(owner.replace('.base_layer', ''), name, module, p, _is_router(modules, owner))
+
+# %% ../nbs/08_model.ipynb #82f70976
+def _is_renamed(model: torch.nn.Module, leaf: str) -> bool:
+    "Whether PEFT takes the name of a layer for one that experts had before they were put in one piece"
+    if convert_peft_config_for_transformers is None: return False
+    settings = LoraConfig(target_modules=[leaf])
+    try: convert_peft_config_for_transformers(settings, model=model, conversions=None)
+    except ValueError: return True  # it wants the other half of the stack named, too
+    return leaf not in settings.target_modules
+
+def _is_refused(model: torch.nn.Module, leaf: str) -> bool:
+    "Whether PEFT puts no adapter beside a layer of this name"
+    try: getattr(LoraModel, '_check_target_module_compatiblity', lambda *_: None)(None, LoraConfig(), model, leaf)
+    except ValueError: return True
+    return False
+
+@lru_cache
+def _read_past(kind: type) -> frozenset[str]:
+    "The layers of a module whose weights its own code reads instead of calling them: an adapter beside those would change nothing"
+    try: code = inspect.getsource(kind)
+    except (OSError, TypeError): return frozenset()
+    return frozenset(re.findall(r'self\.(\w+)\.weight\b(?!\.(?:data|device|dtype|shape|size)\b)', code))
+
+def _ways(model: torch.nn.Module, matrices: list[_Matrix]) -> dict[str, str]:
+    "How PEFT reaches each matrix: as a \"module\", as a \"parameter\", or else why not"
+    modules, leaves = dict(model.named_modules()), {matrix.leaf for matrix in matrices if matrix.is_linear}
+    renamed, refused = ({leaf for leaf in leaves if test(model, leaf)} for test in (_is_renamed, _is_refused))
+    def way(matrix: _Matrix) -> str:
+        parent = modules.get(matrix.owner.rpartition('.')[0])
+        if matrix.is_linear and (matrix.leaf in refused or matrix.leaf in _read_past(type(parent))): return 'its weights are read past it, where no adapter is seen'
+        own_forward = matrix.router and type(matrix.module).forward is not torch.nn.Linear.forward
+        if matrix.is_linear and not own_forward and matrix.leaf not in renamed: return 'module'
+        if type(matrix.weight).__name__ in _PACKED: return 'in a mixture PEFT reaches it only as a parameter, and it is in 8 or 4 bits'
+        return 'parameter' if matrix.is_linear or matrix.is_stack or matrix.router else 'it is no linear layer'
+    return {matrix.path: way(matrix) for matrix in matrices}
+
+# %% ../nbs/08_model.ipynb #9abec057
+_PARTS = {'gate_up_proj': (('gate_proj', 'up_proj'), ('w1', 'w3')), 'down_proj': (('w2',),)}  # of a stack, as they were called before
+
+def _fitting(lora: LoRAConfig) -> Callable[[str], bool]:
+    "Whether a name of a layer or of a parameter is meant by `target_modules`"
+    if isinstance(lora.target_modules, str): return lambda name: bool(re.fullmatch(lora.target_modules, name))
+    endings = tuple(f'.{one}' for one in lora.target_modules)
+    return lambda name: f'.{name}'.endswith(endings)
+
+def _is_meant(matrix: _Matrix, fits: Callable[[str], bool], asked: Any) -> bool:
+    "Whether a matrix is meant, by its name or by those of its parts. Refuses half a stack"
+    if fits(matrix.owner) or fits(matrix.path): return True
+    for parts in _PARTS.get(matrix.name, ()) if matrix.is_stack else ():
+        meant = [part for part in parts if fits(f'{matrix.owner}.{part}')]
+        if 0 < len(meant) < len(parts):
+            raise ModelError(f'lora.target_modules={asked!r} names {meant[0]!r} alone, and in the experts of this model {" and ".join(parts)} are one matrix, {matrix.name}. Name them all, or the layers that are meant by a longer name.')
+        if meant: return True
+    return False
+
+def _shortest(names: list[str], others: Any, parts: int = 1) -> list[str]:
+    "The shortest endings, of so many parts at least, that mean exactly these names"
+    endings = lambda name: [name.split('.', at)[at] for at in range(max(0, name.count('.') + 1 - parts), -1, -1)]
+    taken = {ending for other in others for ending in endings(other)}
+    return sorted({next((ending for ending in endings(name) if ending not in taken), name) for name in names})
+
+# %% ../nbs/08_model.ipynb #0f49e857
+def _targets(model: torch.nn.Module, lora: LoRAConfig) -> tuple[list[str] | str, list[str] | None]:
+    "What PEFT is to be given as `target_modules` and `target_parameters`"
+    matrices, asked, everything = list(_matrices(model)), lora.target_modules, str(lora.target_modules).lower() == 'all-linear'
+    ways = _ways(model, matrices)
+    if lora.target_parameters is None and all(ways[matrix.path] == 'module' and not matrix.router or not matrix.is_linear and not matrix.is_stack for matrix in matrices): return asked, None
+    if everything: chosen, others = [matrix for matrix in matrices if ways[matrix.path] in ('module', 'parameter') and not matrix.router], []
+    else:
+        fits = _fitting(lora)
+        chosen = [matrix for matrix in matrices if _is_meant(matrix, fits, asked)]
+        others = [name for name in _names(model) if name and fits(name) and name not in {matrix.owner for matrix in chosen}]  # embeddings, or what PEFT will refuse
+        for matrix in chosen:
+            if ways[matrix.path] not in ('module', 'parameter'): raise ModelError(f'lora.target_modules={asked!r} fits {matrix.path!r}, which is there but can have no adapter: {ways[matrix.path]}. "all-linear" takes all that can.')
+    chosen = [matrix for matrix in chosen if not any(f'.{one}.' in f'.{matrix.path}.' for one in lora.modules_to_save or [])]
+    modules = [*others, *(matrix.owner for matrix in chosen if ways[matrix.path] == 'module')]
+    parameters = [matrix.path for matrix in chosen if ways[matrix.path] == 'parameter']
+    if lora.target_parameters is not None:
+        layers = [matrix.path for matrix in chosen if matrix.is_linear and ways[matrix.path] == 'parameter']
+        parameters = sorted({*_named_parameters(matrices, lora.target_parameters), *layers}) if lora.target_parameters else []
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return _shortest(modules, set(_names(model)) - set(modules)), _shortest(parameters, set(names) - set(parameters), parts=2) or None
+
+def _named_parameters(matrices: list[_Matrix], wanted: list[str]) -> list[str]:
+    "The matrices that `target_parameters` names. Refuses names that are not there"
+    meant = {one: [matrix.path for matrix in matrices if f'.{matrix.path}'.endswith(f'.{one}')] for one in wanted}
+    lost = [one for one, paths in meant.items() if not paths]
+    stacks = ', '.join(sorted({matrix.label for matrix in matrices if matrix.is_stack})) or 'none'
+    if lost: raise ModelError(f'lora.target_parameters={wanted!r}: {lost[0]!r} fits no weight matrix of this model. Its experts in one piece: {stacks}; target_parameters=None takes those that target_modules means.')
+    return sorted({path for paths in meant.values() for path in paths})
+
+def _check_parameters(lora: LoRAConfig, parameters: list[str] | None):
+    "Refuse what PEFT cannot do to a parameter"
+    cannot = dict(lora_dropout=0., use_dora=False, init_lora_weights='default')
+    for name, usual in cannot.items() if parameters else ():
+        value = getattr(lora, name)
+        if value == usual or value == 'gaussian': continue
+        raise ConfigError(f'lora.{name}={value!r} cannot be had for {parameters[0]!r}, which PEFT reaches as a parameter of a mixture and not as a layer. Set it to {usual!r}, or leave such matrices out: lora.target_parameters=[].')
+
+# %% ../nbs/08_model.ipynb #187bd4d1
+def _idle_words(model: torch.nn.Module, lora: LoRAConfig) -> list[str]:
+    "Words of a pattern that stand in no name it fits"
+    pattern = lora.target_modules
+    if not isinstance(pattern, str) or pattern.lower() == 'all-linear' or '(?!' in pattern or '(?<!' in pattern: return []
+    words = re.findall(r'[A-Za-z_]\w{2,}', re.sub(r'\\.|\[[^]]*\]|\(\?P?<?\w*>?', ' ', pattern))
+    fits, matrices = _fitting(lora), list(_matrices(model))
+    parts = [f'{matrix.owner}.{part}' for matrix in matrices for group in _PARTS.get(matrix.name, ()) for part in group]
+    meant = [name for name in (*_names(model), *(matrix.path for matrix in matrices), *parts) if fits(name)]
+    return [word for word in dict.fromkeys(words) if not any(word in name for name in meant)] if meant else []
+
+def _warn_of_idle_words(model: torch.nn.Module, lora: LoRAConfig):
+    "Say which part of a pattern fits nothing"
+    if idle := _idle_words(model, lora): warnings.warn(f'lora.target_modules={lora.target_modules!r}: {idle[0]!r} in it stands in no layer that it fits. Those of this model: {_layer_names(model)}.', stacklevel=3)
+
 # %% ../nbs/08_model.ipynb #52fca568
 def _layer_names(model: torch.nn.Module, kinds: tuple = (torch.nn.Linear, Conv1D)) -> str:
     "The kinds of layers a model has, for a sentence"
@@ -429,9 +601,12 @@ def _quantised(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 def _check_names(model: torch.nn.Module, lora: LoRAConfig):
     "Refuse names of layers that are not there, and a start that cannot be had"
     names = [f'.{name}' for name, _ in model.named_modules(remove_duplicate=False)]
-    def astray(wanted: list[str]) -> list[str]: return [one for one in wanted if not any(name.endswith(f'.{one}') for name in names)]
+    stacks = [f'.{one}' for matrix in _matrices(model) if matrix.is_stack or matrix.router for one in (matrix.path, *(f'{matrix.owner}.{part}' for parts in _PARTS.get(matrix.name, ()) for part in parts))]
+    def astray(wanted: list[str], also: list[str] = []) -> list[str]: return [one for one in wanted if not any(name.endswith(f'.{one}') for name in (*names, *also))]
     wanted = lora.target_modules if isinstance(lora.target_modules, list) else []
-    if (lost := astray(wanted)) or wanted is lora.target_modules == []:
+    if (lost := astray(wanted, stacks)) and any(f'.{name}'.endswith(f'.{lost[0]}') for name, _ in model.named_parameters()):
+        raise ModelError(f'lora.target_modules={lora.target_modules!r}: {lost[0]!r} is there but can have no adapter, for it is no weight matrix. Those that can: {_layer_names(model)}.')
+    if lost or wanted is lora.target_modules == [] and not lora.target_parameters:
         which = f': {lost[0]!r}' if len(lost) < len(wanted) else ''
         raise ModelError(f'lora.target_modules={lora.target_modules!r}{which} fits no layer of this model. It has: {_layer_names(model)}; "all-linear" takes them all.')
     if lost := astray(lora.modules_to_save or []):
@@ -463,10 +638,11 @@ def _patterns(settings: LoRAConfig | PeftConfig) -> list[tuple[str, str]]:
 # %% ../nbs/08_model.ipynb #e8260cab
 def _peft_settings(model: torch.nn.Module, lora: LoRAConfig, token_ids: list[int]) -> LoraConfig:
     "The dials of an adapter in PEFT's words"
-    try: tied = _trains_tied(model, lora)
+    try: tied, (modules, parameters) = _trains_tied(model, lora), _targets(model, lora)
     except re.error as error: raise ConfigError(f'lora.target_modules={lora.target_modules!r} is not a pattern that can be read ({error}). Name layers in a list, or write a regular expression.') from error
+    _check_parameters(lora, parameters)
     listed = lambda names: list(names) if isinstance(names, list) else names  # PEFT writes into the lists it is given
-    return LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha, target_modules=listed(lora.target_modules), lora_dropout=lora.lora_dropout, bias=lora.bias, task_type=lora.task_type,
+    return LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha, target_modules=listed(modules), target_parameters=parameters, lora_dropout=lora.lora_dropout, bias=lora.bias, task_type=lora.task_type,
         use_rslora=lora.use_rslora, use_dora=lora.use_dora, init_lora_weights=True if lora.init_lora_weights == 'default' else lora.init_lora_weights,
         modules_to_save=listed(lora.modules_to_save) or None, fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         trainable_token_indices={name: sorted(token_ids) for name in _tables(model)} if token_ids else None, ensure_weight_tying=tied)
@@ -485,6 +661,7 @@ def attach_lora(
     _check_names(model, lora)
     if wrong := check_patterns(_patterns(lora), _names(model)): raise ConfigError(f'lora.target_modules={lora.target_modules!r}: {wrong}. Name layers in a list, or write a simpler pattern.')
     settings = _peft_settings(model, lora, new_tokens or [])
+    _warn_of_idle_words(model, lora)
     model.requires_grad_(False)  # a quantised base too; its norms and head stay in 16 bits, where PEFT's own preparation would make them twice as large
     with LOADING, torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
@@ -552,6 +729,35 @@ def count_parameters(
     "Count a model's parameters; a 4-bit weight, which stores two numbers in a byte, counts as two."
     size = lambda p: p.numel() * (2 if p.__class__.__name__ == 'Params4bit' else 1)
     return ParameterCount(sum(size(p) for p in model.parameters() if p.requires_grad), sum(size(p) for p in model.parameters()))
+
+# %% ../nbs/08_model.ipynb #b7a3ad48
+class Coverage(NamedTuple):
+    "Which weight matrices an adapter reaches; embeddings and head are not counted"
+    adapted: int # matrices with an adapter, each expert's by itself
+    matrices: int # all of them
+    share: float # of their weights, from 0 to 1
+    left_out: dict[str, int] # kind of layer -> matrices without an adapter
+    unquantised: dict[str, int] # stacks of experts that stay in 16 bits beside layers in 8 or 4
+
+    def __str__(self):
+        listed = lambda kinds: ', '.join(f'{kind} ({count:,})' for kind, count in kinds.items())
+        text = f'{self.adapted:,} of {self.matrices:,} matrices, {math.floor(1000 * self.share) / 10:g}% of their weights' + f'; left out: {listed(self.left_out)}' * bool(self.left_out)
+        return sanitize_line(text + f'; not quantised, for bitsandbytes reaches linear layers only: {listed(self.unquantised)}' * bool(self.unquantised))
+
+def adapter_coverage(
+    model: PeftModel # with its adapter
+) -> Coverage: # counted matrix by matrix
+    "How much of a model its adapter reaches."
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and hasattr(layer, 'lora_A')]
+    adapted = {id(layer.get_param() if hasattr(layer, 'get_param') else layer.get_base_layer().weight) for layer in layers}
+    matrices, left_out, unquantised = list(_matrices(model)), {}, {}
+    reached = [matrix for matrix in matrices if id(matrix.weight) in adapted or matrix.weight.requires_grad]
+    known, packed = {matrix.path for matrix in reached}, any(type(matrix.weight).__name__ in _PACKED for matrix in matrices)
+    for matrix in matrices:
+        if matrix.path not in known: left_out[matrix.label] = left_out.get(matrix.label, 0) + matrix.count
+        if packed and matrix.is_stack: unquantised[matrix.label] = unquantised.get(matrix.label, 0) + matrix.count
+    weights = sum(matrix.size for matrix in reached) / max(1, sum(matrix.size for matrix in matrices))
+    return Coverage(sum(matrix.count for matrix in reached), sum(matrix.count for matrix in matrices), weights, left_out, unquantised)
 
 # %% ../nbs/08_model.ipynb #851d4e6f
 class WeightBytes(NamedTuple):
@@ -659,7 +865,13 @@ def restore_adapter(
     set_peft_model_state_dict(model, {name: weights[name] for name in own})
 
 # %% ../nbs/08_model.ipynb #cb376a06
-_INHERITED = ('r', 'lora_alpha', 'target_modules', 'bias', 'use_rslora', 'use_dora', 'modules_to_save')  # dials that are fixed once an adapter exists
+_INHERITED = ('r', 'lora_alpha', 'target_modules', 'bias', 'use_rslora', 'use_dora', 'modules_to_save', 'target_parameters')  # dials that are fixed once an adapter exists
+
+def _in_short(base: torch.nn.Module, lora: LoRAConfig) -> LoRAConfig:
+    "The dials, with layers named as they are named in a saved adapter of this base"
+    if 'target_modules' not in changed(lora) and 'target_parameters' not in changed(lora): return lora
+    modules, parameters = _targets(base, lora)
+    return lora if parameters is None else replace(lora, target_modules=modules, target_parameters=parameters)
 
 def _disagreements(lora: LoRAConfig, settings: LoraConfig) -> list[str]:
     "Dials that somebody has set to something else than what the adapter has"
@@ -672,6 +884,7 @@ def _inheritance(settings: LoraConfig, folder: Path, base: torch.nn.Module, toke
     "What was inherited, in a sentence"
     own, named = str(getattr(base.config, '_name_or_path', '')), str(settings.base_model_name_or_path or '')
     layers = settings.target_modules if isinstance(settings.target_modules, str) else ', '.join(sorted(settings.target_modules))
+    if settings.target_parameters: layers += f', {", ".join(sorted(settings.target_parameters))}'
     more = [word for word, said in (('rsLoRA', settings.use_rslora), ('DoRA', settings.use_dora), (f'{tokens} new token{"s" * (tokens > 1)}', tokens), (f'whole: {", ".join(sorted(settings.modules_to_save or []))}', settings.modules_to_save)) if said]
     text = f'goes on from {folder}: r={settings.r}, lora_alpha={settings.lora_alpha:g}, {layers}' + ''.join(f', {word}' for word in more)
     if Path(own).name == Path(named).name: return f'{text}; trained on {Path(named).name}'
@@ -686,7 +899,7 @@ def continue_adapter(
     folder = adapter_folder(source)
     settings = _saved_settings(folder)
     _can_go_on(folder)
-    if wrong := _disagreements(lora, settings):
+    if wrong := _disagreements(_in_short(base, lora), settings):
         raise ConfigError(f'continue_from={str(source)!r} has an adapter that contradicts the config: {"; ".join(wrong)}. Leave these dials at their defaults, or start a fresh adapter without continue_from.')
     model = load_adapter(base, folder, trainable=True, dropout=lora.lora_dropout if 'lora_dropout' in changed(lora) else None)
     return model, _inheritance(settings, folder, base, len(trained_tokens(folder)))
