@@ -896,7 +896,7 @@ class LoRATrainer:
             given = getattr(self, 'train_dataset', None) if self.dataset is None else self.dataset
             if returned is not None and returned is not self: given = returned
             tokens = len(self.tokenizer)
-            if self.model is not None: tokens = max(tokens, self.model.get_input_embeddings().num_embeddings)
+            if self.model is not None: tokens = max(tokens, self.model.get_input_embeddings().weight.shape[0])
             self.dataset, self.eval_dataset, report = take_own_data(given, self.eval_dataset, self.tokenizer, self.config, tokens)
         self.report, self._taken = self.report or report, self.dataset
 
