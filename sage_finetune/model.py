@@ -901,6 +901,7 @@ def continue_adapter(
     _can_go_on(folder)
     if wrong := _disagreements(_in_short(base, lora), settings):
         raise ConfigError(f'continue_from={str(source)!r} has an adapter that contradicts the config: {"; ".join(wrong)}. Leave these dials at their defaults, or start a fresh adapter without continue_from.')
+    _check_parameters(lora, sorted(settings.target_parameters or []))
     model = load_adapter(base, folder, trainable=True, dropout=lora.lora_dropout if 'lora_dropout' in changed(lora) else None)
     return model, _inheritance(settings, folder, base, len(trained_tokens(folder)))
 

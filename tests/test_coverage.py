@@ -208,6 +208,7 @@ def test_an_adapter_is_continued_by_the_names_it_was_asked_with(tmp_path):
     names = dict(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
     saved(attach_lora(mixture("qwen2_moe"), LoRAConfig(r=2, **names)), tmp_path)
     continue_adapter(mixture("qwen2_moe"), tmp_path, LoRAConfig(r=2, **names))
+    with pytest.raises(ConfigError, match="lora.lora_dropout=0.1 cannot be had for"): continue_adapter(mixture("qwen2_moe"), tmp_path, LoRAConfig(lora_dropout=0.1))
     with pytest.raises(ConfigError, match="lora.target_parameters"): continue_adapter(mixture("qwen2_moe"), tmp_path, LoRAConfig(target_parameters=["experts.down_proj"]))
 
 
