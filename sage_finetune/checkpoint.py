@@ -167,6 +167,7 @@ def identity(
 ) -> dict: # plain values
     "What makes this run this run."
     dials = {name: value for name, value in config.to_dict().items() if name not in FREE}
+    if dials['lora'].get('target_parameters') is None: dials['lora'].pop('target_parameters', None)  # runs from before there was this field
     return dials | dict(rows=fingerprint_rows(dataset), base=fingerprint_base(model), processes=processes, base_weights=base_weights)
 
 def fingerprint_rows(

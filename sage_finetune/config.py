@@ -184,7 +184,8 @@ class LoRAConfig(Checked):
     "The dials of the adapter. Source: LoRA, arXiv 2106.09685."
     r: int = dial(8, 1, 1024, effect='harmless') # rank: how thin the two matrices are; more can learn more and costs more
     lora_alpha: int = dial(16, 1, 4096, effect='harmless') # strength: the correction is multiplied by lora_alpha / r
-    target_modules: list[str] | str = dial('all-linear', effect='harmless') # layers that get an adapter: "all-linear", names, or a pattern
+    target_modules: list[str] | str = dial('all-linear', effect='harmless') # layers that get an adapter: "all-linear" (every weight matrix of attention and MLP, all experts too, routers not), names, or a pattern
+    target_parameters: list[str] | None = dial(None, effect='harmless') # expert weights kept in one piece that get an adapter, such as ["experts.down_proj"]; None: as target_modules says, []: none
     lora_dropout: float = dial(0., 0., 0.9, effect='harmless') # share of the adapter's input switched off while training
     bias: str = dial('none', choices=('none', 'all', 'lora_only'), effect='harmless') # which bias vectors are trained too
     use_rslora: bool = dial(False, effect='harmless') # divide lora_alpha by the square root of r, so that high ranks learn as fast as low ones. arXiv 2312.03732

@@ -35,7 +35,7 @@ from .batches import plan_batches
 from .config import LoRAConfig, TrainingConfig, as_config, find_model, model_code
 from .core.errors import ConfigError, FinetuneError
 from .core.text import html_table, sanitize_html, sanitize_line, text_table
-from .model import AutoModelForCausalLM, BaseTunerLayer, attach_lora, check_model, first_line, pick_device, plan_precision, quiet, refuse_kernels, refusing
+from .model import LOADING, AutoModelForCausalLM, BaseTunerLayer, attach_lora, check_model, first_line, pick_device, plan_precision, quiet, refuse_kernels, refusing
 
 # %% ../nbs/12_memory.ipynb #bcfa3774
 def read_shape(
@@ -82,7 +82,7 @@ def _hollow(config: TrainingConfig, dtype: torch.dtype, few: int = 0) -> tuple[n
         code = model_code(config.model_name)
         if code and isinstance(error, ValueError): return _unknown_without(config.model_name, code)
         return f'the config.json of model_name={config.model_name!r} describes no model that can be built ({first_line(error)}). Restore it from a copy.'
-    with torch.device('meta'), quiet(), refusing(unbuilt):
+    with LOADING, torch.device('meta'), quiet(), refusing(unbuilt):
         base = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False)
         if few and (stack := _alike_layers(base, config.lora)) and len(stack) > 2 * FEW + 2:  # else all are sooner rehearsed than twice a few
             left_out = len(stack) - few
@@ -350,7 +350,7 @@ def _looks(layer: nn.Module) -> tuple:
 
 def _alike_layers(base: nn.Module, lora: LoRAConfig) -> nn.ModuleList | None:
     "A model's layers, if all look alike and the adapter's targets are not chosen by their numbers"
-    named = [*([lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules), *(lora.modules_to_save or [])]
+    named = [*([lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules), *(lora.modules_to_save or []), *(lora.target_parameters or [])]
     if any(part.isdigit() or '[' in part or '\\' in part for name in named for part in name.split('.')): return None
     stack = _stack(base)
     return stack if len({_looks(layer) for layer in stack}) == 1 else None

@@ -27,6 +27,7 @@ from .config import PresetConfigs, tiny_path
 from .core.errors import RunError
 from .core.storage import expand_home, write_atomic, write_json
 from .core.text import ArgumentParser, safe_streams, sanitize_line
+from .model import LOADING
 from .trainer import LoRATrainer
 
 # %% ../nbs/31_tiny.ipynb #70e35e20
@@ -73,7 +74,7 @@ def new_model(
 ) -> Qwen2ForCausalLM: # in fp32, untrained
     "A Qwen2 with random weights."
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(
+    with LOADING: return Qwen2ForCausalLM(Qwen2Config(
         vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=2, intermediate_size=inner,
         tie_word_embeddings=True, max_position_embeddings=1024, rope_theta=10000., use_cache=False, bos_token_id=None, eos_token_id=2, pad_token_id=0))
 
@@ -347,7 +348,7 @@ def finish(
     settings = json.loads((run.folder/"config.json").read_text(encoding="utf-8")) | {"use_cache": True}
     write_json(run.folder/"config.json", settings)
     GenerationConfig(eos_token_id=2, pad_token_id=0).save_pretrained(run.folder)
-    model = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32, trust_remote_code=False)
+    with LOADING: model = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32, trust_remote_code=False)
     size = sum(file.stat().st_size for file in run.folder.iterdir() if file.suffix in (".json", ".safetensors", ".jinja"))
     record = dict(parameters=sum(weights.numel() for weights in model.parameters()), vocabulary=len(run.tokenizer), megabytes=round(size / 1e6, 1),
                   steps=run.progress.step, batch=run.batch, documents=run.progress.step * run.batch, tokens=run.progress.tokens,

@@ -6,8 +6,8 @@
 __all__ = ['Step', 'clock', 'Pace', 'count_tokens', 'sum_over_processes', 'sum_gradients', 'training_loop', 'check_finite',
            'examples_of', 'out_of_memory', 'memory_error', 'Plan', 'pass_seconds', 'TrainingResult', 'peak_memory_gb',
            'make_accelerator', 'is_main', 'main_first', 'Bystander', 'prepare_run_data', 'prepare_as', 'data_remarks',
-           'lengths_of', 'answers_directly', 'load_batches', 'split_own_data', 'own_rows', 'OwnExample',
-           'clean_example', 'own_examples', 'take_own_data', 'Batching', 'evaluation_due', 'mean_loss',
+           'lengths_of', 'check_vocabulary', 'answers_directly', 'load_batches', 'split_own_data', 'own_rows',
+           'OwnExample', 'clean_example', 'own_examples', 'take_own_data', 'Batching', 'evaluation_due', 'mean_loss',
            'likeliest_answers', 'adapt', 'plainly', 'Audience', 'call_hook', 'parts_returned', 'LoRATrainer', 'Run',
            'train_from_meta', 'main']
 
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
@@ -34,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .batches import BatchPlan, PlannedStep, at_rest, collate, learnt_tokens, plan_batches
 from .checkpoint import STATE, Keeper, Progress, RunWriter, Stop, check_folder, checkpoints, identity, newest_checkpoint, own_names
 from .config import TrainingConfig, as_config, as_folder
-from .core.errors import ConfigError, DataError, FinetuneError, RunError
+from .core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
 from .core.processes import stop_requested
 from .core.places import keep_changed, note_folder
 from .core.storage import folder_atomic
@@ -42,7 +43,7 @@ from .core.text import ArgumentParser, describe_encode_error, html_table, safe_s
 from .data import Columns, DataReport, Prepared, PreparedDataset, packaged_held_out, prepare, report_line, report_parts
 from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
 from .memory import fitting, line_layout, whole_room
-from .model import adapter_folder, attach_lora, base_fingerprint, check_identity, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, note_identity, pick_device, plan_precision, quiet, run_tokenizer, save_adapter
+from .model import adapter_coverage, adapter_folder, attach_lora, base_fingerprint, check_identity, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, note_identity, pick_device, plan_precision, quiet, run_tokenizer, save_adapter
 from .prompt import render, render_prompt, stop_ids, template_of
 from .runs import notes_printed, read_meta, read_status, typed
 from .tokens import visible
@@ -223,10 +224,11 @@ class Plan:
     engine: str # how a batch becomes a loss
     seconds: float # measured on one batch and scaled up
     inherited: str = '' # the adapter the run continues
+    coverage: str = '' # which weight matrices the adapter reaches
 
     def _rows(self) -> list[tuple]:
         "Names and values to show"
-        return [('model', f'{self.model}: {self.parameters}'), *[('adapter', self.inherited)] * bool(self.inherited), *self.data, ('held out', self.evaluation),
+        return [('model', f'{self.model}: {self.parameters}'), *[('coverage', self.coverage)] * bool(self.coverage), *[('adapter', self.inherited)] * bool(self.inherited), *self.data, ('held out', self.evaluation),
                 ('steps', f'{self.steps} steps of {self.batch}'), ('numbers', self.precision), ('engine', self.engine), ('time', f'about {clock(self.seconds)}')]
 
     def __str__(self): return text_table(('plan', ''), self._rows())
@@ -386,6 +388,27 @@ def lengths_of(
     "The lengths of all examples in tokens."
     if 'length' in dataset.column_names: return dataset.with_format('numpy')['length'][:]
     return np.array([len(ids) for ids in dataset['input_ids']])
+
+# %% ../nbs/13_trainer.ipynb #cb44a9f7
+def _highest_id(dataset: Any) -> int:
+    "The highest token id of all examples"
+    if not hasattr(dataset, 'with_format'): return max((max(row['input_ids'], default=0) for row in dataset), default=0)
+    columns = dataset.select_columns(['input_ids']).with_format('arrow')
+    parts = (columns[at:at + 4096]['input_ids'].combine_chunks().flatten() for at in range(0, len(dataset), 4096))
+    return max((pc.max(part).as_py() or 0 for part in parts), default=0)
+
+def check_vocabulary(
+    model: Any, # its embeddings decide
+    tokenizer: Any, # names the token
+    model_name: str, # for the sentence
+    *datasets: Any # with a column `input_ids`; None counts as none
+):
+    "Raise `ModelError` where rows hold a token that a model has no embedding for."
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max((_highest_id(dataset) for dataset in datasets if dataset is not None), default=0)
+    if highest < rows: return
+    raise ModelError(f'model_name={model_name!r} has embeddings for {rows:,} tokens, and the rows hold the token {highest:,} ({tokenizer.convert_ids_to_tokens(highest)!r}). '
+                     'Its tokenizer is of another model, or was taught tokens that the model was not: copy the tokenizer that belongs to the model.')
 
 # %% ../nbs/13_trainer.ipynb #a69fe3b6
 def answers_directly(
@@ -841,7 +864,9 @@ class LoRATrainer:
             self._take_data()
         if self.model is None: self._load()
         if not hasattr(self.model, 'peft_config'): self._adapt()
-        if self.accelerator is None: self._take_data()
+        if self.accelerator is None:
+            self._take_data()
+            check_vocabulary(self.model, self.tokenizer, self.config.model_name, self.dataset, self.eval_dataset)
         wants = [name for name in ('early_stopping_patience', 'load_best_model_at_end', 'eval_prompts') if getattr(self.config, name) and self.eval_dataset is None]
         if wants: raise ConfigError(f'{wants[0]} needs rows to evaluate on, and none are held out. Set eval_ratio above 0, or name a file of them: eval_path.')
         if self.accelerator is None: self._set_up()
@@ -901,7 +926,8 @@ class LoRATrainer:
 
     def _batches(self, dataset: Any, micro_batches: Any) -> DataLoader:
         "Tensors for micro-batches of lines of row numbers"
-        return load_batches(dataset, micro_batches, self.tokenizer.pad_token_id, self.packs, self.config.dataloader_num_workers, self.config.seed)
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id < self.model.get_input_embeddings().weight.shape[0] else 0  # padding is masked: any id will do
+        return load_batches(dataset, micro_batches, pad_id, self.packs, self.config.dataloader_num_workers, self.config.seed)
 
     def logits(self,
         batch: dict # what `collate` makes
@@ -955,7 +981,7 @@ class LoRATrainer:
         first = next(iter(self._batches(self.dataset, self.batching.part[0].micro_batches[:1])))
         seconds = pass_seconds(first, self.loss, self.optimizer, self.accelerator) * self.plan.tokens / count_tokens([first])[0]
         return Plan(config.model_name, str(count_parameters(self.model)), data, f'{len(self.eval_dataset)} rows' if self.eval_dataset is not None else 'nothing',
-                    len(self.plan), batch, str(plan_precision(config)), f'{self.engine}; {self.compiling}', seconds, self.inherited)
+                    len(self.plan), batch, str(plan_precision(config)), f'{self.engine}; {self.compiling}', seconds, self.inherited, str(adapter_coverage(self.model)))
 
     def train(self,
         show: bool = True, # print the plan and a line every `logging_steps`

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import threading
 import warnings
 
 import pytest
@@ -13,15 +14,17 @@ from helpers import recipe, rows, write_rows
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, get_scheduler
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from sage_finetune import LoRATrainer, merge
 from sage_finetune.batches import collate
+from sage_finetune.chat import forget_models, shared_model
 from sage_finetune.config import LoRAConfig, PresetConfigs, TrainingConfig
 from sage_finetune.core.errors import ConfigError, ModelError
 from sage_finetune.engine import pick_engine
-from sage_finetune.model import (add_tokens, attach_lora, continue_adapter, count_parameters, inherited_tokens, load_adapter, load_base, load_tokenizer, make_optimizer, make_room, make_schedule, neftune,
+from sage_finetune.memory import empty_model
+from sage_finetune.model import (LOADING, add_tokens, attach_lora, continue_adapter, count_parameters, inherited_tokens, load_adapter, load_base, load_tokenizer, make_optimizer, make_room, make_schedule, neftune,
     restore_adapter, run_tokenizer, save_adapter, trained_tokens, weight_bytes)
 
 pytestmark = [pytest.mark.filterwarnings("ignore:optim='paged"), pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")]
@@ -628,3 +631,56 @@ def test_new_tokens_and_whole_layers_beside_a_quantised_base(bits, tmp_path):
     saved(model, tmp_path)
     assert torch.allclose(logits(load_adapter(load_base(config)[0], tmp_path), ids), logits(model, ids), atol=0.1)
     with pytest.raises(ConfigError, match="cannot be done in 8 or 4 bits"): attach_lora(load_base(config)[0], LoRAConfig(init_lora_weights="pissa"))
+
+
+# ---- several threads --------------------------------------------------------------------------------------------------
+
+def in_threads(*jobs, rounds=4):
+    "Run jobs at the same moment, each in a thread of its own, some rounds long; what went wrong"
+    wrong, ready = [], threading.Barrier(len(jobs))
+    def work(job):
+        try:
+            for _ in range(rounds):
+                ready.wait(60)
+                job()
+        except BaseException as error:
+            wrong.append(error)
+            ready.abort()
+    threads = [threading.Thread(target=work, args=[job]) for job in jobs]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join(120)
+    return [error for error in wrong if not isinstance(error, threading.BrokenBarrierError)] + [thread for thread in threads if thread.is_alive()]
+
+
+def is_whole(model): return model.get_input_embeddings().weight is model.get_output_embeddings().weight and torch.isfinite(logits(model, some_ids())).all()
+
+
+def test_models_can_be_loaded_in_several_threads(tmp_path):
+    "A load, a load that makes room, an adapter and a model without numbers, all at once; and transformers is as it was"
+    saved(attach_lora(load_base(PresetConfigs.tiny(device="cpu"))[0], LoRAConfig(r=2)), tmp_path)
+    before, loaded, bases = (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, torch.nn.init.kaiming_uniform_, torch.get_default_dtype()), [], [small() for _ in range(4)]
+    def load(**fields): return loaded.append(load_base(PresetConfigs.tiny(device="cpu", **fields))[0]) or loaded[-1]
+    def attach():
+        weights = [p for name, p in attach_lora(bases.pop(), LoRAConfig(r=2), seed=7).named_parameters() if ".lora_A." in name]
+        assert all(0 < p.abs().max() < 1 and p.dtype == torch.float32 for p in weights)
+    def imagine(): assert empty_model(PresetConfigs.tiny(), torch.bfloat16).get_input_embeddings().weight.dtype == torch.bfloat16
+    assert not in_threads(load, lambda: load(new_tokens=["<|tool|>"]), lambda: load(bf16=True), attach, lambda: load_adapter(load(), tmp_path), imagine)
+    assert before == (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, torch.nn.init.kaiming_uniform_, torch.get_default_dtype())
+    assert len(loaded) == 16 and all(is_whole(model) for model in loaded)
+
+
+def test_a_panel_and_a_merge_load_at_once(tmp_path):
+    "What a chat panel's thread and the main thread do: one opens the run while the other merges it"
+    trainer = LoRATrainer(recipe(tmp_path, max_steps=1))
+    trainer.train(show=False)
+    def opened(): forget_models(), shared_model(trainer.config.output_dir, "cpu")
+    assert not in_threads(opened, lambda: merge(trainer.config.output_dir), rounds=2)
+    assert is_whole(load_base(PresetConfigs.tiny(device="cpu"))[0])
+
+
+def test_a_thread_that_loads_may_load(tmp_path):
+    "The lock may be taken again by the thread that has it, and is free after a load that failed"
+    with LOADING: assert is_whole(load_base(PresetConfigs.tiny(device="cpu"))[0])
+    (tmp_path/"config.json").write_text("{}")
+    with pytest.raises(ModelError): load_base(PresetConfigs.tiny(model_name=str(tmp_path)))
+    assert not in_threads(lambda: load_base(PresetConfigs.tiny(device="cpu")), rounds=1)
