@@ -141,7 +141,7 @@ def _differs(talk: Talk, text: str, usual: str | None) -> tuple:
     asked, trained = usual[same:], text[same:]
     said = [str(message.get('content') or '').strip() for message in talk.messages]
     if any(one and (one in asked or one in trained) for one in said) or re.search(PRIVATE_USE, asked + trained):
-        asked, trained = asked[-24:].rpartition('\n')[2] if _open(usual) else '', ''
+        asked, trained = next((opened for opened, _ in THINKING_TAGS if usual.rstrip().endswith(opened)), ''), ''
         if not asked: return ('generation begins with earlier messages written otherwise than in training: ask the model in the way it was trained',)
     if _open(usual): return (f'generation begins with {asked!r}, an open thinking block, where training has {trained!r}: a model tuned without thinking is asked to think. '
                              'Train on answers with their thinking, or ask with a prompt that does not open it',)

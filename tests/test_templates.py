@@ -179,6 +179,8 @@ def test_an_open_thinking_block_is_named(name):
     notes = " ".join(render(TALKS["single"][0], any_tokenizer(name)).notes)
     assert "an open thinking block" in notes and "Train on answers with their thinking" in notes or "enable_thinking=False" in notes
     assert all(asked == before for kind, _, asked, before, _ in prompts_and_examples("minimax_m2", dict(thinking=TALKS["thinking"])))
+    both = tiny("{% for m in messages %}{% if loop.last and m.role == 'user' %}{{ messages[0].content }}{% endif %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant] <think>\n{% endif %}")
+    assert [note for note in render(TALKS["system"][0], both).notes if "'<think>', an open thinking block" in note and "briefly" not in note]
 
 
 def test_no_mask_begins_inside_a_tag_or_a_word():
