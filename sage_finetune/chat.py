@@ -28,11 +28,11 @@ from .core.text import html_table, sanitize_html, text_table
 from .data import to_messages
 from .export import open_run, run_config
 from .files import load_training_data
-from .model import load_base  # first: it keeps bitsandbytes quiet, which peft loads
+from .model import contiguous_head_input, generation_arguments, likeliest_tokens, load_base  # first: it keeps bitsandbytes quiet, which peft loads
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
-from .prompt import as_turns, render, render_prompt, stop_ids
+from .prompt import as_turns, render, render_prompt
 from .tokens import token_texts
 
 # %% ../nbs/15_chat.ipynb #5bd0a431
@@ -167,21 +167,9 @@ class _Draw(LogitsProcessor):
         return scores - noise.clamp_(min=1e-300).log_().to(scores.device, torch.float32)
 
 def _sampling(model: Any, tokenizer: Any, how: Sampling) -> dict:
-    "How the next token is chosen, in the library's words; all values are set, so none of the model's own defaults is left"
-    own = model.generation_config.eos_token_id
-    stops = stop_ids(tokenizer) | set(own if isinstance(own, list) else [own] if own is not None else [])
+    "How the next token is chosen, in the library's words: as everything that answers does, and drawn where that is asked for"
     draw = [TemperatureLogitsWarper(how.temperature), *[TopPLogitsWarper(how.top_p)] * (how.top_p < 1), _Draw(how.seed)] if how.temperature else []
-    return dict(do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=None, max_new_tokens=how.max_new_tokens, logits_processor=LogitsProcessorList(draw),
-        eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
-
-# %% ../nbs/15_chat.ipynb #54c709de
-@contextmanager
-def _row_of_its_own(model: nn.Module) -> Iterator[None]:
-    "What enters the head has its own strides, not those of the prompt it was cut from (seen in torch 2.13)"
-    own = lambda head, given: (given[0].clone(memory_format=torch.contiguous_format), *given[1:])
-    hook = model.get_output_embeddings().register_forward_pre_hook(own)
-    try: yield
-    finally: hook.remove()
+    return generation_arguments(model, tokenizer, how.max_new_tokens) | dict(logits_processor=LogitsProcessorList(draw))
 
 # %% ../nbs/15_chat.ipynb #184b532e
 class _Halted(Exception): "Somebody has said stop"
@@ -223,9 +211,9 @@ class _Making:
     def generate(self):
         "Ask the model for all tokens"
         ids = torch.tensor([self.ids], device=self.model.device)
-        with _as_strong(self.model, self.strength), _heard_between_layers(self.model, self.halted), _row_of_its_own(self.model), torch.inference_mode():
+        with _as_strong(self.model, self.strength), _heard_between_layers(self.model, self.halted), contiguous_head_input(self.model), torch.inference_mode():
             grown = self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=self.streamer, stopping_criteria=StoppingCriteriaList([_StopOn(self.halted)]), **self.settings)
-        if grown[0, -1].item() in self.settings['eos_token_id']: self.cut = ''
+        if grown[0, -1].item() in (self.settings['eos_token_id'] or ()): self.cut = ''
         elif not self.heard: self.cut = f'max_new_tokens={self.how.max_new_tokens} was reached' if self.how.max_new_tokens <= self.room else 'the model can read no further'
 
     def work(self, turn: _Turn | None):
@@ -285,21 +273,10 @@ def answers(
     order, found = sorted(range(len(asked)), key=lambda at: len(asked[at])), {}
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
-        with _turn(model): said = _answer_batch(model, tokenizer, [asked[at] for at in batch], how)
-        found.update(zip(batch, said))
+        with _turn(model), torch.inference_mode(): said = likeliest_tokens(model, tokenizer, [asked[at] for at in batch], how.max_new_tokens)
+        found.update((at, Answer(tokenizer.decode(one.ids, skip_special_tokens=True).strip(), one.ended)) for at, one in zip(batch, said))
     model.train(was_training)
     return [found[at] for at in range(len(asked))]
-
-@torch.inference_mode()
-def _answer_batch(model: Any, tokenizer: Any, asked: list[list[int]], how: Sampling) -> list[Answer]:
-    "Answers to prompts of similar length"
-    width, settings = max(map(len, asked)), _sampling(model, tokenizer, how)
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in asked], device=model.device)      # (rows, width)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in asked], device=model.device)
-    with _row_of_its_own(model): grown = model.generate(ids, attention_mask=mask, **settings)[:, width:].tolist()
-    stops = set(settings['eos_token_id'])
-    ends = [next((at for at, token in enumerate(row) if token in stops), None) for row in grown]
-    return [Answer(tokenizer.decode(row[:end], skip_special_tokens=True).strip(), end is not None) for row, end in zip(grown, ends)]
 
 # %% ../nbs/15_chat.ipynb #6e37b648
 @dataclass

@@ -25,7 +25,7 @@ from .core.places import check_links, content_hash, is_plain_name, name_some, no
 from .core.storage import expand_home, folder_atomic, write_json
 from .core.text import html_table, text_table
 from .data import Sample, iter_rows, read_row
-from .model import adapter_tokenizer, check_identity, check_vocabulary, first_line, load_adapter, load_base, quiet, refusing, run_tokenizer
+from .model import adapter_tokenizer, check_identity, check_vocabulary, first_line, generation_settings, load_adapter, load_base, quiet, refusing, run_tokenizer
 from .prompt import Rendered, render, render_text
 from .runs import MODEL_FILE, confine, read_meta, read_object
 
@@ -66,6 +66,7 @@ def open_run(
     model, tokenizer = load(config)
     if not merged: model, tokenizer = load_adapter(model, config.lora_dir), adapter_tokenizer(config.lora_dir, tokenizer)
     check_vocabulary(model, tokenizer)
+    model.generation_config = generation_settings(model, tokenizer)
     return model.eval(), tokenizer
 
 # %% ../nbs/14_export.ipynb #2bf83bc0
@@ -224,6 +225,7 @@ def merge(
     before = trained or (plain, logits_of(tuned, [example.ids for example in examples]))
     with refusing(lambda error: f'the adapter in {config.lora_dir} cannot be merged ({first_line(error)}). Train it anew, or use it beside its base.'):
         merged = tuned.merge_and_unload(safe_merge=True)
+    merged.generation_config = generation_settings(merged, tokenizer)
     with folder_atomic(out, old) as temp:
         with quiet(bars=base.num_parameters() > 100_000_000): merged.save_pretrained(temp)
         tokenizer.save_pretrained(temp)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LOADING', 'ROWS', 'IDENTITY', 'pick_device', 'Precision', 'plan_precision', 'check_model', 'refusing',
            'load_tokenizer', 'first_line', 'code_needed', 'read_config', 'refuse_kernels', 'NewTokens', 'add_tokens',
-           'adapter_folder', 'inherited_tokens', 'trained_tokens', 'run_tokenizer', 'quiet', 'takes_long', 'load_base',
-           'make_room', 'attach_lora', 'ParameterCount', 'count_parameters', 'Coverage', 'adapter_coverage',
-           'WeightBytes', 'weight_bytes', 'save_adapter', 'load_adapter', 'restore_adapter', 'continue_adapter',
-           'make_optimizer', 'make_schedule', 'neftune', 'free', 'base_fingerprint', 'note_identity', 'Mismatch',
+           'adapter_folder', 'inherited_tokens', 'trained_tokens', 'run_tokenizer', 'generation_settings', 'quiet',
+           'takes_long', 'load_base', 'make_room', 'attach_lora', 'ParameterCount', 'count_parameters', 'Coverage',
+           'adapter_coverage', 'WeightBytes', 'weight_bytes', 'save_adapter', 'load_adapter', 'restore_adapter',
+           'continue_adapter', 'make_optimizer', 'make_schedule', 'neftune', 'generation_arguments',
+           'contiguous_head_input', 'Said', 'likeliest_tokens', 'free', 'base_fingerprint', 'note_identity', 'Mismatch',
            'find_mismatches', 'check_identity', 'adapter_tokenizer', 'check_vocabulary']
 
 # %% ../nbs/08_model.ipynb #f618922a
@@ -31,7 +32,7 @@ from peft.utils import ModulesToSaveWrapper
 try: from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 except ImportError: convert_peft_config_for_transformers = None  # it came with a later version
 from safetensors import SafetensorError, safe_open
-from transformers import Adafactor, AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
+from transformers import Adafactor, AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, get_scheduler
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.utils import logging as transformers_logging
@@ -42,7 +43,7 @@ from .core.fingerprint import fingerprint_weights
 from .core.limits import check_patterns, open_regular, parse_json, read_regular
 from .core.places import content_hash
 from .core.text import sanitize_line
-from .prompt import template_of
+from .prompt import end_of_turn, stop_ids, template_of
 from .core.storage import expand_home, write_json
 
 if TYPE_CHECKING: from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -202,12 +203,13 @@ def code_needed(
     return f'{what} without running Python code that comes with the model ({", ".join(code[:5])}). If you trust its author: trust_remote_code=True, or --trust-remote-code.'
 
 def read_config(
-    model_name: str # "tiny", a folder, or a name on the Hub
+    model_name: str, # "tiny", a folder, or a name on the Hub
+    trust_remote_code: bool = False # run Python code that comes with the model
 ) -> Any: # a model's config, as transformers reads it
-    "A model's config.json, without running code and without a word: who loads the model says what is wrong with it."
+    "A model's config.json, without a word: who loads the model says what is wrong with it."
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    try: return AutoConfig.from_pretrained(find_model(model_name), trust_remote_code=False)
+    try: return AutoConfig.from_pretrained(find_model(model_name), trust_remote_code=trust_remote_code)
     finally: transformers_logging.set_verbosity(before)
 
 def refuse_kernels(
@@ -360,6 +362,36 @@ def run_tokenizer(
     new = add_tokens(tokenizer, [text for text in tokens if text not in taught])
     return tokenizer, NewTokens([*taught, *new.texts], [*taught.values(), *new.ids], [*([one] for one in taught.values()), *new.pieces])
 
+# %% ../nbs/08_model.ipynb #9ea5716f
+def _listed(value: Any) -> list: return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+def generation_settings(
+    model: Any, # a causal language model, with an adapter or without; None: no model has a say
+    tokenizer: 'PreTrainedTokenizerBase' # carries the chat template
+) -> GenerationConfig: # to be saved beside the weights
+    "How a model answers: the likeliest token each time, until a token at which a turn ends. No other setting of the base is left."
+    try: first, ends = end_of_turn(tokenizer), stop_ids(tokenizer)
+    except ModelError: first, ends = tokenizer.eos_token_id, {tokenizer.eos_token_id}  # without a template: for documents
+    own = _listed(getattr(getattr(model, 'generation_config', None), 'eos_token_id', None))
+    known = sorted(one for one in {*ends, *own} if type(one) is int and one >= 0)
+    ends = sorted(known, key=lambda one: one != first)  # the template's own before all others
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
+    return GenerationConfig(do_sample=False, use_cache=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=ends or None, pad_token_id=pad)
+
+# %% ../nbs/08_model.ipynb #5063d47e
+def _base_ends(
+    shape: Any, # the model's config
+    model_name: str # where its files are
+) -> GenerationConfig:
+    "The end tokens a base names, in generation_config.json or else in config.json"
+    try: content, _ = PreTrainedConfig.get_config_dict(find_model(model_name), _configuration_file='generation_config.json')
+    except Exception: content = {}  # a broken file fails in many ways
+    named = content.get('eos_token_id') if isinstance(content, dict) else None
+    ends = _listed(named if named is not None else getattr(shape.get_text_config(), 'eos_token_id', None))
+    if any(type(one) is not int for one in ends):
+        raise ModelError(_cannot_load('model', model_name, f'its eos_token_id is {named!r:.60}, where the number of a token belongs'))
+    return GenerationConfig(eos_token_id=ends or None)
+
 # %% ../nbs/08_model.ipynb #98a057cf
 @contextmanager
 def quiet(
@@ -405,15 +437,15 @@ def load_base(
     extra = dict(quantization_config=quantisation, device_map={'': device}) if quantisation else {}
     failed = lambda error: _cannot_load('model', config.model_name, error, config.trust_remote_code)
     with LOADING, refusing(failed), quiet(bars=takes_long(find_model(config.model_name))):
-        if not config.trust_remote_code: refuse_kernels(read_config(config.model_name), config.model_name)
+        shape = read_config(config.model_name, config.trust_remote_code)
+        if not config.trust_remote_code: refuse_kernels(shape, config.model_name)
         model, loading = AutoModelForCausalLM.from_pretrained(find_model(config.model_name), dtype=precision.dtype, use_safetensors=True,
-            trust_remote_code=config.trust_remote_code, output_loading_info=True, **extra)
+            trust_remote_code=config.trust_remote_code, output_loading_info=True, **extra,
+            generation_config=_base_ends(shape, config.model_name))
     if loading['missing_keys']:
         raise ModelError(f'model_name={config.model_name!r} lacks weights for {", ".join(sorted(loading["missing_keys"])[:3])}. Its files are incomplete or of another model.')
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    if any(type(one) is not int for one in (ends if isinstance(ends, list) else [ends] if ends is not None else [])):
-        raise ModelError(_cannot_load('model', config.model_name, f'its eos_token_id is {ends!r:.60}, where the number of a token belongs'))
     if new.ids: make_room(model, new)
+    model.generation_config = generation_settings(model, tokenizer)
     return (model if quantisation else model.to(device)), tokenizer
 
 # %% ../nbs/08_model.ipynb #f85167bf
@@ -1013,6 +1045,49 @@ def neftune(
     hooks = [base.get_decoder().register_forward_pre_hook(look, with_kwargs=True), base.get_input_embeddings().register_forward_hook(shake)] if alpha else []
     try: yield
     finally: [hook.remove() for hook in hooks]
+
+# %% ../nbs/08_model.ipynb #84b1e599
+def generation_arguments(
+    model: Any, # a causal language model, with an adapter or without
+    tokenizer: 'PreTrainedTokenizerBase', # carries the chat template
+    max_new_tokens: int # an answer ends here at the latest
+) -> dict[str, Any]: # arguments of `model.generate`
+    "`generation_settings` for one call, with all else that the model's own settings name switched off."
+    settings, own = generation_settings(model, tokenizer), getattr(model.generation_config, 'to_dict', dict)()
+    off = {name: None for name in own if not name.startswith('_') and name != 'transformers_version'}
+    plain = dict(max_new_tokens=max_new_tokens, num_beams=1, num_return_sequences=1, return_dict_in_generate=False, min_length=0)
+    return off | plain | {name: getattr(settings, name) for name in ('do_sample', 'use_cache', 'bos_token_id', 'eos_token_id', 'pad_token_id')}
+
+# %% ../nbs/08_model.ipynb #18f5752c
+@contextmanager
+def contiguous_head_input(
+    model: Any # a causal language model, with an adapter or without
+) -> Iterator[None]:
+    "What enters the head has its own strides, not those of the prompt it was cut from (seen in torch 2.13)."
+    own = lambda head, given: (given[0].clone(memory_format=torch.contiguous_format), *given[1:])
+    hook = model.get_output_embeddings().register_forward_pre_hook(own)
+    try: yield
+    finally: hook.remove()
+
+class Said(NamedTuple):
+    "What a model said, in tokens"
+    ids: list[int] # without the one that ended it
+    ended: bool # it ended by itself
+
+@torch.no_grad()
+def likeliest_tokens(
+    model: Any, # a causal language model, with an adapter or without
+    tokenizer: 'PreTrainedTokenizerBase', # carries the chat template
+    prompts: list[list[int]], # token ids; best of similar length
+    max_new_tokens: int # an answer ends here at the latest
+) -> list[Said]: # one a prompt
+    "Answer prompts together, the likeliest token each time. The shorter ones are padded on the left."
+    width, settings = max(map(len, prompts)), generation_arguments(model, tokenizer, max_new_tokens)
+    ids = torch.tensor([[settings['pad_token_id'] or 0] * (width - len(row)) + row for row in prompts], device=model.device)  # (batch, seq_len)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    with contiguous_head_input(model): grown = model.generate(ids, attention_mask=mask, **settings)[:, width:].tolist()
+    ends = [next((at for at, token in enumerate(row) if token in (settings['eos_token_id'] or ())), None) for row in grown]
+    return [Said(row[:end], end is not None) for row, end in zip(grown, ends)]
 
 # %% ../nbs/08_model.ipynb #3aa09678
 def free() -> float: # GB (10**9 bytes) the graphics card still holds for this process; 0 without one

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'ANSWER_SIGN', 'TEMPLATE_ERRORS', 'REASONING_KEYS', 'PRIVATE_USE', 'THINKING', 'THINKING_TAGS',
-           'EMPTY_THINKING', 'adds_bos', 'template_of', 'probe', 'ChatFormat', 'closing_tokens', 'opening_tokens',
-           'end_of_turn', 'mended', 'put_back', 'StandIns', 'split_thinking', 'Talk', 'is_learnt', 'make_talk',
-           'template_text']
+           'EMPTY_THINKING', 'adds_bos', 'named_templates', 'template_of', 'probe', 'ChatFormat', 'closing_tokens',
+           'opening_tokens', 'end_of_turn', 'mended', 'put_back', 'readable', 'StandIns', 'split_thinking', 'Talk',
+           'is_learnt', 'make_talk', 'template_text']
 
 # %% ../nbs/02_template.ipynb #54d25f69
 import json
@@ -36,14 +36,25 @@ def adds_bos(
     ids = tokenizer('a')['input_ids'] if backend is None else backend.encode('a').ids
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
+def named_templates(
+    tokenizer: 'PreTrainedTokenizerBase' # may carry several chat templates: a dictionary, or a list as it stands in older files
+) -> dict[str, str]: # name -> template; empty where there is one without a name, or none
+    "The chat templates of a tokenizer that has several."
+    held = tokenizer.chat_template
+    if isinstance(held, list): held = {one['name']: one['template'] for one in held if isinstance(one, dict) and {'name', 'template'} <= set(one)}
+    return held if isinstance(held, dict) else {}
+
 def template_of(
     tokenizer: 'PreTrainedTokenizerBase', # may carry a chat template, or several with names
     tools: list | None = None # with tools, the template named `tool_use` is taken when there is one
 ) -> str:
     "The chat template in use: the tokenizer's, else `PLAIN_TEMPLATE`. Raises `ModelError` when there is neither a template nor an eos_token."
-    if tokenizer.chat_template:
-        try: return tokenizer.get_chat_template(tools=tools)
-        except ValueError as error: raise ModelError(f'{tokenizer.name_or_path!r} has several chat templates and none is named "default": {error}') from error
+    named = named_templates(tokenizer)
+    if named:
+        wanted = next((name for name in ('tool_use',) * (tools is not None) + ('default',) if name in named), None)
+        if wanted is None: raise ModelError(f'{tokenizer.name_or_path!r} has several chat templates and none is named "default", only: {", ".join(sorted(named))}.')
+        return named[wanted]
+    if tokenizer.chat_template: return tokenizer.chat_template
     if tokenizer.eos_token is None:
         raise ModelError(f'the tokenizer of {tokenizer.name_or_path!r} has no chat template and no eos_token, so no answer could end. '
                          'Use an instruction-tuned model or set tokenizer.chat_template.')
@@ -72,6 +83,7 @@ class ChatFormat:
         self.program, self.values = compile_template(self.template), dict(tokenizer.special_tokens_map)
         self.special, self.swallows = _control_tokens(tokenizer)
         self.pattern, self.bos = _any_of(tuple(self.special)), tokenizer.bos_token_id
+        self.without_tools: list | None = None # what stands for no tools: templates that only know tools want an empty list
         self.in_parts, self.escapes = _takes(self)
 
     @cached_property
@@ -103,7 +115,7 @@ def _control_tokens(tokenizer: 'PreTrainedTokenizerBase') -> tuple[dict[str, int
 
 def _written(form: ChatFormat, messages: list[dict], tools: list | None, asked: bool, **switches: Any) -> str:
     "The template's text for messages in their final form"
-    return form.program(messages=messages, tools=tools, documents=None, add_generation_prompt=asked, **form.values | switches)
+    return form.program(messages=messages, tools=form.without_tools if tools is None else tools, documents=None, add_generation_prompt=asked, **form.values | switches)
 
 def _filled(form: ChatFormat, messages: list[dict], tools: list | None, asked: bool, **switches: Any) -> str:
     "The same, in which our signs are characters again where the template wrote them as JSON in ASCII"
@@ -127,10 +139,12 @@ def _in_parts(message: dict) -> dict:
 
 def _takes(form: ChatFormat) -> tuple[bool, bool]:
     "Whether the template writes an answer only when its text comes as a list of parts, and whether it writes JSON in ASCII"
-    for way in (lambda message: message, _in_parts):
-        try: text = _written(form, [way(message) for message in probe()], None, False)
-        except TEMPLATE_ERRORS: continue
-        if ANSWER_SIGN in text or _ESCAPED.search(text): return way is _in_parts, ANSWER_SIGN not in text
+    for form.without_tools in (None, []):
+        for way in (lambda message: message, _in_parts):
+            try: text = _written(form, [way(message) for message in probe()], None, False)
+            except TEMPLATE_ERRORS: continue
+            if ANSWER_SIGN in text or _ESCAPED.search(text): return way is _in_parts, ANSWER_SIGN not in text
+    form.without_tools = None
     return False, False
 
 # %% ../nbs/02_template.ipynb #29a3b163
@@ -164,7 +178,7 @@ def _stop(form: ChatFormat) -> str:
     "The token that ends an answer. Raises `ModelError` when the template has none."
     try: alone, later = form.fill(probe()).partition(ANSWER_SIGN)[2], ''
     except TEMPLATE_ERRORS as error:
-        raise ModelError(f'the chat template of {form.tokenizer.name_or_path!r} cannot write a question and its answer ({str(error)[:300]}). Use another template.') from error
+        raise ModelError(f'the chat template of {form.tokenizer.name_or_path!r} cannot write a question and its answer ({readable(str(error)[:300], {})}). Use another template.') from error
     try: later = form.fill([*probe(), dict(role='user', content='more')]).partition(ANSWER_SIGN)[2]
     except TEMPLATE_ERRORS: pass
     ends, goes_on = form.pattern.findall(alone), form.pattern.findall(later)
@@ -202,6 +216,13 @@ def put_back(
 ) -> str:
     "The text with what the stand-ins stand for in their places."
     return re.sub(PRIVATE_USE, lambda found: marks.get(found[0], found[0]), text)
+
+def readable(
+    text: str, # of a template, for a person
+    marks: dict[str, str] # the stand-ins in it
+) -> str: # without any private character
+    "Text to be shown: stand-ins are put back, and signs that stand for content become …"
+    return re.sub(f'(?:{PRIVATE_USE})+', '…', put_back(text, {sign: re.sub(PRIVATE_USE, '\ufffd', piece) for sign, piece in marks.items()}))
 
 def _stand_in(marks: 'StandIns', piece: str) -> str:
     "The character that stands for a piece in one conversation, always the same"
@@ -359,7 +380,7 @@ def _with_arguments(message: dict, as_text: bool) -> dict:
 def _refusal(talk: Talk, error: Exception) -> DataError:
     "What the template says, at which message, and a way out"
     at, roles = _first_refused(talk), ', '.join(str(message.get('role'))[:40] for message in talk.messages[:20]) + ', …' * (len(talk.messages) > 20)
-    said = f'{error}'.strip()[:500] or type(error).__name__
+    said, roles = readable(f'{error}'.strip()[:500], talk.marks) or type(error).__name__, readable(roles, talk.marks)
     return DataError(f'the chat template refuses this conversation (roles: {roles}): {said.rstrip(".")}. At message {at + 1}: {_way_out(talk, at)}')
 
 def _works(talk: Talk, messages: list[dict]) -> bool:

@@ -43,7 +43,7 @@ from .core.text import ArgumentParser, describe_encode_error, html_table, safe_s
 from .data import Columns, DataReport, Prepared, PreparedDataset, packaged_held_out, prepare, report_line, report_parts
 from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
 from .memory import fitting, line_layout, whole_room
-from .model import adapter_coverage, adapter_folder, attach_lora, base_fingerprint, check_identity, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, note_identity, pick_device, plan_precision, quiet, run_tokenizer, save_adapter
+from .model import adapter_coverage, adapter_folder, attach_lora, base_fingerprint, check_identity, continue_adapter, count_parameters, free, generation_settings, likeliest_tokens, load_base, make_optimizer, make_schedule, neftune, note_identity, pick_device, plan_precision, quiet, run_tokenizer, save_adapter
 from .prompt import render, render_prompt, stop_ids, template_of
 from .runs import notes_printed, read_meta, read_status, typed
 from .tokens import visible
@@ -726,12 +726,9 @@ def likeliest_answers(
     max_new_tokens: int = 64 # an answer ends here at the latest
 ) -> list[str]: # as many
     "What a model says, taking the likeliest token each time."
-    said = []
-    for question in questions:
-        ids = torch.tensor([render_prompt([dict(role='user', content=question)], tokenizer)], device=model.device)
-        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        said.append(tokenizer.decode(made[0, ids.shape[1]:], skip_special_tokens=True))
-    return said
+    prompts = [render_prompt([dict(role='user', content=question)], tokenizer) for question in questions]
+    said = [likeliest_tokens(model, tokenizer, [ids], max_new_tokens)[0] for ids in prompts]
+    return [tokenizer.decode(one.ids, skip_special_tokens=True).strip() for one in said]
 
 # %% ../nbs/13_trainer.ipynb #753d90f0
 def adapt(
@@ -1012,6 +1009,7 @@ class LoRATrainer:
         with folder_atomic(target, own_names(run_dir, name) if path is None else ()) as temp:
             save_adapter(self.model, temp)
             self.tokenizer.save_pretrained(temp)
+            generation_settings(self.model, self.tokenizer).save_pretrained(temp)
             note_identity(temp, self.base_weights)
             if path is not None: return
             keep_changed(run_dir, name, temp)

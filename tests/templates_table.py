@@ -80,6 +80,54 @@ def tokenizer_for(name):
     return tokenizer
 
 
+# ---- templates after the structure of public ones that trl does not ship, in our words ---------------------------------
+
+PUBLIC = {
+    "mistral_nemo": "{%- if messages[0]['role'] == 'system' %}{%- set first = messages[0]['content'] %}{%- set talk = messages[1:] %}{%- else %}{%- set talk = messages %}{%- endif %}"
+        "{%- set asked = talk | selectattr('role', 'equalto', 'user') | list %}{{- bos_token }}{%- for m in talk %}{%- if m['role'] == 'user' %}"
+        "{%- if tools and m == asked[-1] %}{{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{%- endif %}"
+        "{{- '[INST]' + (first + '\n\n' if loop.last and first is defined else '') + m['content'] + '[/INST]' }}"
+        "{%- elif m['tool_calls'] %}{{- '[TOOL_CALLS][' }}{%- for call in m.tool_calls %}{{- call.function | tojson }}{%- endfor %}{{- ']' + eos_token }}"
+        "{%- elif m['role'] == 'assistant' %}{{- m['content'] + eos_token }}{%- elif m['role'] == 'tool' %}{{- '[TOOL_RESULTS]' + m['content'] | tojson + '[/TOOL_RESULTS]' }}{%- endif %}{%- endfor %}",
+    "reminder": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if loop.last and m.role == 'user' %} Be brief.{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "reminder_no_header": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}{% if loop.last %} Be brief.{% endif %} [/INST]{% elif m.role == 'system' %}[SYS]{{ m.content }}[/SYS]"
+        "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+    "last_is_marked": "{% for m in messages %}<|im_start|>{{ m.role }}{% if loop.index0 == messages | length - 1 %} (last){% endif %}: {{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}",
+    "nemotron_nano_2": "{{ bos_token }}<SPECIAL_10>System\n{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set talk = messages[1:] %}{% else %}{% set talk = messages %}{% endif %}"
+        "{% if tools %}<AVAILABLE_TOOLS>{{ tools | tojson }}</AVAILABLE_TOOLS>{% endif %}\n\n{% for m in talk %}{% if m.role == 'user' %}<SPECIAL_11>User\n{{ m.content }}\n"
+        "{% elif m.role == 'tool' %}<SPECIAL_11>User\n<TOOL_RESPONSE>[{{ m.content }}]</TOOL_RESPONSE>\n{% else %}<SPECIAL_11>Assistant\n"
+        "{% if m.tool_calls %}<TOOLCALL>[{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}]</TOOLCALL>{% else %}{% if loop.last %}<think></think>{% endif %}{{ m.content }}{% endif %}\n<SPECIAL_12>\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<SPECIAL_11>Assistant\n{{ '<think></think>' if enable_thinking is defined and not enable_thinking else '<think>\n' }}{% endif %}",
+    "r1_distill": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% elif m.role == 'assistant' %}<｜Assistant｜>{{ (m.content or '').split('</think>')[-1] }}{{ eos_token }}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}",
+    "qwq": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ (m.content or '').split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+    "minimax_m2": "]~!b[{% for m in messages %}]~b]{{ 'ai' if m.role == 'assistant' else m.role }}\n{% if m.role == 'assistant' and m.reasoning_content and loop.last %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+        "{{ m.content }}[e~[\n{% endfor %}{% if add_generation_prompt %}]~b]ai\n<think>\n{% endif %}",
+    "closed_block": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
+    "closed_channel": "{{ bos_token }}{% for m in messages %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}<turn|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|turn>model\n<|channel>thought\n<channel|>{% endif %}",
+    "closing_tag": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% elif m.role == 'assistant' %}<｜Assistant｜>{{ m.content }}{{ eos_token }}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜></think>{% endif %}",
+    "hermes": "{{ bos_token }}<|im_start|>system\nTools: <tools> {% for tool in tools %}{% set tool = tool.function or tool %}{{ '{\"name\": \"' + tool.name + '\", \"description\": \"' + tool.description + '\", \"parameters\": ' + tool.parameters | tojson + '}' }}"
+        "{% endfor %} </tools><|im_end|>\n{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{% for c in m.tool_calls %}<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"}
+PUBLIC_ENDS = dict(nemotron_nano_2="<SPECIAL_12>", minimax_m2="[e~[", closed_channel="<turn|>", mistral_nemo="</s>", reminder_no_header="</s>")
+PUBLIC_SPECIAL = re.compile(SPECIAL.pattern + r"|<SPECIAL_\d+>|\[/?(?:INST|SYS|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS)\]|\]~!?b[\[\]]|\[e~\[|<\|turn>|<turn\|>|<\|channel>|<channel\|>")
+
+
+@lru_cache(maxsize=None)
+def public_tokenizer(name):
+    "The packaged tokenizer with one of them"
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.add_special_tokens(dict(additional_special_tokens=list(dict.fromkeys(["<s>", "</s>", *PUBLIC_SPECIAL.findall(PUBLIC[name])]))))
+    tokenizer.bos_token, tokenizer.eos_token = "<s>", PUBLIC_ENDS.get(name, "<|im_end|>")
+    tokenizer.chat_template = PUBLIC[name]
+    return tokenizer
+
+
 # ---- both masks -------------------------------------------------------------------------------------------------------
 
 def ours(name, kind):

@@ -1,5 +1,6 @@
 "Real chat templates: those that the trl package ships, our masks beside its marks, and what they must not break"
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -112,6 +113,137 @@ def test_a_refusal_names_the_message_the_rule_and_the_way_out(name, messages, sa
     with pytest.raises(DataError) as failure: render(messages, tokenizer_for(name))
     assert said in str(failure.value)
     assert said in str(Renderer(tokenizer_for(name)).batch([(messages, None)])[0])
+
+
+# ---- asked and trained behind the same prompt ---------------------------------------------------------------------------
+
+def any_tokenizer(name): return shown.public_tokenizer(name) if name in shown.PUBLIC else tokenizer_for(name)
+
+
+def prompts_and_examples(name, talks=TALKS):
+    "(conversation, number of the answer, ids everybody asks with, ids before what is learnt, notes) of every learnt answer"
+    tokenizer = any_tokenizer(name)
+    for kind, (messages, tools) in talks.items():
+        try: examples = render_all(messages, tokenizer, tools)
+        except DataError: continue
+        for example in examples:
+            for turn in (turn for turn in example.turns if turn.learnt):
+                first = next(at for at in range(turn.start, turn.end) if example.labels[at] != -100)
+                yield kind, turn.message, render_prompt(messages[:turn.message], tokenizer, tools), example.ids[:first], example.notes
+
+
+@pytest.mark.parametrize("name", [*shown.PUBLIC, *names()])
+def test_the_generation_prompt_is_a_prefix_of_the_example_or_the_notes_say_why_not(name):
+    found = list(prompts_and_examples(name))
+    assert len(found) >= 8 and (name not in ("mistral_nemo", "reminder", "reminder_no_header", "last_is_marked", "hermes") or all(asked == before for _, _, asked, before, _ in found))
+    for kind, message, asked, before, notes in found:
+        if asked != before: assert any(note.startswith(("generation begins", "an empty thinking block")) for note in notes), (kind, message, notes)
+    for note in [note for *_, notes in found for note in notes] + template_notes(any_tokenizer(name)):
+        assert not re.search("[\U000F0000-\U0010FFFF]", note), f"a placeholder is shown: {note!r}"
+        assert not any(text in note for text in ("colour", "dusk", "2+2", "briefly")), f"a row is quoted: {note!r}"
+
+
+@pytest.mark.parametrize("name", ["mistral_nemo", "reminder", "reminder_no_header", "last_is_marked"])
+def test_what_the_last_message_alone_is_given_is_trained_with(name):
+    "A system prompt or a reminder that the template writes only where the conversation ends with the user"
+    tokenizer, (messages, _) = any_tokenizer(name), TALKS["system"]
+    examples = render_all(messages, tokenizer)
+    for example in examples:
+        for turn in (turn for turn in example.turns if turn.learnt):
+            asked = tokenizer.apply_chat_template(messages[:turn.message], tokenize=False, add_generation_prompt=True)
+            assert tokenizer.decode(example.ids[:turn.start]) == asked and "Answer briefly." in asked
+            assert tokenizer.decode(example.ids[turn.start:turn.end]) == messages[turn.message]["content"] + tokenizer.eos_token
+    assert sorted(turn.message for example in examples for turn in example.turns if turn.learnt) == [2, 4]
+    assert Renderer(tokenizer).batch([(messages, None)] * 2) == [examples] * 2
+    same = [user("Blue."), assistant("Blue."), user("Blue."), assistant("Blue.")]  # a question that stands there twice
+    assert all(asked == before for _, _, asked, before, _ in prompts_and_examples(name, dict(same=(same, None))))
+
+
+@pytest.mark.parametrize("name, block", [("closed_block", "<think>\n\n</think>\n\n"), ("closed_channel", "<|channel>thought\n<channel|>"), ("closing_tag", "</think>")])
+def test_answers_stand_behind_a_closed_thinking_block_where_the_prompt_ends_in_one(name, block):
+    tokenizer = any_tokenizer(name)
+    for kind in ("single", "multi", "system", "thinking"):
+        messages, _ = TALKS[kind]
+        for _, message, asked, before, notes in prompts_and_examples(name, {kind: TALKS[kind]}):
+            assert asked == before and tokenizer.decode(before).endswith(block) and not any("generation begins" in note for note in notes)
+            assert tokenizer.decode(asked) == tokenizer.apply_chat_template(messages[:message], tokenize=False, add_generation_prompt=True)
+    for opened, closed in (("<think>\n", "\n</think>\n\n"), ("<|channel>thought\n", "<channel|>")):  # an answer that thinks does not belong there
+        example = render([user("a"), assistant(f"{opened}because{closed}b")], tokenizer)
+        assert "because" in learnt_texts([example], tokenizer)[1] and any(note.startswith("generation begins") for note in example.notes)
+    odd = render([user("a"), assistant("\nb")], tokenizer)  # the line break belongs to the answer
+    assert learnt_texts([odd], tokenizer)[1] == "\nb" + tokenizer.eos_token
+
+
+@pytest.mark.parametrize("name", ["r1_distill", "qwq", "minimax_m2", "nemotron_nano_2", "deepseek_r1_distill", "deepseekv3"])
+def test_an_open_thinking_block_is_named(name):
+    notes = " ".join(render(TALKS["single"][0], any_tokenizer(name)).notes)
+    assert "an open thinking block" in notes and "Train on answers with their thinking" in notes or "enable_thinking=False" in notes
+    assert all(asked == before for kind, _, asked, before, _ in prompts_and_examples("minimax_m2", dict(thinking=TALKS["thinking"])))
+    both = tiny("{% for m in messages %}{% if loop.last and m.role == 'user' %}{{ messages[0].content }}{% endif %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant] <think>\n{% endif %}")
+    assert [note for note in render(TALKS["system"][0], both).notes if "'<think>', an open thinking block" in note and "briefly" not in note]
+
+
+def test_no_mask_begins_inside_a_tag_or_a_word():
+    tokenizer, (messages, tools) = any_tokenizer("nemotron_nano_2"), TALKS["tools"]
+    assert learnt_texts(render_all(messages, tokenizer, tools), tokenizer)[1].startswith('<TOOLCALL>[{"name": "look_up"')
+    for call, other, shared in (("[TOOL_CALLS] ", "[TOOLS: none] ", ""), ("call: ", "calm: ", ""), ("<tool_call>", "<tool_free>", ""), ("Sure. <fn>", "Sure. <free>", "Sure. ")):
+        own = tiny("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}" + call + "{{ m.tool_calls | tojson }}{% else %}{% if m.role == 'assistant' %}" + other + "{% endif %}{{ m.content }}{% endif %}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")
+        taught = learnt_texts(render_all(messages, own, tools), own)
+        assert taught[1].startswith(call.removeprefix(shared)) and taught[3].startswith("It is")
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_template_for_tools_that_wants_a_list_of_them(as_list):
+    named = dict(default=tiny_template(), tool_use=shown.PUBLIC["hermes"])
+    both = tiny([dict(name=name, template=template) for name, template in named.items()] if as_list else named)
+    messages, tools = TALKS["tools"]
+    example = render(messages, both, tools)
+    assert learnt_texts([example], both)[1] == '<tool_call>\n{"name": "look_up", "arguments": {"word": "dusk"}}\n</tool_call><|im_end|>' and not example.notes
+    assert render(TALKS["single"][0], both).ids == render(TALKS["single"][0], tiny(tiny_template())).ids
+    assert stop_ids(both) == {both.eos_token_id} and end_of_turn(both) == both.eos_token_id
+    assert Renderer(both).batch([TALKS["single"], TALKS["tools"]]) == [render_all(TALKS["single"][0], both), render_all(messages, both, tools)]
+    alone = tiny(shown.PUBLIC["hermes"])  # and where it is the only one
+    assert learnt_texts([render(TALKS["single"][0], alone)], alone) == {1: "Blue, mostly.<|im_end|>"}
+    assert render_prompt(messages[:1], alone) == alone.apply_chat_template(messages[:1], tools=[], add_generation_prompt=True)["input_ids"]
+
+
+# ---- what a template leaves out ---------------------------------------------------------------------------------------
+
+SEEN = "{% for m in messages if m.role in ROLES %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def lost(messages, tokenizer, tools=None): return [note for example in render_all(messages, tokenizer, tools) for note in example.notes if note.startswith("the template leaves") and note.endswith(" out") and "of an answer" not in note]
+
+
+def test_whatever_of_a_row_is_not_in_the_text_is_said_once():
+    only = tiny(SEEN.replace("ROLES", "('user', 'assistant')"))
+    talk, (called, tools) = [system("Be brief."), user("a"), assistant("b"), user("c"), assistant("d")], TALKS["tools"]
+    assert lost(talk, only) == ["the template leaves the system message out"] and not lost(talk[1:], only)
+    assert lost([*talk[1:], system("More."), user("a"), assistant("b")], only) == ["the template leaves the system message out"]
+    assert lost([user("a"), assistant("b"), dict(role="critic", content="c"), user("c"), assistant("d")], only) == ["the template leaves messages of other roles out"]
+    results = lost([user("a"), assistant("b", tool_calls=called[1]["tool_calls"]), called[2], assistant("the time after sunset")], only, tools)
+    assert "the template leaves tool results out" in results and "the template leaves the descriptions of tools out" in results
+    assert lost([dict(role="user", content="a", name="Ada"), assistant("b")], only) == ["the template leaves names of speakers out"]
+    assert lost([user("a"), assistant("b")], only, tools) == ["the template leaves the descriptions of tools out"]
+    assert lost([user([dict(type="image"), dict(type="text", text="a")]), assistant("b")], tiny(SEEN.replace("ROLES", "('user', 'assistant')").replace("{{ m.content }}",
+        "{{ m.content if m.content is string else m.content | map(attribute='text') | join }}"))) == ["the template leaves pictures, sound or video out"]
+    assert lost([user("a"), assistant("b")], tiny("{% for m in messages if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endfor %}")) == ["the template leaves what a user says out"]
+
+
+def test_what_is_written_in_another_form_is_not_called_missing():
+    odd = [system(" \n Be brief.\n"), user("  a  "), assistant("b", tool_calls=TALKS["tools"][0][1]["tool_calls"]), dict(role="tool", name="look_up", tool_call_id="call_1", content='{"x": "é\n<b>"}'), assistant("c")]
+    for name in ("qwen2_5", "llama3_1", "gptoss", "cohere2", "gemma3", "nemotron_3_nano", "lfm2", "mistral_nemo", "qwen3_8"):
+        try: assert not lost(odd, any_tokenizer(name), TOOLS), name
+        except DataError: continue
+    assert not lost(TALKS["system"][0], any_tokenizer("mistral_nemo")), "it stands in the prompt"
+    for name in set(names()) - {"gemma"}: assert not lost(TALKS["system"][0], tokenizer_for(name)), name
+
+
+def test_rows_of_one_shape_are_told_alike():
+    only = tiny(SEEN.replace("ROLES", "('user', 'assistant')"))
+    found = Renderer(only).batch([([system(f"Be brief, {at}."), user(f"a {at}"), assistant("b")], None) for at in range(5)])
+    assert all([note for example in examples for note in example.notes] == ["the template leaves the system message out"] for examples in found)
 
 
 # ---- thinking, weights, tools -----------------------------------------------------------------------------------------
