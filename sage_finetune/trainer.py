@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Step', 'clock', 'Pace', 'count_tokens', 'sum_over_processes', 'sum_gradients', 'training_loop', 'check_finite',
-           'examples_of', 'out_of_memory', 'memory_error', 'Plan', 'pass_seconds', 'TrainingResult', 'peak_memory_gb',
-           'make_accelerator', 'is_main', 'main_first', 'Bystander', 'prepare_run_data', 'prepare_as', 'data_remarks',
-           'lengths_of', 'answers_directly', 'load_batches', 'split_own_data', 'own_rows', 'OwnExample',
-           'clean_example', 'own_examples', 'take_own_data', 'Batching', 'evaluation_due', 'mean_loss',
-           'likeliest_answers', 'adapt', 'plainly', 'Audience', 'call_hook', 'parts_returned', 'LoRATrainer', 'Run',
-           'train_from_meta', 'main']
+           'examples_of', 'split_batch', 'split_lines', 'out_of_memory', 'memory_error', 'evaluation_memory_error',
+           'Plan', 'pass_seconds', 'TrainingResult', 'peak_memory_gb', 'make_accelerator', 'is_main', 'main_first',
+           'Bystander', 'prepare_run_data', 'prepare_as', 'data_remarks', 'lengths_of', 'answers_directly',
+           'load_batches', 'split_own_data', 'own_rows', 'OwnExample', 'clean_example', 'own_examples', 'take_own_data',
+           'Batching', 'evaluation_due', 'mean_loss', 'likeliest_answers', 'adapt', 'plainly', 'Audience', 'call_hook',
+           'parts_returned', 'LoRATrainer', 'Run', 'train_from_meta', 'main']
 
 # %% ../nbs/13_trainer.ipynb #82ece352
 import argparse, contextlib, copy, importlib.util, math, os, re, sys, time, inspect
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .batches import BatchPlan, PlannedStep, at_rest, collate, learnt_tokens, plan_batches
-from .checkpoint import STATE, Keeper, Progress, RunWriter, Stop, check_folder, checkpoints, identity, newest_checkpoint, own_names
+from .checkpoint import STATE, Keeper, Progress, RunWriter, Stop, check_folder, checkpoints, fingerprint_rows, identity, newest_checkpoint, own_names
 from .config import TrainingConfig, as_config, as_folder
 from .core.errors import ConfigError, DataError, FinetuneError, RunError
 from .core.processes import stop_requested
@@ -177,6 +177,27 @@ def examples_of(
     rows = [row + 1 for lines in planned.micro_batches for line in lines for row in line]
     return ', '.join(map(str, rows[:8])) + (f' and {len(rows) - 8} more' if len(rows) > 8 else '')
 
+# %% ../nbs/13_trainer.ipynb #b578b4cf
+def split_batch(
+    size: int, # rows at once
+    accumulation: int # such batches a step
+) -> tuple[int, int]: # the same two for smaller batches
+    "Fewer rows at once and as many times more batches: the same step. Half as many rows where that comes out even."
+    part = next((part for part in range(2, size + 1) if size % part == 0), 1)
+    return size // part, accumulation * part
+
+def split_lines(
+    lines: list # of a micro-batch, each a list of row numbers
+) -> list: # of micro-batches, one or two
+    "The two halves of a micro-batch; of a single line, the halves of its rows."
+    if len(lines) == 1: return [[half] for half in _halves(lines[0])]
+    return _halves(lines)
+
+def _halves(items: list) -> list[list]:
+    "The first half of a list and the second, as far as there are two"
+    middle = (len(items) + 1) // 2
+    return [half for half in (items[:middle], items[middle:]) if half]
+
 # %% ../nbs/13_trainer.ipynb #994263c4
 def out_of_memory(
     error: BaseException # anything that was raised
@@ -203,11 +224,38 @@ def memory_error(
 
 def _usual_ways(config: TrainingConfig) -> list[str]:
     "What takes less, the cheapest first"
-    size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    ways = [f'per_device_train_batch_size={size // 2} with gradient_accumulation_steps={accumulation * 2} (the same gradient; auto_batch=True does it by itself)'] if size > 1 else []
+    size, accumulation = split_batch(config.per_device_train_batch_size, config.gradient_accumulation_steps)
+    itself = '' if config.auto_batch else '; auto_batch=True does it by itself, also with resume=True'
+    smaller = f'per_device_train_batch_size={size} with gradient_accumulation_steps={accumulation} (the same gradient{itself})'
+    ways = [smaller] * (size < config.per_device_train_batch_size)
     if not config.gradient_checkpointing: ways.append('gradient_checkpointing=True (the same gradient, a quarter slower)')
     if not config.load_in_4bit: ways.append('load_in_4bit=True' if config.load_in_8bit else 'load_in_8bit=True or load_in_4bit=True')
     return [*ways, f'a max_length below {config.max_length}']
+
+# %% ../nbs/13_trainer.ipynb #91b74979
+def evaluation_memory_error(
+    part: str, # "evaluation" or "eval_prompts"
+    done: int, # steps
+    config: TrainingConfig, # of the run
+    error: BaseException, # what was raised
+    lengths: Any, # of the held-out rows, in tokens
+    processes: int = 1 # of the run
+) -> RunError: # to be raised instead
+    "Where memory ran out beside the steps, and what a run that is resumed may change about it."
+    why = str(error).strip().splitlines()
+    reason = why[0][:160] if why else type(error).__name__
+    rows = f'{len(lengths):,} held-out rows of up to {int(max(lengths)):,} tokens'
+    tried = 'it works in one process, and here are several' if processes > 1 else 'each row is already a batch of its own'
+    if part == 'eval_prompts':
+        said = f'when eval_prompts were answered after step {done} ({reason}). Choose shorter ones or none, and go on with resume=True.'
+    elif not config.auto_batch and processes == 1:
+        said = f'in the evaluation after step {done} ({rows}; {reason}). auto_batch=True with resume=True goes on from smaller batches, with the same held-out loss.'
+    else:
+        said = (f'in the evaluation after step {done} ({rows}; {reason}). {f"auto_batch does not help: {tried}. " * config.auto_batch}'
+                'Name shorter rows in eval_path and go on with resume=True, or begin anew with a smaller max_length, load_in_8bit=True or load_in_4bit=True.')
+    told = RunError(f'memory ran out {said}')
+    told.__cause__ = error
+    return told
 
 # %% ../nbs/13_trainer.ipynb #4b681105
 @dataclass
@@ -630,6 +678,7 @@ class Batching:
         share: tuple[int, int] = (0, 1) # the number of this process, and how many there are
     ):
         self.config, self.lengths, self.share, self.packs, self.few = config, lengths, share, packing != 'none', packing == 'samples' and device == 'cpu'
+        self.eval_halvings = 0
         self.draw()
 
     def draw(self,
@@ -644,7 +693,7 @@ class Batching:
     def batch(self) -> tuple[int, int]:
         "Rows at once and batches a step, after halving."
         size, accumulation = self.config.per_device_train_batch_size, self.config.gradient_accumulation_steps
-        for _ in range(self.halvings): size, accumulation = (size // 2, accumulation * 2) if size % 2 == 0 else (size, accumulation)
+        for _ in range(self.halvings): size, accumulation = split_batch(size, accumulation)
         return size, accumulation
 
     @property
@@ -657,7 +706,19 @@ class Batching:
     ) -> list: # micro-batches
         "Other rows, put together in the same way, each once."
         size = self.config.per_device_train_batch_size
-        return list(plan_batches(lengths, size, math.ceil(len(lengths) / size), **self.layout).micro_batches())
+        batches = list(plan_batches(lengths, size, math.ceil(len(lengths) / size), **self.layout).micro_batches())
+        for _ in range(self.eval_halvings): batches = [half for lines in batches for half in split_lines(lines)]
+        return batches
+
+    def halve_evaluation(self,
+        lengths: Any # of the held-out rows
+    ) -> bool: # False where each row is a batch already: then nothing is changed
+        "Half as much at once in evaluations: the loss is a sum, so it stays the same."
+        before = self.once(lengths)
+        self.eval_halvings += 1
+        if self.once(lengths) != before: return True
+        self.eval_halvings -= 1
+        return False
 
     def halve(self,
         done: int # steps
@@ -913,9 +974,21 @@ class LoRATrainer:
         return self.engine.loss({name: value.to(self.accelerator.device) for name, value in batch.items()})
 
     def evaluate(self) -> float: # in nats
-        "Mean loss over the learnt tokens of the held-out rows."
-        mine = self.batching.once(lengths_of(self.eval_dataset))[self.accelerator.process_index::self.accelerator.num_processes]
-        with at_rest(self.model): return mean_loss(self._batches(self.eval_dataset, mine), self.loss, self.accelerator)
+        "Mean loss over the learnt tokens of the held-out rows; where memory runs out and `auto_batch` allows it, once more from smaller batches."
+        lengths = lengths_of(self.eval_dataset)
+        while True:
+            mine = self.batching.once(lengths)[self.accelerator.process_index::self.accelerator.num_processes]
+            try:
+                with at_rest(self.model): return mean_loss(self._batches(self.eval_dataset, mine), self.loss, self.accelerator)
+            except Exception as error:
+                if not self.may_halve(error) or not self.batching.halve_evaluation(lengths): raise
+            free()
+
+    def may_halve(self,
+        error: BaseException # anything that was raised
+    ) -> bool:
+        "Whether memory ran out, and `auto_batch` may make batches smaller: that works in one process, as others would not know of it."
+        return self.config.auto_batch and out_of_memory(error) and self.accelerator.num_processes == 1
 
     def answers(self,
         questions: list[str], # each asked by itself
@@ -995,7 +1068,7 @@ class Run:
         resume: bool | str = False # go on from the newest checkpoint in the run folder; "auto": if there is one
     ):
         self.trainer, self.config, self.accelerator, self.batching, self.wish = trainer, trainer.config, trainer.accelerator, trainer.batching, trainer.wish
-        self.resume, self.message, self.note = resume, '', ''
+        self.resume, self.message, self.note, self.part = resume, '', '', ''
         torch.manual_seed(self.config.seed + self.accelerator.process_index)  # dropout draws from here on
         about = identity(trainer.resolved_config(), trainer.dataset, trainer.model, self.accelerator.num_processes)
         self.keeper = Keeper(self.config, len(trainer.plan), trainer.model, trainer.optimizer, trainer.schedule, self.accelerator, about)
@@ -1003,6 +1076,7 @@ class Run:
         self.keeper.restore(*found)
         if self.keeper.progress.pending: typed(self.keeper.progress.pending, Step, found[0]/STATE)
         self.note = f'resumed after step {self.keeper.progress.step}'
+        self.batching.eval_halvings = self.keeper.progress.eval_halvings
         if self.batching.halvings != self.keeper.progress.halvings: self.batching.draw(self.keeper.progress.halvings)
 
     def steps(self) -> Iterator[Step]:
@@ -1011,6 +1085,7 @@ class Run:
         state, message, loop = 'cancelled', '', self._loop()
         keep_memory(self.accelerator.device)
         try:
+            renewed = self._renew_best()
             while not self._over():
                 with self.wish.listening(), neftune(self.trainer.model, self.config.neftune_noise_alpha):
                     if (step := next(loop, None)) is None: break
@@ -1020,6 +1095,7 @@ class Run:
                 writer.waiting = False
             ended, self.message = self.keeper.finish(self.wish.why)
             call_hook(self.trainer, 'save_model', self.config.lora_dir)
+            self.message = '; '.join(filter(None, [self.message, renewed]))
             state, message = 'completed' if ended else 'cancelled', self.message
         except GeneratorExit: message = self.keeper.rescue(writer, 'left')
         except (Exception, KeyboardInterrupt) as error:
@@ -1032,6 +1108,13 @@ class Run:
             hand_back(self.accelerator.device)
             if self.config.report_to != 'none': self.accelerator.end_training()
             writer.close(state, message)
+
+    def _renew_best(self) -> str:
+        "See whether the lowest held-out loss still counts; a sentence where it does not"
+        held_out = self.trainer.eval_dataset
+        renewed = self.keeper.renew_best('' if held_out is None else fingerprint_rows(held_out), self._evaluate)
+        self.note = '; '.join(filter(None, [self.note, renewed]))
+        return renewed
 
     def _over(self) -> bool:
         "Whether the run ends before its last step; all processes agree on it"
@@ -1051,7 +1134,7 @@ class Run:
                 yield from training_loop(self.batching.part, batches, one.loss, one.model, one.optimizer, one.schedule, self.accelerator, self.config.max_grad_norm, self.keeper.progress.step, self.keeper.progress.seconds)
                 return
             except Exception as error:
-                if not (self.config.auto_batch and out_of_memory(error) and self.accelerator.num_processes == 1 and self.keeper.untouched and self.batching.halve(self.keeper.progress.step)): raise
+                if not (self.trainer.may_halve(error) and self.keeper.untouched and self.batching.halve(self.keeper.progress.step)): raise
             self.note = f'memory ran out, so batches are half as large from here on ({self.batching})'
             self.trainer.optimizer.zero_grad()
             free()
@@ -1062,14 +1145,29 @@ class Run:
         step.note, self.note = step.note or self.note, ''
         self.keeper.remember(step=step.step, seconds=step.seconds, halvings=self.batching.halvings, pending=asdict(step))
         if self.trainer.eval_dataset is not None and evaluation_due(self.trainer.plan, step.step, self.config.eval_steps):
-            step.eval_loss = self.trainer.evaluate()
+            before = self.batching.eval_halvings
+            step.eval_loss = self._evaluate()
+            if self.batching.eval_halvings != before:
+                step.note = '; '.join(filter(None, [step.note, 'memory ran out in the evaluation, so its batches are smaller from here on']))
             if not math.isfinite(step.eval_loss): raise RunError(f'the held-out loss is {step.eval_loss} after step {step.step}. Train in 32 bits (fp16=False, bf16=False), or look at the rows that are held out.')
-            if self.config.eval_prompts and is_main(): step.answers = self.trainer.answers(self.config.eval_prompts)
+            if self.config.eval_prompts and is_main(): step.answers = self._in('eval_prompts', self.trainer.answers, self.config.eval_prompts)
         writer.add(step)
         if self.config.report_to != 'none': self.accelerator.log({name: value for name, value in asdict(step).items() if isinstance(value, (int, float))}, step=step.step)
         if step.eval_loss is not None: self.keeper.judge(step.eval_loss)
         self.keeper.progress.pending = None
         if step.step % self.config.save_steps == 0: self.keeper.save()
+
+    def _in(self, part: str, do: Callable, *given: Any) -> Any:
+        "Do something in a part of the run that is named should memory run out there"
+        self.part, before = part, self.part
+        result = do(*given)
+        self.part = before
+        return result
+
+    def _evaluate(self) -> float:
+        "The loss on held-out rows; how small its batches had to be is remembered, whether or not that was enough"
+        try: return self._in('evaluation', self.trainer.evaluate)
+        finally: self.keeper.progress = replace(self.keeper.progress, eval_halvings=self.batching.eval_halvings)
 
     def _explained(self, error: BaseException, writer: RunWriter | Bystander) -> tuple[BaseException, str]:
         "An error as one to put right, where it is one, and the sentence for the run folder; what can be saved is saved"
@@ -1084,6 +1182,9 @@ class Run:
         size, accumulation = self.batching.batch
         config, device = replace(self.config, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation), self.accelerator.device.type
         planned = self.batching.part[min(self.keeper.progress.step, len(self.batching.part) - 1)]
+        if self.part:
+            lengths, processes = lengths_of(self.trainer.eval_dataset), self.accelerator.num_processes
+            return evaluation_memory_error(self.part, self.keeper.progress.step, self.config, error, lengths, processes)
         return memory_error(self.keeper.progress.step + 1, planned, config, error, whole_room(device), lengths=self.trainer.plan.lengths, device=device)
 
 # %% ../nbs/13_trainer.ipynb #afbc00b5
