@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['Step', 'clock', 'Pace', 'count_tokens', 'sum_over_processes', 'sum_gradients', 'training_loop', 'check_finite',
            'examples_of', 'split_batch', 'split_lines', 'out_of_memory', 'memory_error', 'evaluation_memory_error',
-           'Plan', 'pass_seconds', 'TrainingResult', 'peak_memory_gb', 'make_accelerator', 'is_main', 'main_first',
-           'Bystander', 'prepare_run_data', 'prepare_as', 'data_remarks', 'lengths_of', 'answers_directly',
-           'load_batches', 'split_own_data', 'own_rows', 'OwnExample', 'clean_example', 'own_examples', 'take_own_data',
-           'Batching', 'evaluation_due', 'mean_loss', 'likeliest_answers', 'adapt', 'plainly', 'Audience', 'call_hook',
-           'parts_returned', 'LoRATrainer', 'Run', 'train_from_meta', 'main']
+           'Plan', 'pass_seconds', 'second_time', 'count_evaluations', 'count_saves', 'write_seconds', 'TrainingResult',
+           'peak_memory_gb', 'make_accelerator', 'is_main', 'main_first', 'Bystander', 'prepare_run_data', 'prepare_as',
+           'data_remarks', 'lengths_of', 'answers_directly', 'load_batches', 'split_own_data', 'own_rows', 'OwnExample',
+           'clean_example', 'own_examples', 'take_own_data', 'Batching', 'evaluation_due', 'mean_loss',
+           'likeliest_answers', 'adapt', 'plainly', 'row_digests', 'check_data', 'text_loss', 'rename_tokens',
+           'adapter_digest', 'check_result', 'Audience', 'call_hook', 'parts_returned', 'LoRATrainer', 'Run',
+           'train_from_meta', 'main']
 
 # %% ../nbs/13_trainer.ipynb #82ece352
-import argparse, contextlib, copy, importlib.util, math, os, re, sys, time, inspect
+import argparse, contextlib, copy, hashlib, importlib.util, math, os, re, sys, tempfile, time, inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -37,6 +39,7 @@ from .config import TrainingConfig, as_config, as_folder
 from .core.errors import ConfigError, DataError, FinetuneError, RunError
 from .core.processes import stop_requested
 from .core.places import keep_changed, note_folder
+from .core.run_checks import RunWarning, check_adapter, check_clipping, check_falling, check_held_out, check_level, check_rising, check_rows, check_steps, check_tokenizer
 from .core.storage import folder_atomic
 from .core.text import ArgumentParser, describe_encode_error, html_table, safe_streams, sanitize_line, text_table
 from .data import Columns, DataReport, Prepared, PreparedDataset, packaged_held_out, prepare, report_line, report_parts
@@ -44,7 +47,7 @@ from .engine import compile_decision, compile_layers, hand_back, keep_memory, lo
 from .memory import fitting, line_layout, whole_room
 from .model import adapter_folder, attach_lora, continue_adapter, count_parameters, free, load_base, make_optimizer, make_schedule, neftune, pick_device, plan_precision, quiet, run_tokenizer, save_adapter
 from .prompt import render, render_prompt, stop_ids, template_of
-from .runs import notes_printed, read_meta, read_status, typed
+from .runs import notes_printed, read_meta, read_metrics, read_status, typed
 from .tokens import visible
 
 # %% ../nbs/13_trainer.ipynb #7a2d7e38
@@ -269,13 +272,21 @@ class Plan:
     batch: str # how a step is put together
     precision: str # the number format and why
     engine: str # how a batch becomes a loss
-    seconds: float # measured on one batch and scaled up
+    seconds: float # measured on one batch of each kind and scaled up; not a number where memory ran out in that
     inherited: str = '' # the adapter the run continues
+    parts: dict[str, float] = field(default_factory=dict) # the seconds by what they are spent on
+    warnings: list[RunWarning] = field(default_factory=list) # what is suspicious before the first step
 
     def _rows(self) -> list[tuple]:
         "Names and values to show"
         return [('model', f'{self.model}: {self.parameters}'), *[('adapter', self.inherited)] * bool(self.inherited), *self.data, ('held out', self.evaluation),
-                ('steps', f'{self.steps} steps of {self.batch}'), ('numbers', self.precision), ('engine', self.engine), ('time', f'about {clock(self.seconds)}')]
+                ('steps', f'{self.steps} steps of {self.batch}'), ('numbers', self.precision), ('engine', self.engine), ('time', self._time()), *[('warning', warning) for warning in self.warnings]]
+
+    def _time(self) -> str:
+        "How long it takes, and what for where that is not the steps alone"
+        if not math.isfinite(self.seconds): return 'not known: memory ran out in the trial of one batch'
+        parts = [f'{name} {clock(seconds)}' for name, seconds in self.parts.items() if seconds >= 0.5]
+        return f'about {clock(self.seconds)}' + f' ({", ".join(parts)})' * (len(parts) > 1)
 
     def __str__(self): return text_table(('plan', ''), self._rows())
     def _repr_html_(self): return html_table(('plan', ''), self._rows())
@@ -287,13 +298,54 @@ def pass_seconds(
     accelerator: Accelerator # goes back
 ) -> float:
     "The time of one pass there and back."
+    def there_and_back():
+        accelerator.backward(loss(batch))
+        optimizer.zero_grad()
+    return second_time(there_and_back)
+
+def second_time(
+    do: Callable # draws from torch's chance, if at all
+) -> float: # seconds
+    "How long something takes when it is done for the second time: the first warms up."
     with torch.random.fork_rng():
-        for _ in range(2):  # the first warms up
+        for _ in range(2):
             began = time.perf_counter()
-            accelerator.backward(loss(batch))
-            optimizer.zero_grad()
+            do()
             if torch.cuda.is_available(): torch.cuda.synchronize()
     return time.perf_counter() - began
+
+# %% ../nbs/13_trainer.ipynb #dddac8e8
+def count_evaluations(
+    plan: BatchPlan, # of the run
+    every: int | None # steps; None: at the end of each epoch
+) -> int:
+    "How often the held-out rows are looked at; see `evaluation_due`."
+    if not len(plan): return 0
+    return math.ceil(len(plan) / every) if every else plan[len(plan) - 1].epoch + 1
+
+def count_saves(
+    config: TrainingConfig, # `save_steps`, and whether the best adapter is kept
+    steps: int, # of the run
+    evaluations: int # of the run
+) -> int:
+    "How often an adapter is written at most: checkpoints, the last one too, the best at an evaluation, and `lora_weights`."
+    best = evaluations if config.load_best_model_at_end or config.early_stopping_patience is not None else 0
+    return math.ceil(steps / config.save_steps) + best + 1
+
+def write_seconds(
+    folder: Path, # need not exist; nothing stays in it
+    size: int, # bytes
+    most: int = 2**26 # bytes that are really written
+) -> float: # 0 where nothing can be written: that is said later
+    "How long a file of so many bytes takes until it is on the disk, measured on a nameless one."
+    near = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    def write():
+        with tempfile.TemporaryFile(dir=near) as file:
+            file.write(os.urandom(min(size, most)))
+            file.flush()
+            os.fsync(file.fileno())
+    try: return second_time(write) * max(1, size / most)
+    except OSError: return 0.
 
 # %% ../nbs/13_trainer.ipynb #eb0c89c1
 @dataclass
@@ -311,6 +363,7 @@ class TrainingResult:
     message: str = '' # why, and how to go on
     best: tuple | None = None # (loss on held-out rows, step) where it was lowest
     answers: list[tuple] = field(default_factory=list) # (step, what the model then said to `eval_prompts`)
+    warnings: list[RunWarning] = field(default_factory=list) # sentences, each with a `code`: what may not be as it was wanted
 
     @property
     def lora_dir(self) -> Path:
@@ -327,7 +380,7 @@ class TrainingResult:
         loss = f'{self.losses[0]:.3f} → {self.losses[-1]:.3f}' if self.losses else 'no steps'
         if self.best: held += f', lowest {self.best[0]:.3f} at step {self.best[1]}'
         return [('loss', loss), ('held-out loss', held), ('steps', f'{self.steps}' + f' ({self.message})' * bool(self.message)), ('tokens', f'{self.tokens:,} ({self.learnt:,} learnt)'),
-                ('time', f'{clock(self.seconds)} ({self.tokens_per_second:,.0f} tokens a second)'), ('peak memory', f'{self.peak_memory_gb:.2f} GB'), ('adapter', self.lora_dir)]
+                ('time', f'{clock(self.seconds)} ({self.tokens_per_second:,.0f} tokens a second)'), ('peak memory', f'{self.peak_memory_gb:.2f} GB'), ('adapter', self.lora_dir), *[('warning', warning) for warning in self.warnings]]
 
     def __str__(self): return text_table(('result', ''), self._rows())
     def _repr_html_(self): return html_table(('result', ''), self._rows())
@@ -797,6 +850,84 @@ def plainly(
 
 _CALL_SITE = re.compile(r'\[[^]]*\.(cc|cpp):\d+\] ?')  # where in a library's source something was said
 
+# %% ../nbs/13_trainer.ipynb #f0ccf42b
+def row_digests(
+    dataset: Any # rows with `input_ids` and `labels`
+) -> tuple[list[int], list[int]]: # of each row's tokens, and of those that are trained on
+    "A number for each row, the same where the tokens are."
+    tokens, answers = [], []
+    for ids, labels in _token_arrays(dataset):
+        tokens.append(hash(ids.tobytes()))
+        answers.append(hash(labels[labels != -100].tobytes()))
+    return tokens, answers
+
+def _token_arrays(dataset: Any) -> Iterator[tuple]:
+    "Ids and labels of each row, as int64"
+    if not hasattr(dataset, 'with_format'):
+        for row in dataset: yield np.asarray(row['input_ids'], dtype=np.int64), np.asarray(row['labels'], dtype=np.int64)
+        return
+    table = dataset.select_columns(['input_ids', 'labels']).with_format('arrow')
+    for at in range(0, len(dataset), 4096):
+        columns = [column.combine_chunks() for column in table[at:at + 4096].columns]
+        values = [column.flatten().to_numpy().astype(np.int64) for column in columns]
+        ends = [np.cumsum(column.value_lengths().to_numpy())[:-1] for column in columns]
+        yield from zip(*map(np.split, values, ends))
+
+def check_data(
+    train: Any, # training examples
+    held_out: Any = None # held-out examples
+) -> list[RunWarning]:
+    "What is suspicious about rows before any is trained on."
+    rows, answers = row_digests(train)
+    return [*check_rows(rows, answers), *(check_held_out(rows, row_digests(held_out)[0]) if held_out is not None else ())]
+
+# %% ../nbs/13_trainer.ipynb #33ecbfd9
+def text_loss(
+    batch: dict, # what `collate` makes
+    loss: Callable # batch -> its loss, summed over its trained tokens
+) -> float: # in nats
+    "The mean loss over all tokens of a batch, prompts too."
+    labels = torch.where(batch['segments'] > 0, batch['input_ids'], -100)
+    return loss(dict(batch, labels=labels)).item() / max(learnt_tokens(labels), 1)
+
+def rename_tokens(
+    batch: dict, # what `collate` makes
+    vocabulary: int, # ids are below this
+    fixed: set[int], # ids that stay
+    seed: int # another one renames in another way
+) -> dict: # a batch of the same shape
+    "Every token gets another's id, the same one wherever it stands."
+    free_ids = torch.tensor([one for one in range(vocabulary) if one not in fixed])
+    names = torch.arange(vocabulary)
+    names[free_ids] = free_ids[torch.randperm(len(free_ids), generator=torch.Generator().manual_seed(seed))]
+    return dict(batch, input_ids=names[batch['input_ids']])
+
+# %% ../nbs/13_trainer.ipynb #874db2c0
+def adapter_digest(
+    model: torch.nn.Module # with a trainable adapter
+) -> str: # 16 hexadecimal digits
+    "A short name for all trained numbers."
+    digest = hashlib.blake2b(digest_size=8)
+    for p in model.parameters():
+        if p.requires_grad: digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+def check_result(
+    metrics: list[dict], # a row a step, as `read_metrics` gives them
+    model: torch.nn.Module, # with its adapter as it is saved
+    before: str, # `adapter_digest` before the first step
+    max_grad_norm: float, # longer gradients were shortened
+    usual: bool = True # the loss is that of a language model
+) -> list[RunWarning]:
+    "What is suspicious about a run that is over."
+    rows = [row for row in metrics if all(row.get(name) is not None for name in ('loss', 'grad_norm', 'epoch', 'learnt'))]
+    losses = [row['loss'] for row in rows]
+    found = [*check_rising(losses), *(check_level(losses) if usual else ())]
+    if not found: found += check_falling(losses, [row['epoch'] for row in rows], [row['learnt'] for row in rows])
+    found += check_clipping([row['grad_norm'] for row in rows], max_grad_norm)
+    second = [p for name, p in model.named_parameters() if p.requires_grad and ('lora_B' in name or 'lora_embedding_A' in name)]
+    return found + [*check_adapter(sum(not p.any() for p in second), len(second), adapter_digest(model) != before)]
+
 # %% ../nbs/13_trainer.ipynb #52b08ddf
 class Audience:
     "All who are told about a run."
@@ -858,7 +989,7 @@ class LoRATrainer:
     ):
         self.config = copy.deepcopy(as_config(config, type(self).__name__)).check()
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.accelerator = self.report = self.batching = self.run = None
-        self.wish, self.inherited, self._taken = Stop(), '', None
+        self.wish, self.inherited, self._taken, self._checked = Stop(), '', None, None
 
     def load_model_and_tokenizer(self):
         "Load the base model and its tokenizer into `model` and `tokenizer`."
@@ -1022,10 +1153,69 @@ class LoRATrainer:
         share = f'{1. if self.engine.packing.name == "samples" else self.plan.useful:.0%} of the work is text'
         layout = f'packed, {share}' if self.packs else f'padded, {share} ({self.engine.packing.reason})'
         batch = f'{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} rows, {config.num_train_epochs} epochs; {layout}'
-        first = next(iter(self._batches(self.dataset, self.batching.part[0].micro_batches[:1])))
-        seconds = pass_seconds(first, self.loss, self.optimizer, self.accelerator) * self.plan.tokens / count_tokens([first])[0]
+        parts = self._durations()
         return Plan(config.model_name, str(count_parameters(self.model)), data, f'{len(self.eval_dataset)} rows' if self.eval_dataset is not None else 'nothing',
-                    len(self.plan), batch, str(plan_precision(config)), f'{self.engine}; {self.compiling}', seconds, self.inherited)
+                    len(self.plan), batch, str(plan_precision(config)), f'{self.engine}; {self.compiling}', sum(parts.values()) if parts else math.nan, self.inherited, parts, self.check_plan())
+
+    def check_plan(self) -> list[RunWarning]: # also in the plan and in the result
+        "What is suspicious about the plan and the rows before the first step."
+        if self._checked is None or self._checked[0] is not self.dataset:
+            steps = check_steps(len(self.plan), self.config.effective_batch_size, self.config.max_steps)
+            self._checked = self.dataset, [*steps, *check_data(self.dataset, self.eval_dataset), *self._check_tokenizer()]
+        return self._checked[1]
+
+    @property
+    def has_usual_loss(self) -> bool:
+        "Whether nobody has replaced `loss`."
+        return type(self).loss is LoRATrainer.loss and 'loss' not in vars(self)
+
+    def _check_tokenizer(self) -> list[RunWarning]:
+        "Whether the model can read the first rows; nothing where its loss is another one, or memory runs out"
+        if not self.has_usual_loss: return []
+        batch, vocabulary = next(iter(self._batches(self.dataset, self.batching.part[0].micro_batches[:1]))), self.model.get_input_embeddings().weight.shape[0]
+        fixed = set(self.tokenizer.all_special_ids)
+        try:
+            with torch.no_grad(), at_rest(self.model):
+                own = text_loss(batch, self.loss)
+                if own < 0.9 * math.log(vocabulary): return []
+                return list(check_tokenizer(own, [text_loss(rename_tokens(batch, vocabulary, fixed, seed), self.loss) for seed in range(3)], vocabulary))
+        except Exception as error:
+            if not out_of_memory(error): raise
+        free()
+        return []
+
+    def _durations(self) -> dict[str, float]:
+        "Seconds of the run by what they are spent on, measured on one of each; empty where memory runs out in that"
+        evaluations = count_evaluations(self.plan, self.config.eval_steps) if self.eval_dataset is not None else 0
+        try:
+            looking = evaluations * self._evaluation_seconds() if evaluations else 0.
+            return dict(training=self._step_seconds(), evaluation=looking, saving=self._save_seconds(evaluations))
+        except Exception as error:
+            if not out_of_memory(error): raise
+        self.optimizer.zero_grad()
+        free()
+        return {}
+
+    def _step_seconds(self) -> float:
+        "All steps, from the first micro-batch there and back"
+        first = next(iter(self._batches(self.dataset, self.batching.part[0].micro_batches[:1])))
+        return pass_seconds(first, self.loss, self.optimizer, self.accelerator) * self.plan.tokens / count_tokens([first])[0]
+
+    def _evaluation_seconds(self) -> float:
+        "One evaluation, from its first micro-batch forward and the first words of an answer"
+        lengths, questions = lengths_of(self.eval_dataset), self.config.eval_prompts or []
+        batch = next(iter(self._batches(self.eval_dataset, self.batching.once(lengths)[:1])))
+        with at_rest(self.model), torch.no_grad():
+            seconds = second_time(lambda: self.loss(batch).item()) * int(lengths.sum()) / count_tokens([batch])[0]
+        return seconds + (second_time(lambda: self.answers(questions[:1], 8)) * 8 * len(questions) if questions else 0.)
+
+    def _save_seconds(self, evaluations: int) -> float:
+        "All that is saved, from one adapter and a file of the size of the optimizer's memory"
+        size = 3 * sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        try:
+            with tempfile.TemporaryDirectory() as folder: one = second_time(lambda: save_adapter(self.model, folder, for_resume=True))
+        except Exception: one = 0.  # who guesses a time must not be the one to fail
+        return count_saves(self.config, len(self.plan), evaluations) * (one + write_seconds(self.config.output_dir, size))
 
     def train(self,
         show: bool = True, # print the plan and a line every `logging_steps`
@@ -1043,6 +1233,7 @@ class LoRATrainer:
                 result.add(step)
                 audience.see(step)
         result.peak_memory_gb, result.message, result.best, result.stopped = peak_memory_gb(), self.run.message, self.progress.best, self.progress.step < len(self.plan)
+        result.warnings = self.run.warnings
         audience.hear('on_end', result)
         return result
 
@@ -1068,7 +1259,7 @@ class Run:
         resume: bool | str = False # go on from the newest checkpoint in the run folder; "auto": if there is one
     ):
         self.trainer, self.config, self.accelerator, self.batching, self.wish = trainer, trainer.config, trainer.accelerator, trainer.batching, trainer.wish
-        self.resume, self.message, self.note, self.part = resume, '', '', ''
+        self.resume, self.message, self.note, self.part, self.warnings = resume, '', '', '', []
         torch.manual_seed(self.config.seed + self.accelerator.process_index)  # dropout draws from here on
         about = identity(trainer.resolved_config(), trainer.dataset, trainer.model, self.accelerator.num_processes)
         self.keeper = Keeper(self.config, len(trainer.plan), trainer.model, trainer.optimizer, trainer.schedule, self.accelerator, about)
@@ -1085,7 +1276,8 @@ class Run:
         state, message, loop = 'cancelled', '', self._loop()
         keep_memory(self.accelerator.device)
         try:
-            renewed = self._renew_best()
+            renewed, before, first = self._renew_best(), adapter_digest(self.trainer.model), self.keeper.progress.step
+            if is_main(): self.trainer.check_plan()
             while not self._over():
                 with self.wish.listening(), neftune(self.trainer.model, self.config.neftune_noise_alpha):
                     if (step := next(loop, None)) is None: break
@@ -1096,7 +1288,8 @@ class Run:
             ended, self.message = self.keeper.finish(self.wish.why)
             call_hook(self.trainer, 'save_model', self.config.lora_dir)
             self.message = '; '.join(filter(None, [self.message, renewed]))
-            state, message = 'completed' if ended else 'cancelled', self.message
+            if is_main() and self.keeper.progress.step > first: self.warnings = [*self.trainer.check_plan(), *self._suspicions(before)]
+            state, message = 'completed' if ended else 'cancelled', '; '.join(filter(None, [self.message, *self.warnings]))
         except GeneratorExit: message = self.keeper.rescue(writer, 'left')
         except (Exception, KeyboardInterrupt) as error:
             state = 'cancelled' if isinstance(error, KeyboardInterrupt) else 'failed'
@@ -1108,6 +1301,11 @@ class Run:
             hand_back(self.accelerator.device)
             if self.config.report_to != 'none': self.accelerator.end_training()
             writer.close(state, message)
+
+    def _suspicions(self, before: str) -> list[RunWarning]:
+        "What is suspicious about the run now that it is over"
+        usual = self.trainer.has_usual_loss
+        return check_result(read_metrics(self.config.output_dir), self.trainer.model, before, self.config.max_grad_norm, usual)
 
     def _renew_best(self) -> str:
         "See whether the lowest held-out loss still counts; a sentence where it does not"
