@@ -8,8 +8,8 @@ __all__ = ['STATE', 'FREE', 'BEST_KEPT', 'write_state', 'read_state', 'random_st
            'differences', 'check_folder', 'holds_run', 'tidy', 'RunWriter', 'Progress', 'Keeper', 'Stop']
 
 # %% ../nbs/11_checkpoint.ipynb #deedd413
-import errno, hashlib, json, os, random, re, shutil, signal, threading, time, warnings, weakref
-from collections.abc import Iterator
+import errno, hashlib, json, math, os, random, re, shutil, signal, threading, time, warnings, weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .config import TrainingConfig
-from .core.errors import RunError
+from .core.errors import ModelError, RunError
 from .core.limits import open_regular, parse_json
 from .core.processes import stop_requested, stop_signals
 from .core.places import (
@@ -385,6 +385,8 @@ class Progress:
     best: tuple | None = None # (loss on held-out rows, step) where it was lowest
     waited: int = 0 # evaluations since then
     halvings: int = 0 # how often batches were halved because memory ran out
+    eval_halvings: int = 0 # the same for the batches of evaluations
+    held_out: str = '' # `fingerprint_rows` of the held-out rows that `best` was measured on; empty: not known
     pending: dict | None = None # the last step, while it is not yet evaluated and written down
 
     @property
@@ -396,7 +398,7 @@ def _checked_progress(told: dict, path: Path) -> Progress:
     "The progress a checkpoint tells of. Raises `RunError` for one that cannot be"
     progress = typed(told, Progress, path)
     best = progress.best or (0., 0)
-    if len(best) == 2 and is_number(best[0]) and type(best[1]) is int and 0 <= best[1] <= progress.step and progress.halvings < 64: return progress
+    if len(best) == 2 and is_number(best[0]) and type(best[1]) is int and 0 <= best[1] <= progress.step and max(progress.halvings, progress.eval_halvings) < 64: return progress
     raise RunError(f'{path} tells of a progress that cannot be: {printable(repr(told)[:100])}')
 
 BEST_KEPT = 'the adapter is that of step {}, where the held-out loss was lowest'  # also read back, by who warns of learning by heart
@@ -507,6 +509,41 @@ class Keeper:
                     note_folder(self.config.output_dir, place, temp)
         self.progress = replace(self.progress, best=best, waited=waited)
 
+    def renew_best(self,
+        held_out: str, # `fingerprint_rows` of the held-out rows as they are now; empty: there are none
+        evaluate: Callable[[], float] # the loss of the model on them
+    ) -> str: # a sentence; empty where nothing had to change
+        "Measure the best adapter anew where the held-out rows are others than those it was chosen by; forget it where it was not kept."
+        then, best = self.progress.held_out, self.progress.best
+        self.progress = replace(self.progress, held_out=held_out)
+        changed = then not in ('', held_out)
+        if not best or not changed and (self.has_best_adapter or not self.wants_best): return ''
+        why = f'the held-out rows are others than those whose loss was lowest at step {best[1]} ({best[0]:.3f})'
+        if not changed: why = f'the adapter of step {best[1]}, where the held-out loss was lowest, was not kept'
+        loss = self._loss_of_best(evaluate) if changed and self.wants_best and self.has_best_adapter else math.nan
+        self.progress = replace(self.progress, best=(loss, best[1]) if math.isfinite(loss) else None, waited=0)
+        if not self.progress.best: return f'{why}, so the lowest is looked for anew'
+        if self.progress.step > best[1] and not self.progress.pending: self.judge(evaluate())
+        self.remember()
+        return f'{why}; on the new rows that adapter has {loss:.3f}, and this counts from here on'
+
+    def _loss_of_best(self, evaluate: Callable[[], float]) -> float:
+        "The loss of the best adapter; afterwards the model has its own again. Not a number where the kept adapter cannot be read"
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        own = [p.detach().clone() for p in trained]
+        try:
+            restore_adapter(self.model, self.best_adapter)
+            return evaluate()
+        except ModelError: return math.nan
+        finally:
+            with torch.no_grad():
+                for p, value in zip(trained, own): p.copy_(value)
+
+    @property
+    def has_best_adapter(self) -> bool:
+        "Whether the adapter of the lowest held-out loss is there."
+        return bool(self.progress.best) and (self.best_adapter/'adapter_model.safetensors').is_file()
+
     @property
     def patience_is_over(self) -> bool:
         "Whether the held-out loss has not fallen for too many evaluations."
@@ -522,7 +559,7 @@ class Keeper:
         ended = done == self.total or self.patience_is_over
         if not ended: said.append(f'{why} after step {done} of {self.total}; resume=True goes on')
         elif done < self.total: said.append(f'stopped early at step {done} of {self.total}: {self.config.early_stopping_patience} evaluations without a lower held-out loss')
-        if ended and self.wants_best and self.progress.best[1] < done:
+        if ended and self.wants_best and self.progress.best and self.progress.best[1] < done:
             restore_adapter(self.model, self.best_adapter)
             said.append(BEST_KEPT.format(self.progress.best[1]))
         return ended, '; '.join([*said, *[f'{trouble}'] * bool(trouble)])

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['Step', 'clock', 'Pace', 'count_tokens', 'sum_over_processes', 'sum_gradients', 'training_loop', 'check_finite',
-           'examples_of', 'out_of_memory', 'memory_error', 'Plan', 'pass_seconds', 'TrainingResult', 'peak_memory_gb',
-           'make_accelerator', 'is_main', 'main_first', 'Bystander', 'prepare_run_data', 'prepare_as', 'data_remarks',
-           'lengths_of', 'check_vocabulary', 'answers_directly', 'load_batches', 'split_own_data', 'own_rows',
-           'OwnExample', 'clean_example', 'own_examples', 'take_own_data', 'Batching', 'evaluation_due', 'mean_loss',
-           'likeliest_answers', 'adapt', 'plainly', 'Audience', 'call_hook', 'parts_returned', 'LoRATrainer', 'Run',
-           'train_from_meta', 'main']
+           'examples_of', 'split_batch', 'split_lines', 'out_of_memory', 'memory_error', 'evaluation_memory_error',
+           'Plan', 'pass_seconds', 'second_time', 'count_evaluations', 'count_saves', 'write_seconds', 'TrainingResult',
+           'peak_memory_gb', 'make_accelerator', 'is_main', 'main_first', 'Bystander', 'prepare_run_data', 'prepare_as',
+           'data_remarks', 'lengths_of', 'check_vocabulary', 'answers_directly', 'load_batches', 'split_own_data',
+           'own_rows', 'OwnExample', 'clean_example', 'own_examples', 'take_own_data', 'Batching', 'evaluation_due',
+           'mean_loss', 'likeliest_answers', 'adapt', 'plainly', 'row_digests', 'check_data', 'text_loss',
+           'rename_tokens', 'adapter_digest', 'check_result', 'Audience', 'call_hook', 'parts_returned', 'LoRATrainer',
+           'Run', 'train_from_meta', 'main']
 
 # %% ../nbs/13_trainer.ipynb #82ece352
-import argparse, contextlib, copy, importlib.util, math, os, re, sys, time, inspect
+import argparse, contextlib, copy, importlib.util, math, os, re, sys, time, inspect, hashlib, tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -33,11 +35,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .batches import BatchPlan, PlannedStep, at_rest, collate, learnt_tokens, plan_batches
-from .checkpoint import STATE, Keeper, Progress, RunWriter, Stop, check_folder, checkpoints, identity, newest_checkpoint, own_names
+from .checkpoint import STATE, Keeper, Progress, RunWriter, Stop, check_folder, checkpoints, fingerprint_rows, identity, newest_checkpoint, own_names
 from .config import TrainingConfig, as_config, as_folder
 from .core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
 from .core.processes import stop_requested
 from .core.places import keep_changed, note_folder
+from .core.run_checks import RunWarning, check_adapter, check_clipping, check_falling, check_held_out, check_level, check_rising, check_rows, check_steps, check_tokenizer
 from .core.storage import folder_atomic
 from .core.text import ArgumentParser, describe_encode_error, html_table, safe_streams, sanitize_line, text_table
 from .data import Columns, DataReport, Prepared, PreparedDataset, packaged_held_out, prepare, report_line, report_parts
@@ -45,7 +48,7 @@ from .engine import compile_decision, compile_layers, hand_back, keep_memory, lo
 from .memory import fitting, line_layout, whole_room
 from .model import adapter_coverage, adapter_folder, attach_lora, base_fingerprint, check_identity, continue_adapter, count_parameters, free, generation_settings, likeliest_tokens, load_base, make_optimizer, make_schedule, neftune, note_identity, pick_device, plan_precision, quiet, run_tokenizer, save_adapter
 from .prompt import render, render_prompt, stop_ids, template_of
-from .runs import notes_printed, read_meta, read_status, typed
+from .runs import notes_printed, read_meta, read_metrics, read_status, typed
 from .tokens import visible
 
 # %% ../nbs/13_trainer.ipynb #7a2d7e38
@@ -178,6 +181,27 @@ def examples_of(
     rows = [row + 1 for lines in planned.micro_batches for line in lines for row in line]
     return ', '.join(map(str, rows[:8])) + (f' and {len(rows) - 8} more' if len(rows) > 8 else '')
 
+# %% ../nbs/13_trainer.ipynb #b578b4cf
+def split_batch(
+    size: int, # rows at once
+    accumulation: int # such batches a step
+) -> tuple[int, int]: # the same two for smaller batches
+    "Fewer rows at once and as many times more batches: the same step. Half as many rows where that comes out even."
+    part = next((part for part in range(2, size + 1) if size % part == 0), 1)
+    return size // part, accumulation * part
+
+def split_lines(
+    lines: list # of a micro-batch, each a list of row numbers
+) -> list: # of micro-batches, one or two
+    "The two halves of a micro-batch; of a single line, the halves of its rows."
+    if len(lines) == 1: return [[half] for half in _halves(lines[0])]
+    return _halves(lines)
+
+def _halves(items: list) -> list[list]:
+    "The first half of a list and the second, as far as there are two"
+    middle = (len(items) + 1) // 2
+    return [half for half in (items[:middle], items[middle:]) if half]
+
 # %% ../nbs/13_trainer.ipynb #994263c4
 def out_of_memory(
     error: BaseException # anything that was raised
@@ -204,11 +228,38 @@ def memory_error(
 
 def _usual_ways(config: TrainingConfig) -> list[str]:
     "What takes less, the cheapest first"
-    size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    ways = [f'per_device_train_batch_size={size // 2} with gradient_accumulation_steps={accumulation * 2} (the same gradient; auto_batch=True does it by itself)'] if size > 1 else []
+    size, accumulation = split_batch(config.per_device_train_batch_size, config.gradient_accumulation_steps)
+    itself = '' if config.auto_batch else '; auto_batch=True does it by itself, also with resume=True'
+    smaller = f'per_device_train_batch_size={size} with gradient_accumulation_steps={accumulation} (the same gradient{itself})'
+    ways = [smaller] * (size < config.per_device_train_batch_size)
     if not config.gradient_checkpointing: ways.append('gradient_checkpointing=True (the same gradient, a quarter slower)')
     if not config.load_in_4bit: ways.append('load_in_4bit=True' if config.load_in_8bit else 'load_in_8bit=True or load_in_4bit=True')
     return [*ways, f'a max_length below {config.max_length}']
+
+# %% ../nbs/13_trainer.ipynb #91b74979
+def evaluation_memory_error(
+    part: str, # "evaluation" or "eval_prompts"
+    done: int, # steps
+    config: TrainingConfig, # of the run
+    error: BaseException, # what was raised
+    lengths: Any, # of the held-out rows, in tokens
+    processes: int = 1 # of the run
+) -> RunError: # to be raised instead
+    "Where memory ran out beside the steps, and what a run that is resumed may change about it."
+    why = str(error).strip().splitlines()
+    reason = why[0][:160] if why else type(error).__name__
+    rows = f'{len(lengths):,} held-out rows of up to {int(max(lengths)):,} tokens'
+    tried = 'it works in one process, and here are several' if processes > 1 else 'each row is already a batch of its own'
+    if part == 'eval_prompts':
+        said = f'when eval_prompts were answered after step {done} ({reason}). Choose shorter ones or none, and go on with resume=True.'
+    elif not config.auto_batch and processes == 1:
+        said = f'in the evaluation after step {done} ({rows}; {reason}). auto_batch=True with resume=True goes on from smaller batches, with the same held-out loss.'
+    else:
+        said = (f'in the evaluation after step {done} ({rows}; {reason}). {f"auto_batch does not help: {tried}. " * config.auto_batch}'
+                'Name shorter rows in eval_path and go on with resume=True, or begin anew with a smaller max_length, load_in_8bit=True or load_in_4bit=True.')
+    told = RunError(f'memory ran out {said}')
+    told.__cause__ = error
+    return told
 
 # %% ../nbs/13_trainer.ipynb #4b681105
 @dataclass
@@ -222,14 +273,23 @@ class Plan:
     batch: str # how a step is put together
     precision: str # the number format and why
     engine: str # how a batch becomes a loss
-    seconds: float # measured on one batch and scaled up
+    seconds: float # measured on one batch of each kind and scaled up; not a number where memory ran out in that
     inherited: str = '' # the adapter the run continues
     coverage: str = '' # which weight matrices the adapter reaches
+    parts: dict[str, float] = field(default_factory=dict) # the seconds by what they are spent on
+    warnings: list[RunWarning] = field(default_factory=list) # what is suspicious before the first step
 
     def _rows(self) -> list[tuple]:
         "Names and values to show"
-        return [('model', f'{self.model}: {self.parameters}'), *[('coverage', self.coverage)] * bool(self.coverage), *[('adapter', self.inherited)] * bool(self.inherited), *self.data, ('held out', self.evaluation),
-                ('steps', f'{self.steps} steps of {self.batch}'), ('numbers', self.precision), ('engine', self.engine), ('time', f'about {clock(self.seconds)}')]
+        head = [('model', f'{self.model}: {self.parameters}'), *[('coverage', self.coverage)] * bool(self.coverage), *[('adapter', self.inherited)] * bool(self.inherited)]
+        return [*head, *self.data, ('held out', self.evaluation), ('steps', f'{self.steps} steps of {self.batch}'), ('numbers', self.precision),
+                ('engine', self.engine), ('time', self._time()), *[('warning', warning) for warning in self.warnings]]
+
+    def _time(self) -> str:
+        "How long it takes, and what for where that is not the steps alone"
+        if not math.isfinite(self.seconds): return 'not known: memory ran out in the trial of one batch'
+        parts = [f'{name} {clock(seconds)}' for name, seconds in self.parts.items() if seconds >= 0.5]
+        return f'about {clock(self.seconds)}' + f' ({", ".join(parts)})' * (len(parts) > 1)
 
     def __str__(self): return text_table(('plan', ''), self._rows())
     def _repr_html_(self): return html_table(('plan', ''), self._rows())
@@ -241,13 +301,54 @@ def pass_seconds(
     accelerator: Accelerator # goes back
 ) -> float:
     "The time of one pass there and back."
+    def there_and_back():
+        accelerator.backward(loss(batch))
+        optimizer.zero_grad()
+    return second_time(there_and_back)
+
+def second_time(
+    do: Callable # draws from torch's chance, if at all
+) -> float: # seconds
+    "How long something takes when it is done for the second time: the first warms up."
     with torch.random.fork_rng():
-        for _ in range(2):  # the first warms up
+        for _ in range(2):
             began = time.perf_counter()
-            accelerator.backward(loss(batch))
-            optimizer.zero_grad()
+            do()
             if torch.cuda.is_available(): torch.cuda.synchronize()
     return time.perf_counter() - began
+
+# %% ../nbs/13_trainer.ipynb #dddac8e8
+def count_evaluations(
+    plan: BatchPlan, # of the run
+    every: int | None # steps; None: at the end of each epoch
+) -> int:
+    "How often the held-out rows are looked at; see `evaluation_due`."
+    if not len(plan): return 0
+    return math.ceil(len(plan) / every) if every else plan[len(plan) - 1].epoch + 1
+
+def count_saves(
+    config: TrainingConfig, # `save_steps`, and whether the best adapter is kept
+    steps: int, # of the run
+    evaluations: int # of the run
+) -> int:
+    "How often an adapter is written at most: checkpoints, the last one too, the best at an evaluation, and `lora_weights`."
+    best = evaluations if config.load_best_model_at_end or config.early_stopping_patience is not None else 0
+    return math.ceil(steps / config.save_steps) + best + 1
+
+def write_seconds(
+    folder: Path, # need not exist; nothing stays in it
+    size: int, # bytes
+    most: int = 2**26 # bytes that are really written
+) -> float: # 0 where nothing can be written: that is said later
+    "How long a file of so many bytes takes until it is on the disk, measured on a nameless one."
+    near = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    def write():
+        with tempfile.TemporaryFile(dir=near) as file:
+            file.write(os.urandom(min(size, most)))
+            file.flush()
+            os.fsync(file.fileno())
+    try: return second_time(write) * max(1, size / most)
+    except OSError: return 0.
 
 # %% ../nbs/13_trainer.ipynb #eb0c89c1
 @dataclass
@@ -265,6 +366,7 @@ class TrainingResult:
     message: str = '' # why, and how to go on
     best: tuple | None = None # (loss on held-out rows, step) where it was lowest
     answers: list[tuple] = field(default_factory=list) # (step, what the model then said to `eval_prompts`)
+    warnings: list[RunWarning] = field(default_factory=list) # sentences, each with a `code`: what may not be as it was wanted
 
     @property
     def lora_dir(self) -> Path:
@@ -281,7 +383,7 @@ class TrainingResult:
         loss = f'{self.losses[0]:.3f} → {self.losses[-1]:.3f}' if self.losses else 'no steps'
         if self.best: held += f', lowest {self.best[0]:.3f} at step {self.best[1]}'
         return [('loss', loss), ('held-out loss', held), ('steps', f'{self.steps}' + f' ({self.message})' * bool(self.message)), ('tokens', f'{self.tokens:,} ({self.learnt:,} learnt)'),
-                ('time', f'{clock(self.seconds)} ({self.tokens_per_second:,.0f} tokens a second)'), ('peak memory', f'{self.peak_memory_gb:.2f} GB'), ('adapter', self.lora_dir)]
+                ('time', f'{clock(self.seconds)} ({self.tokens_per_second:,.0f} tokens a second)'), ('peak memory', f'{self.peak_memory_gb:.2f} GB'), ('adapter', self.lora_dir), *[('warning', warning) for warning in self.warnings]]
 
     def __str__(self): return text_table(('result', ''), self._rows())
     def _repr_html_(self): return html_table(('result', ''), self._rows())
@@ -653,6 +755,7 @@ class Batching:
         share: tuple[int, int] = (0, 1) # the number of this process, and how many there are
     ):
         self.config, self.lengths, self.share, self.packs, self.few = config, lengths, share, packing != 'none', packing == 'samples' and device == 'cpu'
+        self.eval_halvings = 0
         self.draw()
 
     def draw(self,
@@ -667,7 +770,7 @@ class Batching:
     def batch(self) -> tuple[int, int]:
         "Rows at once and batches a step, after halving."
         size, accumulation = self.config.per_device_train_batch_size, self.config.gradient_accumulation_steps
-        for _ in range(self.halvings): size, accumulation = (size // 2, accumulation * 2) if size % 2 == 0 else (size, accumulation)
+        for _ in range(self.halvings): size, accumulation = split_batch(size, accumulation)
         return size, accumulation
 
     @property
@@ -680,7 +783,19 @@ class Batching:
     ) -> list: # micro-batches
         "Other rows, put together in the same way, each once."
         size = self.config.per_device_train_batch_size
-        return list(plan_batches(lengths, size, math.ceil(len(lengths) / size), **self.layout).micro_batches())
+        batches = list(plan_batches(lengths, size, math.ceil(len(lengths) / size), **self.layout).micro_batches())
+        for _ in range(self.eval_halvings): batches = [half for lines in batches for half in split_lines(lines)]
+        return batches
+
+    def halve_evaluation(self,
+        lengths: Any # of the held-out rows
+    ) -> bool: # False where each row is a batch already: then nothing is changed
+        "Half as much at once in evaluations: the loss is a sum, so it stays the same."
+        before = self.once(lengths)
+        self.eval_halvings += 1
+        if self.once(lengths) != before: return True
+        self.eval_halvings -= 1
+        return False
 
     def halve(self,
         done: int # steps
@@ -758,6 +873,84 @@ def plainly(
 
 _CALL_SITE = re.compile(r'\[[^]]*\.(cc|cpp):\d+\] ?')  # where in a library's source something was said
 
+# %% ../nbs/13_trainer.ipynb #f0ccf42b
+def row_digests(
+    dataset: Any # rows with `input_ids` and `labels`
+) -> tuple[list[int], list[int]]: # of each row's tokens, and of those that are trained on
+    "A number for each row, the same where the tokens are."
+    tokens, answers = [], []
+    for ids, labels in _token_arrays(dataset):
+        tokens.append(hash(ids.tobytes()))
+        answers.append(hash(labels[labels != -100].tobytes()))
+    return tokens, answers
+
+def _token_arrays(dataset: Any) -> Iterator[tuple]:
+    "Ids and labels of each row, as int64"
+    if not hasattr(dataset, 'with_format'):
+        for row in dataset: yield np.asarray(row['input_ids'], dtype=np.int64), np.asarray(row['labels'], dtype=np.int64)
+        return
+    table = dataset.select_columns(['input_ids', 'labels']).with_format('arrow')
+    for at in range(0, len(dataset), 4096):
+        columns = [column.combine_chunks() for column in table[at:at + 4096].columns]
+        values = [column.flatten().to_numpy().astype(np.int64) for column in columns]
+        ends = [np.cumsum(column.value_lengths().to_numpy())[:-1] for column in columns]
+        yield from zip(*map(np.split, values, ends))
+
+def check_data(
+    train: Any, # training examples
+    held_out: Any = None # held-out examples
+) -> list[RunWarning]:
+    "What is suspicious about rows before any is trained on."
+    rows, answers = row_digests(train)
+    return [*check_rows(rows, answers), *(check_held_out(rows, row_digests(held_out)[0]) if held_out is not None else ())]
+
+# %% ../nbs/13_trainer.ipynb #33ecbfd9
+def text_loss(
+    batch: dict, # what `collate` makes
+    loss: Callable # batch -> its loss, summed over its trained tokens
+) -> float: # in nats
+    "The mean loss over all tokens of a batch, prompts too."
+    labels = torch.where(batch['segments'] > 0, batch['input_ids'], -100)
+    return loss(dict(batch, labels=labels)).item() / max(learnt_tokens(labels), 1)
+
+def rename_tokens(
+    batch: dict, # what `collate` makes
+    vocabulary: int, # ids are below this
+    fixed: set[int], # ids that stay
+    seed: int # another one renames in another way
+) -> dict: # a batch of the same shape
+    "Every token gets another's id, the same one wherever it stands."
+    free_ids = torch.tensor([one for one in range(vocabulary) if one not in fixed])
+    names = torch.arange(vocabulary)
+    names[free_ids] = free_ids[torch.randperm(len(free_ids), generator=torch.Generator().manual_seed(seed))]
+    return dict(batch, input_ids=names[batch['input_ids']])
+
+# %% ../nbs/13_trainer.ipynb #874db2c0
+def adapter_digest(
+    model: torch.nn.Module # with a trainable adapter
+) -> str: # 16 hexadecimal digits
+    "A short name for all trained numbers."
+    digest = hashlib.blake2b(digest_size=8)
+    for p in model.parameters():
+        if p.requires_grad: digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+def check_result(
+    metrics: list[dict], # a row a step, as `read_metrics` gives them
+    model: torch.nn.Module, # with its adapter as it is saved
+    before: str, # `adapter_digest` before the first step
+    max_grad_norm: float, # longer gradients were shortened
+    usual: bool = True # the loss is that of a language model
+) -> list[RunWarning]:
+    "What is suspicious about a run that is over."
+    rows = [row for row in metrics if all(row.get(name) is not None for name in ('loss', 'grad_norm', 'epoch', 'learnt'))]
+    losses = [row['loss'] for row in rows]
+    found = [*check_rising(losses), *(check_level(losses) if usual else ())]
+    if not found: found += check_falling(losses, [row['epoch'] for row in rows], [row['learnt'] for row in rows])
+    found += check_clipping([row['grad_norm'] for row in rows], max_grad_norm)
+    second = [p for name, p in model.named_parameters() if p.requires_grad and ('lora_B' in name or 'lora_embedding_A' in name)]
+    return found + [*check_adapter(sum(not p.any() for p in second), len(second), adapter_digest(model) != before)]
+
 # %% ../nbs/13_trainer.ipynb #52b08ddf
 class Audience:
     "All who are told about a run."
@@ -819,7 +1012,7 @@ class LoRATrainer:
     ):
         self.config = copy.deepcopy(as_config(config, type(self).__name__)).check()
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.accelerator = self.report = self.batching = self.run = None
-        self.wish, self.inherited, self.base_weights, self._taken = Stop(), '', '', None
+        self.wish, self.inherited, self.base_weights, self._taken, self._checked = Stop(), '', '', None, None
 
     def load_model_and_tokenizer(self):
         "Load the base model and its tokenizer into `model` and `tokenizer`."
@@ -939,9 +1132,21 @@ class LoRATrainer:
         return self.engine.loss({name: value.to(self.accelerator.device) for name, value in batch.items()})
 
     def evaluate(self) -> float: # in nats
-        "Mean loss over the learnt tokens of the held-out rows."
-        mine = self.batching.once(lengths_of(self.eval_dataset))[self.accelerator.process_index::self.accelerator.num_processes]
-        with at_rest(self.model): return mean_loss(self._batches(self.eval_dataset, mine), self.loss, self.accelerator)
+        "Mean loss over the learnt tokens of the held-out rows; where memory runs out and `auto_batch` allows it, once more from smaller batches."
+        lengths = lengths_of(self.eval_dataset)
+        while True:
+            mine = self.batching.once(lengths)[self.accelerator.process_index::self.accelerator.num_processes]
+            try:
+                with at_rest(self.model): return mean_loss(self._batches(self.eval_dataset, mine), self.loss, self.accelerator)
+            except Exception as error:
+                if not self.may_halve(error) or not self.batching.halve_evaluation(lengths): raise
+            free()
+
+    def may_halve(self,
+        error: BaseException # anything that was raised
+    ) -> bool:
+        "Whether memory ran out, and `auto_batch` may make batches smaller: that works in one process, as others would not know of it."
+        return self.config.auto_batch and out_of_memory(error) and self.accelerator.num_processes == 1
 
     def answers(self,
         questions: list[str], # each asked by itself
@@ -975,10 +1180,70 @@ class LoRATrainer:
         share = f'{1. if self.engine.packing.name == "samples" else self.plan.useful:.0%} of the work is text'
         layout = f'packed, {share}' if self.packs else f'padded, {share} ({self.engine.packing.reason})'
         batch = f'{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} rows, {config.num_train_epochs} epochs; {layout}'
-        first = next(iter(self._batches(self.dataset, self.batching.part[0].micro_batches[:1])))
-        seconds = pass_seconds(first, self.loss, self.optimizer, self.accelerator) * self.plan.tokens / count_tokens([first])[0]
+        parts = self._durations()
         return Plan(config.model_name, str(count_parameters(self.model)), data, f'{len(self.eval_dataset)} rows' if self.eval_dataset is not None else 'nothing',
-                    len(self.plan), batch, str(plan_precision(config)), f'{self.engine}; {self.compiling}', seconds, self.inherited, str(adapter_coverage(self.model)))
+                    len(self.plan), batch, str(plan_precision(config)), f'{self.engine}; {self.compiling}', sum(parts.values()) if parts else math.nan, self.inherited,
+                    str(adapter_coverage(self.model)), parts, self.check_plan())
+
+    def check_plan(self) -> list[RunWarning]: # also in the plan and in the result
+        "What is suspicious about the plan and the rows before the first step."
+        if self._checked is None or self._checked[0] is not self.dataset:
+            steps = check_steps(len(self.plan), self.config.effective_batch_size, self.config.max_steps)
+            self._checked = self.dataset, [*steps, *check_data(self.dataset, self.eval_dataset), *self._check_tokenizer()]
+        return self._checked[1]
+
+    @property
+    def has_usual_loss(self) -> bool:
+        "Whether nobody has replaced `loss`."
+        return type(self).loss is LoRATrainer.loss and 'loss' not in vars(self)
+
+    def _check_tokenizer(self) -> list[RunWarning]:
+        "Whether the model can read the first rows; nothing where its loss is another one, or memory runs out"
+        if not self.has_usual_loss: return []
+        batch, vocabulary = next(iter(self._batches(self.dataset, self.batching.part[0].micro_batches[:1]))), self.model.get_input_embeddings().weight.shape[0]
+        fixed = set(self.tokenizer.all_special_ids)
+        try:
+            with torch.no_grad(), at_rest(self.model):
+                own = text_loss(batch, self.loss)
+                if own < 0.9 * math.log(vocabulary): return []
+                return list(check_tokenizer(own, [text_loss(rename_tokens(batch, vocabulary, fixed, seed), self.loss) for seed in range(3)], vocabulary))
+        except Exception as error:
+            if not out_of_memory(error): raise
+        free()
+        return []
+
+    def _durations(self) -> dict[str, float]:
+        "Seconds of the run by what they are spent on, measured on one of each; empty where memory runs out in that"
+        evaluations = count_evaluations(self.plan, self.config.eval_steps) if self.eval_dataset is not None else 0
+        try:
+            looking = evaluations * self._evaluation_seconds() if evaluations else 0.
+            return dict(training=self._step_seconds(), evaluation=looking, saving=self._save_seconds(evaluations))
+        except Exception as error:
+            if not out_of_memory(error): raise
+        self.optimizer.zero_grad()
+        free()
+        return {}
+
+    def _step_seconds(self) -> float:
+        "All steps, from the first micro-batch there and back"
+        first = next(iter(self._batches(self.dataset, self.batching.part[0].micro_batches[:1])))
+        return pass_seconds(first, self.loss, self.optimizer, self.accelerator) * self.plan.tokens / count_tokens([first])[0]
+
+    def _evaluation_seconds(self) -> float:
+        "One evaluation, from its first micro-batch forward and the first words of an answer"
+        lengths, questions = lengths_of(self.eval_dataset), self.config.eval_prompts or []
+        batch = next(iter(self._batches(self.eval_dataset, self.batching.once(lengths)[:1])))
+        with at_rest(self.model), torch.no_grad():
+            seconds = second_time(lambda: self.loss(batch).item()) * int(lengths.sum()) / count_tokens([batch])[0]
+        return seconds + (second_time(lambda: self.answers(questions[:1], 8)) * 8 * len(questions) if questions else 0.)
+
+    def _save_seconds(self, evaluations: int) -> float:
+        "All that is saved, from one adapter and a file of the size of the optimizer's memory"
+        size = 3 * sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        try:
+            with tempfile.TemporaryDirectory() as folder: one = second_time(lambda: save_adapter(self.model, folder, for_resume=True))
+        except Exception: one = 0.  # who guesses a time must not be the one to fail
+        return count_saves(self.config, len(self.plan), evaluations) * (one + write_seconds(self.config.output_dir, size))
 
     def train(self,
         show: bool = True, # print the plan and a line every `logging_steps`
@@ -996,6 +1261,7 @@ class LoRATrainer:
                 result.add(step)
                 audience.see(step)
         result.peak_memory_gb, result.message, result.best, result.stopped = peak_memory_gb(), self.run.message, self.progress.best, self.progress.step < len(self.plan)
+        result.warnings = self.run.warnings
         audience.hear('on_end', result)
         return result
 
@@ -1023,7 +1289,7 @@ class Run:
         resume: bool | str = False # go on from the newest checkpoint in the run folder; "auto": if there is one
     ):
         self.trainer, self.config, self.accelerator, self.batching, self.wish = trainer, trainer.config, trainer.accelerator, trainer.batching, trainer.wish
-        self.resume, self.message, self.note = resume, '', ''
+        self.resume, self.message, self.note, self.part, self.warnings = resume, '', '', '', []
         torch.manual_seed(self.config.seed + self.accelerator.process_index)  # dropout draws from here on
         about = identity(trainer.resolved_config(), trainer.dataset, trainer.model, self.accelerator.num_processes, trainer.base_weights)
         self.keeper = Keeper(self.config, len(trainer.plan), trainer.model, trainer.optimizer, trainer.schedule, self.accelerator, about)
@@ -1031,6 +1297,7 @@ class Run:
         self.keeper.restore(*found)
         if self.keeper.progress.pending: typed(self.keeper.progress.pending, Step, found[0]/STATE)
         self.note = f'resumed after step {self.keeper.progress.step}'
+        self.batching.eval_halvings = self.keeper.progress.eval_halvings
         if self.batching.halvings != self.keeper.progress.halvings: self.batching.draw(self.keeper.progress.halvings)
 
     def steps(self) -> Iterator[Step]:
@@ -1039,6 +1306,8 @@ class Run:
         state, message, loop = 'cancelled', '', self._loop()
         keep_memory(self.accelerator.device)
         try:
+            renewed, before, first = self._renew_best(), adapter_digest(self.trainer.model), self.keeper.progress.step
+            if is_main(): self.trainer.check_plan()
             while not self._over():
                 with self.wish.listening(), neftune(self.trainer.model, self.config.neftune_noise_alpha):
                     if (step := next(loop, None)) is None: break
@@ -1048,7 +1317,9 @@ class Run:
                 writer.waiting = False
             ended, self.message = self.keeper.finish(self.wish.why)
             call_hook(self.trainer, 'save_model', self.config.lora_dir)
-            state, message = 'completed' if ended else 'cancelled', self.message
+            self.message = '; '.join(filter(None, [self.message, renewed]))
+            if is_main() and self.keeper.progress.step > first: self.warnings = [*self.trainer.check_plan(), *self._suspicions(before)]
+            state, message = 'completed' if ended else 'cancelled', '; '.join(filter(None, [self.message, *self.warnings]))
         except GeneratorExit: message = self.keeper.rescue(writer, 'left')
         except (Exception, KeyboardInterrupt) as error:
             state = 'cancelled' if isinstance(error, KeyboardInterrupt) else 'failed'
@@ -1060,6 +1331,18 @@ class Run:
             hand_back(self.accelerator.device)
             if self.config.report_to != 'none': self.accelerator.end_training()
             writer.close(state, message)
+
+    def _suspicions(self, before: str) -> list[RunWarning]:
+        "What is suspicious about the run now that it is over"
+        usual = self.trainer.has_usual_loss
+        return check_result(read_metrics(self.config.output_dir), self.trainer.model, before, self.config.max_grad_norm, usual)
+
+    def _renew_best(self) -> str:
+        "See whether the lowest held-out loss still counts; a sentence where it does not"
+        held_out = self.trainer.eval_dataset
+        renewed = self.keeper.renew_best('' if held_out is None else fingerprint_rows(held_out), self._evaluate)
+        self.note = '; '.join(filter(None, [self.note, renewed]))
+        return renewed
 
     def _over(self) -> bool:
         "Whether the run ends before its last step; all processes agree on it"
@@ -1079,7 +1362,7 @@ class Run:
                 yield from training_loop(self.batching.part, batches, one.loss, one.model, one.optimizer, one.schedule, self.accelerator, self.config.max_grad_norm, self.keeper.progress.step, self.keeper.progress.seconds)
                 return
             except Exception as error:
-                if not (self.config.auto_batch and out_of_memory(error) and self.accelerator.num_processes == 1 and self.keeper.untouched and self.batching.halve(self.keeper.progress.step)): raise
+                if not (self.trainer.may_halve(error) and self.keeper.untouched and self.batching.halve(self.keeper.progress.step)): raise
             self.note = f'memory ran out, so batches are half as large from here on ({self.batching})'
             self.trainer.optimizer.zero_grad()
             free()
@@ -1090,14 +1373,29 @@ class Run:
         step.note, self.note = step.note or self.note, ''
         self.keeper.remember(step=step.step, seconds=step.seconds, halvings=self.batching.halvings, pending=asdict(step))
         if self.trainer.eval_dataset is not None and evaluation_due(self.trainer.plan, step.step, self.config.eval_steps):
-            step.eval_loss = self.trainer.evaluate()
+            before = self.batching.eval_halvings
+            step.eval_loss = self._evaluate()
+            if self.batching.eval_halvings != before:
+                step.note = '; '.join(filter(None, [step.note, 'memory ran out in the evaluation, so its batches are smaller from here on']))
             if not math.isfinite(step.eval_loss): raise RunError(f'the held-out loss is {step.eval_loss} after step {step.step}. Train in 32 bits (fp16=False, bf16=False), or look at the rows that are held out.')
-            if self.config.eval_prompts and is_main(): step.answers = self.trainer.answers(self.config.eval_prompts)
+            if self.config.eval_prompts and is_main(): step.answers = self._in('eval_prompts', self.trainer.answers, self.config.eval_prompts)
         writer.add(step)
         if self.config.report_to != 'none': self.accelerator.log({name: value for name, value in asdict(step).items() if isinstance(value, (int, float))}, step=step.step)
         if step.eval_loss is not None: self.keeper.judge(step.eval_loss)
         self.keeper.progress.pending = None
         if step.step % self.config.save_steps == 0: self.keeper.save()
+
+    def _in(self, part: str, do: Callable, *given: Any) -> Any:
+        "Do something in a part of the run that is named should memory run out there"
+        self.part, before = part, self.part
+        result = do(*given)
+        self.part = before
+        return result
+
+    def _evaluate(self) -> float:
+        "The loss on held-out rows; how small its batches had to be is remembered, whether or not that was enough"
+        try: return self._in('evaluation', self.trainer.evaluate)
+        finally: self.keeper.progress = replace(self.keeper.progress, eval_halvings=self.batching.eval_halvings)
 
     def _explained(self, error: BaseException, writer: RunWriter | Bystander) -> tuple[BaseException, str]:
         "An error as one to put right, where it is one, and the sentence for the run folder; what can be saved is saved"
@@ -1112,6 +1410,9 @@ class Run:
         size, accumulation = self.batching.batch
         config, device = replace(self.config, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation), self.accelerator.device.type
         planned = self.batching.part[min(self.keeper.progress.step, len(self.batching.part) - 1)]
+        if self.part:
+            lengths, processes = lengths_of(self.trainer.eval_dataset), self.accelerator.num_processes
+            return evaluation_memory_error(self.part, self.keeper.progress.step, self.config, error, lengths, processes)
         return memory_error(self.keeper.progress.step + 1, planned, config, error, whole_room(device), lengths=self.trainer.plan.lengths, device=device)
 
 # %% ../nbs/13_trainer.ipynb #afbc00b5

@@ -124,6 +124,65 @@ def test_the_page_must_know_widgets_of_that_age(tmp_path, lab, said):
     assert [(look.state, look.found.partition(":")[0]) for look in found] == [("note", said)] * bool(said) and all("ipywidgets>=8" in look.run for look in found)
 
 
+# ---- a module of the same name -----------------------------------------------------------------------------------------
+
+def module_copy(folder):
+    "The package as pip installs it: a folder of files and a record of their digests"
+    import base64
+    import hashlib
+    import shutil
+    from pathlib import Path
+    import sage_finetune
+    shutil.copytree(Path(sage_finetune.__file__).parent, folder/"sage_finetune", ignore=shutil.ignore_patterns("__pycache__", "models", "examples"))
+    distribution(folder, "sage_finetune", "0.1.0", module=False)
+    digest = lambda path: base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).decode().rstrip("=")
+    record = [f"{path.relative_to(folder).as_posix()},sha256={digest(path)},{path.stat().st_size}" for path in sorted((folder/"sage_finetune").rglob("*.py"))]
+    (folder/"sage_finetune-0.1.0.dist-info"/"RECORD").write_text("\n".join(record) + "\n")
+    return folder
+
+
+def stranger(folder, name="isage-finetune", record="sage_finetune/__init__.py,,\n", declared=""):
+    "Another distribution with files in the folder of this package"
+    distribution(folder, name, "0.2.0", module=False)
+    for file, text in (("RECORD", record), ("top_level.txt", declared)):
+        if text: (folder/f"{name}-0.2.0.dist-info"/file).write_text(text)
+    return folder
+
+
+def test_a_whole_package_is_no_line(tmp_path):
+    assert looks("_package", module_copy(tmp_path)) == []
+    assert looks("_package") == []
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(name="finetune_bundle", record="", declared="sage_finetune\n"), dict(name="Other.Tool", record="other/x.py,,\nsage_finetune/trainer.py,,\n")], ids=str)
+def test_a_stranger_in_the_package(tmp_path, fields):
+    look, = looks("_package", stranger(tmp_path, **fields))
+    name = fields.get("name", "isage-finetune")
+    assert look.state == "problem" and f"{name} 0.2.0 installed a module of the same name" in look.found
+    assert look.run.startswith(f"pip uninstall -y {name}, then pip install --force-reinstall --no-deps") and "restart the kernel" in look.run
+
+
+FOREIGN = "__version__ = '0.2.0'\n__all__ = ['Finetuner']\n"
+
+
+@pytest.mark.parametrize("file, content, said", [("__init__.py", FOREIGN, "sage_finetune/__init__.py missing, or not as installed"), ("__init__.py", None, "sage_finetune/__init__.py"),
+    ("trainer.py", "class Trainer: pass\n", "sage_finetune/trainer.py"), ("core/text.py", "append", "sage_finetune/core/text.py")])
+def test_files_that_were_overwritten_or_removed(tmp_path, file, content, said):
+    "By a stranger who came, or by one who went"
+    path = module_copy(tmp_path)/"sage_finetune"/file
+    if content is None: path.unlink()
+    else: path.write_text(path.read_text() + "\n" if content == "append" else content)
+    look, = looks("_package", tmp_path)
+    assert look.state == "problem" and said in look.found and "pip install --force-reinstall" in look.run and "uninstall" not in look.run
+
+
+def test_the_doctor_of_a_damaged_package_says_it_first(tmp_path):
+    path = stranger(module_copy(tmp_path))/"sage_finetune"/"__init__.py"
+    path.write_text(FOREIGN)
+    said = ask("from sage_finetune.diagnosis import doctor; found = doctor(online=False); print(found.healthy, found.sentence)", tmp_path)
+    assert said.startswith("False Not ready: ") and "isage-finetune 0.2.0" in said and "uninstall -y isage-finetune" in said
+
+
 # ---- the disk ---------------------------------------------------------------------------------------------------------
 
 def test_a_file_in_the_place_of_a_folder(tmp_path):

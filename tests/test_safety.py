@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import adapter, change, copy, ended, file_limit, leftovers, metrics, mounted, prepared, recipe, rows, start, status, write_rows
 
-from sage_finetune.checkpoint import RunWriter, checkpoints, newest_checkpoint
+from sage_finetune.checkpoint import Progress, RunWriter, checkpoints, newest_checkpoint
 from sage_finetune.core.errors import ConfigError, RunError
 from sage_finetune.core.storage import folder_atomic, write_atomic
 from sage_finetune.runs import read_meta
@@ -301,12 +301,12 @@ used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 if float(sys.argv[4]): resource.setrlimit(resource.RLIMIT_AS, (used + int(float(sys.argv[4]) * 2**20),) * 2)
 try: result = trainer.train(show=False)
 except Exception as error: print(json.dumps(dict(error=f"{type(error).__name__}: {error}")))
-else: print(json.dumps(dict(losses=result.losses)))
+else: print(json.dumps(dict(losses=result.losses, eval_losses=result.eval_losses)))
 """
 
 
-def hungry(folder, name, room=0., **fields):
-    content = [dict(instruction=f"Say {at}.", output=" ".join(["word"] * 300)) for at in range(48)]
+def hungry(folder, name, room=0., words=300, **fields):
+    content = [dict(instruction=f"Say {at}.", output=" ".join(["word"] * words)) for at in range(48)]
     said = subprocess.run([sys.executable, "-c", HUNGRY, write_rows(folder/"long.jsonl", content), folder/name, json.dumps(fields), str(room)], capture_output=True, text=True, timeout=300)
     assert said.returncode == 0, said.stderr
     return json.loads(said.stdout.splitlines()[-1])
@@ -324,6 +324,100 @@ def test_memory_that_runs_out(tmp_path):
     assert "losses" in smaller, smaller
     assert smaller["losses"] == pytest.approx(free, rel=1e-4)
     assert any("memory ran out, so batches are half as large" in row["note"] for row in metrics(tmp_path/"smaller"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_memory_that_runs_out_for_held_out_rows(tmp_path):
+    "They are long, and the rows that are trained on are short, so the operating system refuses memory only in the evaluation"
+    long = [dict(instruction=f"Tell {at}.", output=" ".join(["word"] * 450)) for at in range(16)]
+    fields = dict(words=5, eval_path=str(write_rows(tmp_path/"held.jsonl", long)))
+    free = hungry(tmp_path, "free", **fields)
+    told = hungry(tmp_path, "told", room=120, **fields)["error"]
+    assert "memory ran out in the evaluation after step 3 (16 held-out rows of up to" in told and "auto_batch=True with resume=True" in told, told
+    smaller = hungry(tmp_path, "smaller", room=120, auto_batch=True, **fields)
+    assert "losses" in smaller, smaller
+    assert smaller["losses"] == free["losses"] and smaller["eval_losses"][0][1] == pytest.approx(free["eval_losses"][0][1], rel=1e-5)
+
+
+class Narrow(LoRATrainer):
+    "Evaluations have no memory for more than `room` tokens at once, steps none for more than `step_room`"
+    room, step_room, passes = 10**6, 10**6, 0
+    def loss(self, batch):
+        if not self.model.training: self.passes += 1
+        if batch["input_ids"].numel() > (self.step_room if self.model.training else self.room): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return super().loss(batch)
+
+
+def narrow(config, **limits):
+    trainer = Narrow(config)
+    for name, value in limits.items(): setattr(trainer, name, value)
+    return trainer
+
+
+LAYOUTS = [dict(packing=False, engine="plain"), dict(packing=True), dict(packing=True, engine="plain"), dict(packing=False, per_device_train_batch_size=3)]
+
+
+@pytest.mark.parametrize("fields", LAYOUTS, ids=str)
+def test_memory_that_runs_out_in_an_evaluation(tmp_path, fields):
+    "The same held-out losses from smaller batches, found once, and not a bit of the adapter is another"
+    fields = dict(eval_path=write_rows(tmp_path/"held.jsonl", rows(7)), eval_steps=2, max_steps=4, **fields)
+    usual = recipe(tmp_path/"usual", **fields)
+    expected = LoRATrainer(usual).train(show=False)
+    trainer = narrow(recipe(tmp_path/"narrow", auto_batch=True, **fields), room=60)
+    result = trainer.train(show=False)
+    assert [loss for _, loss in result.eval_losses] == pytest.approx([loss for _, loss in expected.eval_losses], rel=1e-5) and len(result.eval_losses) == 2
+    assert adapter(trainer.config.output_dir) == adapter(usual.output_dir) and result.losses == expected.losses
+    assert ["memory ran out in the evaluation" in row["note"] for row in metrics(trainer.config.output_dir)] == [False, True, False, False]
+    saved = newest_checkpoint(trainer.config.checkpoint_dir)[1]["progress"]
+    assert saved["eval_halvings"] == trainer.batching.eval_halvings > 0 == saved["halvings"]
+
+
+def test_a_run_whose_evaluation_ran_out_of_memory_goes_on(tmp_path):
+    "The sentence names what helps there and may be changed, and a later resume begins with batches that were small enough"
+    fields = dict(eval_path=write_rows(tmp_path/"held.jsonl", rows(7)), eval_steps=2, max_steps=6, packing=False, save_steps=2)
+    straight = recipe(tmp_path/"straight", **fields)
+    expected = LoRATrainer(straight).train(show=False)
+    config = recipe(tmp_path/"run", **fields)
+    with pytest.raises(RunError, match="memory ran out in the evaluation after step 2 .7 held-out rows.*auto_batch=True with resume=True") as told: narrow(config, room=60).train(show=False)
+    assert "gradient_checkpointing" not in str(told.value) and "per_device_train_batch_size" not in str(told.value)
+    config.auto_batch = True
+    for step in narrow(config, room=60).steps(resume=True):
+        if step.step == 4: break
+    again = narrow(config, room=60)
+    result = again.train(show=False, resume=True)
+    assert result.best == pytest.approx(expected.best) and adapter(config.output_dir) == adapter(straight.output_dir)
+    assert again.passes == len(again.batching.once([30] * 7)) and not any(row["note"].endswith("from here on") for row in metrics(config.output_dir)[-1:])
+
+
+def test_held_out_rows_that_fit_in_no_batch(tmp_path):
+    "What is on already is not what helps; shorter held-out rows do, and the run goes on with them"
+    long = [dict(row, output=row["output"] * 12) for row in rows(3)]
+    config = recipe(tmp_path, eval_path=write_rows(tmp_path/"held.jsonl", long), eval_steps=2, max_steps=4, auto_batch=True)
+    with pytest.raises(RunError, match="each row is already a batch of its own.*shorter rows in eval_path") as told: narrow(config, room=60).train(show=False)
+    assert "auto_batch=True" not in str(told.value) and status(config.output_dir)["state"] == "failed"
+    config.eval_path = write_rows(tmp_path/"short.jsonl", rows(3))
+    assert narrow(config, room=60).train(show=False, resume=True).eval_losses[-1][0] == 4
+
+
+def test_memory_that_runs_out_while_questions_are_answered(tmp_path):
+    class Speechless(LoRATrainer):
+        def answers(self, questions, max_new_tokens=64): raise MemoryError("no room for the cache")
+    config = recipe(tmp_path, eval_path=write_rows(tmp_path/"held.jsonl", rows(4)), eval_steps=2, max_steps=4, auto_batch=True, eval_prompts=["Which?"])
+    with pytest.raises(RunError, match="when eval_prompts were answered after step 2"): Speechless(config).train(show=False)
+    config.eval_prompts = None
+    assert Speechless(config).train(show=False, resume=True).eval_losses[-1][0] == 4
+
+
+@pytest.mark.parametrize("size, batch", [(3, (1, 3)), (9, (3, 3)), (6, (3, 2))])
+def test_batches_that_have_no_half(tmp_path, size, batch):
+    "An odd number of rows is divided by what divides it: the same steps"
+    fields = dict(packing=False, engine="plain", per_device_train_batch_size=size, max_steps=4)
+    expected = LoRATrainer(recipe(tmp_path/"usual", **fields)).train(show=False)
+    trainer = narrow(recipe(tmp_path/"narrow", auto_batch=True, **fields), step_room=45 * batch[0])
+    assert trainer.train(show=False).losses == pytest.approx(expected.losses, rel=1e-4) and trainer.batching.batch == batch
+    with pytest.raises(RunError, match=f"per_device_train_batch_size={batch[0]} with gradient_accumulation_steps={batch[1]} .the same gradient; auto_batch=True"):
+        narrow(recipe(tmp_path/"told", **fields), step_room=45 * batch[0]).train(show=False)
 
 
 # ---- evaluation, best and early stop ----------------------------------------------------------------------------------
@@ -355,6 +449,76 @@ def test_killed_behind_the_best_it_still_finds_it(tmp_path):
         if step.step == whole.best[1] + 3: break
     result = LoRATrainer(config).train(show=False, resume=True)
     assert result.best == whole.best and adapter(config.output_dir) == adapter(straight.output_dir)
+
+
+# ---- other held-out rows than before ----------------------------------------------------------------------------------
+
+def half_way(tmp_path, name, at=6, **fields):
+    "A run that was evaluated on rows that contradict it, so that its lowest held-out loss is an early one, left in its middle; and other rows"
+    config = held(tmp_path/name, save_steps=2, **fields)
+    for step in LoRATrainer(config).steps():
+        if step.step == at: break
+    config.eval_path = write_rows(tmp_path/name/"other.jsonl", rows(6))
+    return config
+
+
+def test_the_best_counts_for_the_rows_it_was_measured_on(tmp_path):
+    "With others its adapter is measured anew, and the new rows decide"
+    config = half_way(tmp_path, "run", at=14, load_best_model_at_end=True)
+    old = newest_checkpoint(config.checkpoint_dir)[1]["progress"]["best"]
+    result = LoRATrainer(config).train(show=False, resume=True)
+    straight = recipe(tmp_path/"straight", eval_path=config.eval_path, eval_steps=2, num_train_epochs=8, load_best_model_at_end=True)
+    expected = LoRATrainer(straight).train(show=False)
+    assert old[1] < 14 and result.best == expected.best and adapter(config.output_dir) == adapter(straight.output_dir)
+    anew = next(loss for step, loss in expected.eval_losses if step == old[1])
+    assert f"lowest at step {old[1]} ({old[0]:.3f}); on the new rows that adapter has {anew:.3f}" in result.message and status(config.output_dir)["message"] == result.message
+    assert "the held-out rows are others" in metrics(config.output_dir)[14]["note"]
+
+
+def test_a_best_whose_adapter_was_not_kept_is_forgotten(tmp_path):
+    config = half_way(tmp_path, "run")
+    result = LoRATrainer(config).train(show=False, resume=True)
+    assert result.best == min((loss, step) for step, loss in result.eval_losses) and "the lowest is looked for anew" in result.message
+
+
+def test_patience_begins_anew_with_other_rows(tmp_path):
+    "Evaluations that were waited for on the old rows do not end the run"
+    config = half_way(tmp_path, "run", at=14, early_stopping_patience=20)
+    config.early_stopping_patience = newest_checkpoint(config.checkpoint_dir)[1]["progress"]["waited"]
+    result = LoRATrainer(config).train(show=False, resume=True)
+    assert config.early_stopping_patience and result.steps > 10 and result.best[1] > 14
+
+
+def test_a_finished_run_is_judged_by_other_rows(tmp_path):
+    "No step is left, but the adapter that is kept is now another"
+    config = held(tmp_path, load_best_model_at_end=True)
+    before = LoRATrainer(config).train(show=False)
+    kept, last = adapter(config.output_dir), newest_checkpoint(config.checkpoint_dir)[1]["step"]
+    config.eval_path = write_rows(tmp_path/"other.jsonl", rows(6))
+    result = LoRATrainer(config).train(show=False, resume=True)
+    assert before.best[1] < last == result.best[1] and result.steps == 0 and adapter(config.output_dir) != kept
+    assert "the held-out rows are others" in result.message
+
+
+@pytest.mark.parametrize("fields", [dict(eval_path=None), dict(load_best_model_at_end=True)], ids=["no rows any more", "the best is wanted only now"])
+def test_a_best_that_can_no_longer_be_had(tmp_path, fields):
+    config = held(tmp_path, save_steps=2)
+    for step in LoRATrainer(config).steps():
+        if step.step == 20: break
+    for name, value in fields.items(): setattr(config, name, value)
+    result = LoRATrainer(config).train(show=False, resume=True)
+    assert result.best is None or result.best[1] > 20
+    assert "looked for anew" in result.message and status(config.output_dir)["state"] == "completed"
+
+
+def test_the_same_rows_are_not_measured_again(tmp_path):
+    "Also where the checkpoint is of a version that did not note which they were"
+    config = held(tmp_path, save_steps=2, load_best_model_at_end=True)
+    for step in LoRATrainer(config).steps():
+        if step.step == 6: break
+    assert newest_checkpoint(config.checkpoint_dir)[1]["progress"]["held_out"] and Progress(**dict(step=3)).held_out == ""
+    result = LoRATrainer(config).train(show=False, resume=True)
+    assert "held-out rows are others" not in result.message + "".join(row["note"] for row in metrics(config.output_dir))
 
 
 @pytest.mark.parametrize("fields", [dict(early_stopping_patience=2), dict(load_best_model_at_end=True), dict(eval_prompts=["Which?"])])
