@@ -353,7 +353,7 @@ def _locale_decides(call):
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     named = {one.arg: ast.unparse(one.value) for one in call.keywords}
     if name not in _CODING or "encoding" in named: return False
-    if name in ("read_text", "write_text"): return True
+    if name in ("read_text", "write_text"): return len(call.args) == (name == "write_text")  # a first word is the encoding, or, of an installed distribution, a file
     if name in ("Popen", "run", "check_output", "check_call"): return "True" in (named.get("text"), named.get("universal_newlines"))
     if ast.unparse(call.func) not in ("open", "io.open", "os.fdopen"): return False
     mode = named.get("mode") or next((ast.unparse(one) for one in call.args[1:2]), "'r'")
