@@ -1932,6 +1932,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sage_finetune.model.save_adapter': ('model.html#save_adapter', 'sage_finetune/model.py'),
                                      'sage_finetune.model.takes_long': ('model.html#takes_long', 'sage_finetune/model.py'),
                                      'sage_finetune.model.trained_tokens': ('model.html#trained_tokens', 'sage_finetune/model.py'),
+                                     'sage_finetune.model.warn_of': ('model.html#warn_of', 'sage_finetune/model.py'),
                                      'sage_finetune.model.weight_bytes': ('model.html#weight_bytes', 'sage_finetune/model.py')},
             'sage_finetune.panel': { 'sage_finetune.panel.Panel': ('panel.html#panel', 'sage_finetune/panel.py'),
                                      'sage_finetune.panel.Panel.__init__': ('panel.html#panel.__init__', 'sage_finetune/panel.py'),

@@ -21,7 +21,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from .config import PermissionWarning, TrainingConfig, find_model, model_code
+from .config import PermissionWarning, TrainingConfig, as_folder, find_model, model_code
 from .core.errors import ConfigError, DataError, FinetuneError
 from .core.secrets import redact_secrets
 from .core.processes import core_count
@@ -543,7 +543,7 @@ def _config_of(given: Any) -> tuple[TrainingConfig | None, list[Look]]:
     "The config that was given, or that of a run folder; and what there is to say about it"
     if given is None or isinstance(given, TrainingConfig): return given, []
     try:
-        folder = expand_home(given)
+        folder = as_folder(given)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter('always')
             config = confine(TrainingConfig.load(folder/CONFIG), folder) if (folder/CONFIG).exists() else read_meta(folder).to_config()

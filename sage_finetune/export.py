@@ -25,7 +25,7 @@ from .core.places import check_links, content_hash, is_plain_name, name_some, no
 from .core.storage import expand_home, folder_atomic, write_json
 from .core.text import html_table, text_table
 from .data import Sample, iter_rows, read_row
-from .model import adapter_tokenizer, check_identity, check_vocabulary, first_line, generation_settings, load_adapter, load_base, quiet, refusing, run_tokenizer
+from .model import adapter_tokenizer, check_identity, check_vocabulary, first_line, generation_settings, load_adapter, load_base, quiet, refusing, run_tokenizer, warn_of
 from .prompt import Rendered, render, render_text
 from .runs import MODEL_FILE, confine, read_meta, read_object
 
@@ -43,7 +43,7 @@ def run_config(
 
 def _need_adapter(config: TrainingConfig):
     "Refuse a run that was not trained yet"
-    if (config.lora_dir/'adapter_model.safetensors').exists(): return
+    if (config.lora_dir/'adapter_model.safetensors').is_file(): return
     raise RunError(f'{config.output_dir} holds no adapter yet. Train it first: sage-finetune run {config.output_dir}')
 
 def open_run(
@@ -61,10 +61,12 @@ def open_run(
     if merged: config.model_name, config.load_in_8bit, config.load_in_4bit = str(config.merged_dir.absolute()), False, False
     else:
         _need_adapter(config)
-        check_identity(config.lora_dir, config.model_name, allow_other_base)
+        mismatches = check_identity(config.lora_dir, config.model_name, allow_other_base)
     config.fp16, config.bf16 = (None, None) if config.fp16 and device != 'cuda' else (config.fp16, config.bf16)
     model, tokenizer = load(config)
-    if not merged: model, tokenizer = load_adapter(model, config.lora_dir), adapter_tokenizer(config.lora_dir, tokenizer)
+    if not merged:
+        model, tokenizer = load_adapter(model, config.lora_dir), adapter_tokenizer(config.lora_dir, tokenizer)
+        warn_of(mismatches)
     check_vocabulary(model, tokenizer)
     model.generation_config = generation_settings(model, tokenizer)
     return model.eval(), tokenizer
@@ -112,7 +114,7 @@ class MergeReport:
     def _rows(self) -> list[tuple]:
         "Names and values to show"
         effect = [('effect of the adapter kept', f'{self.effect_kept:.1%}')] if self.effect_kept is not None else []
-        losses = [('loss on answers', '{:.3f} (base) → {:.3f} (adapter) → {:.3f} (merged)'.format(*self.losses))] if self.losses else []
+        losses = [('loss on answers', ' → '.join(f'{loss:.3f} ({name})' for loss, name in zip(self.losses, ('base', 'adapter', 'merged'))))] if self.losses else []
         close = [('positions compared', f'{self.positions:,}'), ('largest logit difference', f'{self.max_logit_difference:.1e}'),
                  ('KL divergence', f'{self.kl_divergence:.1e} nats'), ('top-1 agreement', f'{self.top1_agreement:.2%}')]
         return [('verdict', self.verdict), *effect, *losses, *close, ('precision', self.dtype), ('merged model', self.folder), *(('note', note) for note in self.notes)]
@@ -132,14 +134,13 @@ def logits_of(
 def effect_kept(
     base: list[Tensor], # `logits_of` the base
     tuned: list[Tensor], # of base and adapter
-    merged: list[Tensor], # of the merged model
-    merged_base: list[Tensor] | None = None # of the base it was merged into, where that is another one (16 bits instead of 4)
+    merged: list[Tensor] # of the merged model
 ) -> float: # 1: all of it; 1 too where the adapter changes nothing
     "How much of what an adapter changes is left after merging: the change projected onto the adapter's."
     along, square = 0., 0.
-    for before, after, then, now in zip(base, tuned, merged_base or base, merged):
-        wide = min(before.shape[-1], after.shape[-1], then.shape[-1], now.shape[-1])  # rows for new tokens may be missing in a base
-        wanted, got = after[:, :wide] - before[:, :wide], now[:, :wide] - then[:, :wide]
+    for before, after, now in zip(base, tuned, merged):
+        wide = min(before.shape[-1], after.shape[-1], now.shape[-1])  # rows for new tokens may be missing in a base
+        wanted, got = after[:, :wide] - before[:, :wide], now[:, :wide] - before[:, :wide]
         wanted -= wanted.mean(-1, keepdim=True)  # what is added to all logits alike changes nothing
         along, square = along + (wanted * got).sum().item(), square + wanted.square().sum().item()
     return along / square if square else 1.
@@ -168,17 +169,19 @@ def verify_merge(
     return MergeReport(count, largest, max(divergence / max(count, 1), 0.), same / max(count, 1))
 
 # %% ../nbs/14_export.ipynb #374672e0
-def _ask_trained(config: TrainingConfig, examples: list[Rendered]) -> tuple[list[Tensor], list[Tensor]]:
-    "What the model that was trained says, its base in 8 or 4 bits: without the adapter, and with it"
-    base, _ = load_base(config)
-    plain = logits_of(base.eval(), [example.ids for example in examples])
-    return plain, logits_of(load_adapter(base, config.lora_dir).eval(), [example.ids for example in examples])
+def _ask_trained(config: TrainingConfig, examples: list[Rendered]) -> list[Tensor]:
+    "What the model that was trained says, its base in 8 or 4 bits"
+    return logits_of(load_adapter(load_base(config)[0], config.lora_dir).eval(), [example.ids for example in examples])
 
-def _compared(trained: tuple, merged_base: list[Tensor], merged: list[Tensor], examples: list[Rendered]) -> MergeReport:
-    "The merged model beside the one that was trained"
-    (plain, tuned), labels = trained, [example.labels for example in examples]
+def _compared(plain: list[Tensor], tuned: list[Tensor], merged: list[Tensor], examples: list[Rendered], trained: list[Tensor] | None) -> MergeReport:
+    "The merged model beside base, and base with adapter; beside the model that was trained, too, where its base had 8 or 4 bits"
+    labels = [example.labels for example in examples]
     report = verify_merge(tuned, merged)
-    report.effect_kept = effect_kept(plain, tuned, merged, merged_base)
+    report.effect_kept = effect_kept(plain, tuned, merged)
+    if trained:
+        other = verify_merge(trained, merged)
+        report.notes.append(f'the model that was trained had its base in 8 or 4 bits: it prefers the same token as the merged one in {other.top1_agreement:.1%} of the places '
+                            f'(KL divergence {other.kl_divergence:.1e} nats), and its loss on answers is {answer_loss(trained, labels):.3f}')
     if any(label != -100 for wanted in labels for label in wanted[1:]): report.losses = [answer_loss(one, labels) for one in (plain, tuned, merged)]
     if verify_merge(plain, tuned).max_logit_difference == 0: report.notes.append('the adapter changes nothing')
     return report
@@ -209,7 +212,7 @@ def merge(
     config = run_config(run_dir, ('trust_remote_code',), trust_remote_code=trust_remote_code)
     own, out = out is None, config.merged_dir if out is None else as_folder(out, 'out')
     _need_adapter(config)
-    check_identity(config.lora_dir, config.model_name, allow_other_base)
+    mismatches = check_identity(config.lora_dir, config.model_name, allow_other_base)
     if own: check_links(config.output_dir)
     old = merged_files(out)
     tokenizer = adapter_tokenizer(config.lora_dir, run_tokenizer(config)[0])
@@ -222,7 +225,8 @@ def merge(
     check_vocabulary(base, tokenizer)
     plain = logits_of(base.eval(), [example.ids for example in examples])
     tuned = load_adapter(base, config.lora_dir).eval()
-    before = trained or (plain, logits_of(tuned, [example.ids for example in examples]))
+    warn_of(mismatches)
+    says = logits_of(tuned, [example.ids for example in examples])
     with refusing(lambda error: f'the adapter in {config.lora_dir} cannot be merged ({first_line(error)}). Train it anew, or use it beside its base.'):
         merged = tuned.merge_and_unload(safe_merge=True)
     merged.generation_config = generation_settings(merged, tokenizer)
@@ -230,9 +234,8 @@ def merge(
         with quiet(bars=base.num_parameters() > 100_000_000): merged.save_pretrained(temp)
         tokenizer.save_pretrained(temp)
         config.model_name = str(temp)
-        report = _compared(before, plain, logits_of(load_base(config)[0].eval(), [example.ids for example in examples]), examples)
+        report = _compared(plain, says, logits_of(load_base(config)[0].eval(), [example.ids for example in examples]), examples, trained)
         report.dtype, report.folder = str(merged.dtype).removeprefix('torch.'), str(out)
-        if trained: report.notes.append('the run kept its base in 8 or 4 bits: the merged model is compared with that one, and what rounding the base changed counts too')
         if not report.agrees and not force: raise ModelError(_why_refused(report, run_dir))
         _write_report(report, temp)
         if own: note_folder(config.output_dir, out.name, temp)

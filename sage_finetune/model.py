@@ -10,7 +10,7 @@ __all__ = ['LOADING', 'ROWS', 'IDENTITY', 'pick_device', 'Precision', 'plan_prec
            'adapter_coverage', 'WeightBytes', 'weight_bytes', 'save_adapter', 'load_adapter', 'restore_adapter',
            'continue_adapter', 'make_optimizer', 'make_schedule', 'neftune', 'generation_arguments',
            'contiguous_head_input', 'Said', 'likeliest_tokens', 'free', 'base_fingerprint', 'note_identity', 'Mismatch',
-           'find_mismatches', 'check_identity', 'adapter_tokenizer', 'check_vocabulary']
+           'find_mismatches', 'check_identity', 'warn_of', 'adapter_tokenizer', 'check_vocabulary']
 
 # %% ../nbs/08_model.ipynb #f618922a
 import copy, gc, json, logging, math, re, warnings, inspect, threading
@@ -266,7 +266,7 @@ def adapter_folder(
     "Where an adapter lies. Raises `ModelError` when there is none."
     places, files = (expand_home(source), expand_home(source)/'lora_weights'), ('adapter_model.safetensors', 'adapter_config.json')
     folder = next((place for place in places if any((place/name).exists() for name in files)), places[0])
-    missing = [name for name in files if not (folder/name).exists()]
+    missing = [name for name in files if not (folder/name).is_file()]
     if missing: raise ModelError(f'there is no adapter in {folder}: {missing[0]} is missing. Train first, or name the lora_weights folder of a run.')
     _check_files(folder)
     return folder
@@ -1144,7 +1144,7 @@ def find_mismatches(
     found, now = [], base_fingerprint(model_name)
     if noted.get('base_weights') and now and noted['base_weights'] != now:
         found.append(Mismatch('base', f'the adapter in {folder} was trained on other weights than those of {model_name!r}: every number of the base counts, and some have changed since.'))
-    if noted.get('adapter') != content_hash(folder/'adapter_model.safetensors'):
+    if (folder/'adapter_model.safetensors').is_file() and noted.get('adapter') != content_hash(folder/'adapter_model.safetensors'):
         found.append(Mismatch('adapter', f'{folder/"adapter_model.safetensors"} was changed after training.'))
     then, changes = noted.get('settings') if isinstance(noted.get('settings'), dict) else {}, _strength(folder)
     changes = [f'{name}={value!r} (it was {then[name]!r})' for name, value in changes.items() if name in then and then[name] != value]
@@ -1153,14 +1153,21 @@ def find_mismatches(
 def check_identity(
     folder: str | Path, # an adapter's
     model_name: str, # the base it is put beside
-    allow_other_base: bool = False # go on with other weights, and say so
-):
-    "Refuse a base an adapter was not trained on, and warn of other changes. Raises `ModelError`."
-    for found in find_mismatches(folder, model_name):
-        if found.code == 'base' and not allow_other_base:
-            raise ModelError(f'{found.message} Restore the base it was trained on, or train anew; '
+    allow_other_base: bool = False # go on with other weights
+) -> list[Mismatch]: # for `warn_of`, once the adapter is loaded: what is broken says so itself
+    "Refuse a base an adapter was not trained on. Raises `ModelError`."
+    found = find_mismatches(folder, model_name)
+    for one in found:
+        if one.code == 'base' and not allow_other_base:
+            raise ModelError(f'{one.message} Restore the base it was trained on, or train anew; '
                              f'to go on all the same: allow_other_base=True, --allow-other-base, or, to continue training, delete {IDENTITY} there.')
-        warnings.warn(sanitize_line(found.message))
+    return found
+
+def warn_of(
+    mismatches: list[Mismatch] # of an adapter that is in use
+):
+    "Say what is no longer as it was."
+    for one in mismatches: warnings.warn(sanitize_line(one.message))
 
 # %% ../nbs/08_model.ipynb #fe49d66f
 def adapter_tokenizer(

@@ -133,6 +133,7 @@ def can_be_path(
     "Whether a text can name a file on this machine: one with a zero byte or of a thousand letters cannot."
     try: Path(text).lstat()
     except (FileNotFoundError, NotADirectoryError, PermissionError): return True
+    except UnicodeEncodeError as error: return error.encoding != 'utf-8'  # another locale may spell it
     except (OSError, ValueError): return False
     return True
 

@@ -107,7 +107,6 @@ def why_unwritable(
             'Choose a shorter one of ordinary letters for output_dir.'
     if isinstance(error, IsADirectoryError):
         return f'cannot write {path}: a folder stands there. Choose another name, or another output_dir.'
-    if error.errno == errno.ELOOP: return f'cannot write {path}: a link in this path leads back to itself. Choose another output_dir.'
     return f'cannot write {path}: {error.strerror or error}. Choose another output_dir.'
 
 # %% ../../nbs/core/01_storage.ipynb #343ecb90

@@ -345,7 +345,7 @@ def test_what_is_not_clear_is_said(call, run):
 
 # ---- names --------------------------------------------------------------------------------------------------------------
 
-BAD_NAMES = {"empty": "", "blanks": "   ", "300 letters": "x" * 300, "300 letters below": "runs/" + "y" * 300, "128 letters of three bytes": "\N{EURO SIGN}" * 128, "NUL": "a\0b", "too deep": "d/" * 2500}
+BAD_NAMES = {"empty": "", "300 letters": "x" * 300, "300 letters below": "runs/" + "y" * 300, "128 letters of three bytes": "\N{EURO SIGN}" * 128, "NUL": "a\0b", "too deep": "d/" * 2500}
 NAMES = {"a newline": "first\nsecond", "an emoji": "run \N{OWL}", "a dash": "-rf", "255 letters": "z" * 255, "quotes": "it's \"run\"", "dots": "a..b", "a dot at the end": "run."}
 PLACES = {
     "output_dir": lambda name: TrainingConfig(output_dir=name), "data_path": lambda name: TrainingConfig(data_path=name),
@@ -386,7 +386,7 @@ def test_dots_are_folders(name, tmp_path, monkeypatch):
     sentence(caught.value)
 
 
-@pytest.mark.parametrize("number, expected", [("ENAMETOOLONG", "a shorter one"), ("EISDIR", "a folder stands there"), ("ELOOP", "leads back to itself"), ("EINVAL", "takes no such name"), ("EROFS", "no permission"), ("ENOSPC", "is full"), ("EIO", "Choose another")])
+@pytest.mark.parametrize("number, expected", [("ENAMETOOLONG", "a shorter one"), ("EISDIR", "a folder stands there"), ("ELOOP", "leads in a circle"), ("EINVAL", "takes no such name"), ("EROFS", "no permission"), ("ENOSPC", "is full"), ("EIO", "Choose another")])
 def test_every_reason_not_to_write_has_a_sentence(number, expected):
     import errno
     import os
@@ -411,7 +411,7 @@ COMMANDS = [("list",), ("run",), ("merge",), ("chat",), ("doctor", "--no-online"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["empty", "300 letters", "blanks"])
+@pytest.mark.parametrize("name", ["300 letters", "300 letters below"])
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_a_bad_name_in_a_shell_is_a_sentence(command, name, tmp_path):
     said = program(*command, BAD_NAMES[name], cwd=tmp_path)
