@@ -672,7 +672,7 @@ def open_prepared(
     "Open a file of examples. Raises `DataError` for one that holds something else: a cache may have come from somebody."
     try:
         table = _kept(_KeptTable.from_file(str(path)), keeper)
-        _check_table(table.table, len(tokenizer))
+        if keeper is None: _check_table(table.table, len(tokenizer))  # else it was written a moment ago, into a temporary folder
     except (pa.ArrowException, OSError, ValueError, TypeError) as error: raise DataError(f'the prepared data in {path} are no examples of this tokenizer ({str(error).strip()[:150]}). Delete {path.parent}.') from error
     fingerprint = hashlib.sha256(f'{key or os.urandom(16)}{path.name}'.encode()).hexdigest()[:16]
     return PreparedDataset(table, fingerprint=fingerprint, tokenizer=tokenizer, report=report, max_length=report.max_length)
