@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from sage_finetune import form as forms
 from sage_finetune.config import PRESETS, LoRAConfig, PresetConfigs, TrainingConfig, preset
 from sage_finetune.core.errors import ConfigError, DataError
+from sage_finetune.core.storage import checked_path
 from sage_finetune.form import MEMORY, ConfigForm, all_keys, grouped, kinds_of, python_code, read_value, save_upload, show_value, uploads
 from sage_finetune.memory import estimate_memory, free_memory, measure_memory
 from sage_finetune.trainer import LoRATrainer
@@ -41,9 +42,16 @@ def values(field):
     return st.one_of(*(numbers[kind]() if kind in numbers else kinds[kind] for kind in kinds_of(field)))
 
 
+def can_be_set(value):
+    "A path no file system takes, or the home folder of nobody, is refused at the assignment"
+    if not isinstance(value, Path): return True
+    try: return bool(checked_path(value, "path"))
+    except ConfigError: return False
+
+
 def configs(kind=TrainingConfig):
     "Valid configs with any value in any field"
-    fields = st.fixed_dictionaries({field.name: values(field) for field in dataclasses.fields(kind)})
+    fields = st.fixed_dictionaries({field.name: values(field).filter(can_be_set) for field in dataclasses.fields(kind)})
     if kind is LoRAConfig: return fields.map(lambda given: LoRAConfig(**given))
     return fields.map(lambda given: given | dict(load_in_4bit=given['load_in_4bit'] and not given['load_in_8bit'], bf16=given['bf16'] and not given['fp16'])).map(lambda given: TrainingConfig(**given))
 
