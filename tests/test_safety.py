@@ -471,7 +471,7 @@ def test_the_best_counts_for_the_rows_it_was_measured_on(tmp_path):
     expected = LoRATrainer(straight).train(show=False)
     assert old[1] < 14 and result.best == expected.best and adapter(config.output_dir) == adapter(straight.output_dir)
     anew = next(loss for step, loss in expected.eval_losses if step == old[1])
-    assert f"lowest at step {old[1]} ({old[0]:.3f}); on the new rows that adapter has {anew:.3f}" in result.message and status(config.output_dir)["message"].startswith(result.message)
+    assert f"lowest at step {old[1]} ({old[0]:.3f}); on the new rows that adapter has {anew:.3f}" in result.message and status(config.output_dir)["message"] == "; ".join([result.message, *result.warnings])
     assert "the held-out rows are others" in metrics(config.output_dir)[14]["note"]
 
 
