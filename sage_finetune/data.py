@@ -673,6 +673,7 @@ def open_prepared(
     try:
         table = _kept(_KeptTable.from_file(str(path)), keeper)
         if keeper is None: _check_table(table.table, len(tokenizer))  # else it was written a moment ago, into a temporary folder
+    except UnicodeEncodeError: raise  # the path cannot be spelt in this locale: no fault of the table
     except (pa.ArrowException, OSError, ValueError, TypeError) as error: raise DataError(f'the prepared data in {path} are no examples of this tokenizer ({str(error).strip()[:150]}). Delete {path.parent}.') from error
     fingerprint = hashlib.sha256(f'{key or os.urandom(16)}{path.name}'.encode()).hexdigest()[:16]
     return PreparedDataset(table, fingerprint=fingerprint, tokenizer=tokenizer, report=report, max_length=report.max_length)

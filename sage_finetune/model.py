@@ -164,6 +164,15 @@ def refusing(
         if not isinstance(error, Exception) and type(error).__name__ != 'PanicException': raise  # how libraries written in Rust fail
         raise ModelError(said(error)) from error
 
+@contextmanager
+def _silent_config() -> Iterator[None]:
+    "While a tokenizer is read, hold back what transformers says about the config.json beside it: loading the model says it, once"
+    log = logging.getLogger('transformers.configuration_utils')
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try: yield
+    finally: log.setLevel(before)
+
 def load_tokenizer(
     model_name: str, # "tiny", a folder, or a name on the Hub
     trust_remote_code: bool = False # run Python code that comes with the model
@@ -171,7 +180,7 @@ def load_tokenizer(
     "The tokenizer of a model. Raises `ModelError` when it cannot be loaded."
     check_model(model_name)
     with refusing(lambda error: _cannot_load('tokenizer', model_name, error, trust_remote_code)):
-        tokenizer = AutoTokenizer.from_pretrained(find_model(model_name), trust_remote_code=trust_remote_code)
+        with _silent_config(): tokenizer = AutoTokenizer.from_pretrained(find_model(model_name), trust_remote_code=trust_remote_code)
     if len(tokenizer) < 16: raise ModelError(_cannot_load('tokenizer', model_name, 'it has no vocabulary'))  # the library makes an empty one from nothing
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, so sharing the id is harmless
     return tokenizer

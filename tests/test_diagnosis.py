@@ -365,6 +365,7 @@ def test_what_the_last_error_held_is_given_back_in_ipython():
 
 
 def test_what_a_chain_of_errors_held_is_given_back():
+    free()  # what earlier tests left
     held = []
     def inner():
         large = type("Large", (), {})()

@@ -63,7 +63,7 @@ def test_a_folder_in_which_somebody_reads_is_replaced_a_moment_later(tmp_path, w
     (tmp_path/"model"/"old").touch()
     seen = []
     busy(monkeypatch, "rename", 3, seen)
-    with folder_atomic(tmp_path/"model") as temp: (temp/"weights").write_text("all")
+    with folder_atomic(tmp_path/"model", ours=["old"]) as temp: (temp/"weights").write_text("all")
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "weights"] and len(seen) == 5
 
 
@@ -91,7 +91,7 @@ def test_files_are_synced_by_a_handle_that_may_write(tmp_path, windows, monkeypa
         if not os.path.isdir(f"/proc/self/fd/{handle}") and fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY: raise OSError(9, "Bad file descriptor")
         sync(handle)
     monkeypatch.setattr(os, "fsync", strict)
-    with folder_atomic(tmp_path/"model") as temp: (temp/"weights").write_text("all")
+    with folder_atomic(tmp_path/"model", ours=["old"]) as temp: (temp/"weights").write_text("all")
     assert (tmp_path/"model"/"weights").read_text() == "all"
 
 
