@@ -156,7 +156,8 @@ def newest_checkpoint(
 
 # %% ../nbs/11_checkpoint.ipynb #d1748aa0
 FREE = ('model_name', 'data_path', 'eval_path', 'eval_ratio', 'data_cache', 'output_dir', 'overwrite_output_dir', 'num_train_epochs', 'max_steps', 'logging_steps', 'eval_steps', 'eval_prompts',
-        'early_stopping_patience', 'load_best_model_at_end', 'auto_batch', 'save_steps', 'save_total_limit', 'report_to', 'dataloader_num_workers', 'device', 'torch_compile', 'continue_from', 'trust_remote_code')
+        'early_stopping_patience', 'load_best_model_at_end', 'auto_batch', 'save_steps', 'save_total_limit', 'report_to', 'dataloader_num_workers', 'device', 'torch_compile', 'pack_weights',
+        'continue_from', 'trust_remote_code')
 
 def identity(
     config: TrainingConfig, # resolved

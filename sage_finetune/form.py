@@ -205,7 +205,7 @@ FRONT = ('model_name', 'data_path', 'output_dir', *MAIN)
 MORE = {
     'data': ('eval_path', 'column_map', 'on_bad_row', 'overlong', 'thinking', 'allow_special_tokens', 'packing', 'new_tokens', 'data_cache'),
     'adapter': tuple(f'lora.{name}' for name in LoRAConfig.__dataclass_fields__ if name not in ('r', 'lora_alpha')),
-    'model and precision': ('trust_remote_code', 'continue_from', 'fp16', 'bf16', 'device', 'engine', 'torch_compile'),
+    'model and precision': ('trust_remote_code', 'continue_from', 'fp16', 'bf16', 'device', 'engine', 'torch_compile', 'pack_weights'),
     'optimizer and schedule': ('optim', 'lr_scheduler_type', 'warmup_ratio', 'weight_decay', 'max_grad_norm', 'loraplus_lr_ratio', 'neftune_noise_alpha', 'auto_batch'),
     'evaluation': ('eval_steps', 'eval_prompts', 'early_stopping_patience', 'load_best_model_at_end'),
     'saving and reports': ('overwrite_output_dir', 'save_steps', 'save_total_limit', 'logging_steps', 'report_to', 'dataloader_num_workers')}

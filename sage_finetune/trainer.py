@@ -10,8 +10,8 @@ __all__ = ['Step', 'clock', 'Pace', 'count_tokens', 'sum_over_processes', 'sum_g
            'data_remarks', 'lengths_of', 'check_vocabulary', 'answers_directly', 'load_batches', 'split_own_data',
            'own_rows', 'OwnExample', 'clean_example', 'own_examples', 'take_own_data', 'Batching', 'evaluation_due',
            'mean_loss', 'likeliest_answers', 'adapt', 'plainly', 'row_digests', 'check_data', 'text_loss',
-           'rename_tokens', 'adapter_digest', 'check_result', 'Audience', 'call_hook', 'parts_returned', 'LoRATrainer',
-           'Run', 'train_from_meta', 'main']
+           'rename_tokens', 'adapter_digest', 'check_result', 'Audience', 'call_hook', 'parts_returned',
+           'saved_compile_choice', 'LoRATrainer', 'Run', 'train_from_meta', 'main']
 
 # %% ../nbs/13_trainer.ipynb #82ece352
 import argparse, contextlib, copy, importlib.util, math, os, re, sys, time, inspect, hashlib, tempfile
@@ -44,11 +44,11 @@ from .core.run_checks import RunWarning, check_adapter, check_clipping, check_fa
 from .core.storage import folder_atomic
 from .core.text import ArgumentParser, describe_encode_error, html_table, safe_streams, sanitize_line, text_table
 from .data import Columns, DataReport, Prepared, PreparedDataset, packaged_held_out, prepare, report_line, report_parts
-from .engine import compile_decision, compile_layers, hand_back, keep_memory, loss_sum, pick_engine
-from .memory import fitting, line_layout, whole_room
+from .engine import CompileGain, compile_decision, compile_layers, hand_back, keep_memory, loss_sum, measure_compile, pack_weights, pick_engine, unpack_weights
+from .memory import fitting, free_memory, line_layout, whole_room
 from .model import adapter_coverage, adapter_folder, attach_lora, base_fingerprint, check_identity, continue_adapter, count_parameters, free, generation_settings, likeliest_tokens, load_base, make_optimizer, make_schedule, neftune, note_identity, pick_device, plan_precision, quiet, run_tokenizer, save_adapter, warn_of
 from .prompt import render, render_prompt, stop_ids, template_of
-from .runs import notes_printed, read_meta, read_metrics, read_status, typed
+from .runs import notes_printed, read_meta, read_object, read_metrics, read_status, typed
 from .tokens import visible
 
 # %% ../nbs/13_trainer.ipynb #7a2d7e38
@@ -1006,6 +1006,15 @@ def parts_returned(
     return model, next((part for part in parts if hasattr(part, 'apply_chat_template')), None)
 
 # %% ../nbs/13_trainer.ipynb #9621a434
+def saved_compile_choice(
+    config: TrainingConfig # of a run that may have begun
+) -> bool | None: # None: it has not, or does not say
+    "Whether a run with a checkpoint was compiled when it began, from its training_config.json."
+    if config.torch_compile is not None or not checkpoints(config.checkpoint_dir): return None
+    try: choice = read_object(Path(config.output_dir)/'training_config.json').get('torch_compile')
+    except FinetuneError: return None
+    return choice if isinstance(choice, bool) else None
+
 class LoRATrainer:
     "Trains an adapter: `LoRATrainer(config).train()`."
     def __init__(self,
@@ -1035,11 +1044,29 @@ class LoRATrainer:
         self.engine = pick_engine(self.model, config.packing, config.max_length, plan_precision(config).dtype, config.engine)
         self.accelerator = make_accelerator(config, plan_precision(config).name)
         self.batching = Batching(config, lengths_of(self.dataset), self.engine.packing.name, self.accelerator.device.type, (self.accelerator.process_index, self.accelerator.num_processes))
-        compiled, self.compiling = compile_decision(config.torch_compile, count_parameters(self.model).total, self.plan.tokens, self.accelerator.device.type)
-        if compiled: compile_layers(self.engine)
+        self.compiled, self.compiling = self._compile_decision()
+        if self.compiled: compile_layers(self.engine)
+        else: self._pack_weights()
         optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(optimizer, config, len(self.plan))
         self.optimizer = self.accelerator.prepare(optimizer)
+
+    def _compile_decision(self) -> tuple[bool, str]:
+        "Whether to compile, and why; a run that is resumed goes on as it began"
+        kept, device, alone = saved_compile_choice(self.config), self.accelerator.device.type, self.accelerator.num_processes == 1
+        if kept is not None: return kept, f'{"compiled" if kept else "not compiled"}, as the run began'
+        return compile_decision(self.config.torch_compile, count_parameters(self.model).total, self.plan.tokens, device, self._measure_compile if alone else None)
+
+    def _measure_compile(self) -> CompileGain:
+        "What compiling saves, from one layer and the first micro-batch"
+        batch = next(iter(self._batches(self.dataset, self.batching.part[0].micro_batches[:1])))
+        passes = self.plan.tokens / count_tokens([batch])[0] * self.model.config.get_text_config().num_hidden_layers
+        return measure_compile(self.engine, {name: value.to(self.accelerator.device) for name, value in batch.items()}, passes)
+
+    def _pack_weights(self):
+        "Pack frozen weights for the CPU where the config asks for it, or where they are a small part of the memory that is free"
+        wanted = self.config.pack_weights
+        if self.config.engine == 'auto' and wanted is not False: pack_weights(self.engine, sys.maxsize if wanted else free_memory(self.accelerator.device.type) // 10)
 
     def setup(self,
         resume: bool | str = False # the run folder is meant to hold a run; "auto": it may
@@ -1160,6 +1187,7 @@ class LoRATrainer:
         "The config with everything that was chosen for it written in."
         config, precision = copy.deepcopy(self.config), plan_precision(self.config).name
         config.fp16, config.bf16, config.device = precision == 'fp16', precision == 'bf16', self.accelerator.device.type
+        if config.torch_compile is None: config.torch_compile = self.compiled
         return config
 
     def steps(self,
@@ -1329,6 +1357,7 @@ class Run:
         finally:
             self.wish.why = ''
             loop.close()
+            unpack_weights(self.trainer.engine)
             hand_back(self.accelerator.device)
             if self.config.report_to != 'none': self.accelerator.end_training()
             writer.close(state, message)

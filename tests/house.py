@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 PACKAGE = "sage_finetune"
 # Wings from the ground up, each a package and a folder of notebooks; "" is the top level. A wing imports from itself and from those before it.
-WINGS = ("core", "")
+WINGS = ("core", "modeling", "")
 
 # Who may import a library, and why. A library that is named here may be imported by nobody else.
 # (Below `if TYPE_CHECKING:` anybody may: a type beside a parameter is for readers and never runs.)

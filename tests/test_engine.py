@@ -1,6 +1,7 @@
 """The engine beside plain transformers and PEFT: the same losses in every architecture, packed or not, in one process or two, and nothing that is faster but not equal."""
 import copy
 import json
+import re
 import subprocess
 import sys
 from types import MethodType
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sage_finetune import LoRATrainer, engine as room
 from sage_finetune.batches import collate
 from sage_finetune.config import TrainingConfig, tiny_path
-from sage_finetune.engine import chunked_loss, compile_decision, compile_layers, make_lean, one_line, pick_engine, try_engine
+from sage_finetune.engine import CompileGain, chunked_loss, compile_decision, compile_layers, make_lean, one_line, pick_engine, try_engine
 from sage_finetune.model import plan_precision
 
 COMMON = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, max_position_embeddings=512)
@@ -328,7 +329,33 @@ def test_two_processes_are_one(tmp_path, size, accumulation):
 
 def test_the_decision_to_compile_depends_on_the_work():
     assert compile_decision(None, 10**9, 10**3, "cpu")[0] is False and compile_decision(False, 10**12, 10**9, "cpu") == (False, "not compiled, as torch_compile=False asks")
-    assert compile_decision(True, 1, 1, "cuda")[0] and not compile_decision(None, 10**9, 10**6, "cuda")[0] and compile_decision(None, 10**10, 10**8, "cuda")[0]
+    assert compile_decision(True, 1, 1, "cuda")[0] and not compile_decision(None, 10**9, 10**6, "cuda")[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_decision_to_compile_is_measured_where_the_run_is_long(device):
+    pays, costs = CompileGain(0.05, 0.04, 30., 10_000), CompileGain(0.05, 0.049, 30., 10_000)
+    assert compile_decision(None, 10**10, 10**8, device, lambda: pays) == (True, f"compiled: {pays}")
+    assert compile_decision(None, 10**10, 10**8, device, lambda: costs) == (False, f"not compiled: {costs}")
+    assert compile_decision(None, 10**10, 10**8, device, lambda: 1 / 0) == (False, "not compiled: division by zero")
+    assert compile_decision(None, 10**10, 10**8, device)[0] is False
+
+
+@pytest.mark.slow
+def test_a_long_run_measures_one_layer_and_a_resumed_one_keeps_the_answer(tmp_path, folder_of, monkeypatch):
+    monkeypatch.setattr(room, "COMPILE_MIN_FLOPS", 1.)
+    trainer, _ = trainer_of(tmp_path/"run", folder_of("Qwen2"), max_steps=4, save_steps=2)
+    assert re.match(r"(not )?compiled: a compiled layer takes [0-9.]+ ms instead of [0-9.]+, -?[0-9,]+ s over the run, and the compiler took [0-9]+ s", trainer.compiling), trainer.compiling
+    layers = [part for part in trainer.model.modules() if part._compiled_call_impl]
+    assert bool(layers) == trainer.compiled and trainer.engine.lean["adapters"] and all(p.grad is None for p in trainer.model.parameters())
+    for step in trainer.steps():
+        if step.step == 2: break
+    for answer in (True, False):
+        saved = tmp_path/"run"/"training_config.json"
+        saved.write_text(json.dumps(json.loads(saved.read_text()) | dict(torch_compile=answer)))
+        again, _ = LoRATrainer(trainer.config), monkeypatch.setattr(room, "measure_compile", lambda *given: pytest.fail("measured again"))
+        again.setup(resume=True)
+        assert again.compiled is answer and again.compiling.endswith("compiled, as the run began")
 
 
 @pytest.mark.slow
