@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -351,7 +352,7 @@ def test_a_long_run_measures_one_layer_and_a_resumed_one_keeps_the_answer(tmp_pa
     for step in trainer.steps():
         if step.step == 2: break
     for answer in (True, False):
-        saved = tmp_path/"run"/"training_config.json"
+        saved = Path(trainer.config.output_dir)/"training_config.json"
         saved.write_text(json.dumps(json.loads(saved.read_text()) | dict(torch_compile=answer)))
         again, _ = LoRATrainer(trainer.config), monkeypatch.setattr(room, "measure_compile", lambda *given: pytest.fail("measured again"))
         again.setup(resume=True)
