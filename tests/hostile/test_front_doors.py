@@ -11,6 +11,7 @@ from helpers import rows, write_rows
 
 import sage_finetune as sf
 from sage_finetune import LoRATrainer, PresetConfigs, TrainingConfig
+from sage_finetune.cli import main
 from sage_finetune.core.errors import ConfigError, DataError, FinetuneError
 from sage_finetune.core.storage import why_unwritable, write_atomic
 from sage_finetune.model import load_base, load_tokenizer
@@ -410,11 +411,19 @@ def test_the_package_is_a_program(module, tmp_path):
 COMMANDS = [("list",), ("run",), ("merge",), ("chat",), ("doctor", "--no-online"), ("data",), ("quickstart", "custom", "-o"), ("quickstart", "custom", "-d"), ("quickstart", "code", "--code-root"), ("data", "example", "-m"), ("merge", "run", "-o")]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["300 letters", "300 letters below"])
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_bad_name_in_a_shell_is_a_sentence(command, name, tmp_path):
-    said = program(*command, BAD_NAMES[name], cwd=tmp_path)
+def test_a_bad_name_on_the_command_line_is_a_sentence(command, name, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, BAD_NAMES[name]]) == 2
+    said = capfd.readouterr()
+    assert "Traceback" not in said.err + said.out and (said.err + said.out).strip(), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("run",), ("quickstart", "code", "--code-root")], ids=" ".join)
+def test_a_bad_name_in_a_shell_is_a_sentence(command, tmp_path):
+    said = program(*command, BAD_NAMES["300 letters below"], cwd=tmp_path)
     assert said.returncode == 2 and "Traceback" not in said.stderr + said.stdout, said.stdout + said.stderr
 
 
