@@ -265,7 +265,7 @@ def answers(
     max_new_tokens: int = 64, # an answer ends here at the latest
     batch_size: int = 32 # prompts answered at once
 ) -> list[Answer]: # one a prompt, in order; the best token each time
-    "Answer many prompts, without chance."
+    "Answer many prompts, the best token each time; an answer does not depend on the other prompts."
     check_pair(model, tokenizer)
     asked, how = [render_prompt(prompt, tokenizer) for prompt in as_prompts(prompts)], Sampling(max_new_tokens)
     was_training = model.training
@@ -273,7 +273,10 @@ def answers(
     order, found = sorted(range(len(asked)), key=lambda at: len(asked[at])), {}
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
-        with _turn(model), torch.inference_mode(): said = likeliest_tokens(model, tokenizer, [asked[at] for at in batch], how.max_new_tokens)
+        with _turn(model), torch.inference_mode():
+            said = likeliest_tokens(model, tokenizer, [asked[at] for at in batch], how.max_new_tokens)
+            if len(batch) > 1 and model.dtype != torch.float32:  # in 16 bits a near tie is decided by what else is in the batch: those are asked alone
+                said = [likeliest_tokens(model, tokenizer, [asked[at]], how.max_new_tokens)[0] if one.close else one for at, one in zip(batch, said)]
         found.update((at, Answer(tokenizer.decode(one.ids, skip_special_tokens=True).strip(), one.ended)) for at, one in zip(batch, said))
     model.train(was_training)
     return [found[at] for at in range(len(asked))]

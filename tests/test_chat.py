@@ -396,3 +396,29 @@ def test_a_merged_model_serves_where_there_is_no_adapter(run, tmp_path):
         shutil.rmtree(merged/"merged_model")
         with pytest.raises(RunError, match="no adapter yet"): shared_model(merged)
     finally: forget_models()
+
+
+# ---- answers and their neighbours ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("batch_size", [40, 7, 2])
+def test_an_answer_does_not_depend_on_the_prompts_beside_it(tmp_path, batch_size):
+    "In 16 bits a near tie is decided by rounding, which depends on the batch"
+    model, tokenizer = load_base(PresetConfigs.tiny(output_dir=tmp_path, bf16=True))
+    prompts = [row["instruction"] for row in load_training_data("example_unseen")[:40]]
+    assert answers(model, tokenizer, prompts, 24, batch_size=batch_size) == [answers(model, tokenizer, prompt, 24)[0] for prompt in prompts]
+
+
+def test_near_ties_are_noticed_before_the_end_of_an_answer_only():
+    from sage_finetune.model import NEAR_TIE, _NearTies
+    near = _NearTies()
+    for rows in ([[8., 1.], [8., 8 - 8 * NEAR_TIE]], [[0.5, 0.5 - NEAR_TIE / 2], [-8., -8 - 9 * NEAR_TIE]]): near(None, torch.tensor(rows).bfloat16())
+    assert torch.stack(near.ties, 1).tolist() == [[False, True], [True, False]]
+
+
+def test_in_32_bits_nobody_is_asked_twice(tmp_path, monkeypatch):
+    from sage_finetune import chat as room
+    model, tokenizer = load_base(PresetConfigs.tiny(output_dir=tmp_path, bf16=False))
+    asked, ask = [], room.likeliest_tokens
+    monkeypatch.setattr(room, "likeliest_tokens", lambda model, tokenizer, prompts, *more: asked.append(len(prompts)) or ask(model, tokenizer, prompts, *more))
+    answers(model, tokenizer, [row["instruction"] for row in load_training_data("example_unseen")[:10]], 8)
+    assert asked == [10]
