@@ -48,6 +48,7 @@ from .engine import CompileGain, compile_decision, compile_layers, hand_back, ke
 from .memory import fitting, free_memory, line_layout, whole_room
 from .model import adapter_coverage, adapter_folder, attach_lora, base_fingerprint, check_identity, continue_adapter, count_parameters, free, generation_settings, likeliest_tokens, load_base, make_optimizer, make_schedule, neftune, note_identity, pick_device, plan_precision, quiet, run_tokenizer, save_adapter, warn_of
 from .prompt import render, render_prompt, stop_ids, template_of
+from .template import named_templates
 from .runs import notes_printed, read_meta, read_object, read_metrics, read_status, typed
 from .tokens import visible
 
@@ -523,7 +524,9 @@ def answers_directly(
     question, usual = [dict(role='user', content='question')], template_of(tokenizer)
     for switch in ('enable_thinking', 'thinking'):
         twin = copy.copy(tokenizer)
-        twin.chat_template = f'{{%- if {switch} is not defined %}}{{%- set {switch} = false %}}{{%- endif %}}{usual}'
+        default = f'{{%- if {switch} is not defined %}}{{%- set {switch} = false %}}{{%- endif %}}'
+        named = {name: (default if switch in text else '') + text for name, text in named_templates(tokenizer).items()}  # "tool_use" beside "default"
+        twin.chat_template = named or default + usual
         made = render([*question, dict(role='assistant', content='answer')], twin)
         if switch not in usual or made.notes or made.ids[:made.turns[0].start] != render_prompt(question, twin): continue
         tokenizer.chat_template = twin.chat_template

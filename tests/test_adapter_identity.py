@@ -194,3 +194,18 @@ def test_a_run_on_a_quantised_base_is_compared_with_the_model_that_was_trained(t
     LoRATrainer(config).train(show=False)
     report = merge(config.output_dir, force=True)
     assert any("8 or 4 bits" in note for note in report.notes) and report.effect_kept > 0.99 and report.losses[1] < report.losses[0]
+
+
+def test_templates_with_names_keep_them_all(thinker, tmp_path):
+    "The one for tools stays, and asks without thinking too"
+    from sage_finetune.data import prepare_dataset
+    from sage_finetune.model import load_tokenizer
+    from sage_finetune.trainer import answers_directly
+    tokenizer = load_tokenizer(str(thinker))
+    other = "{# without a switch #}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = {"default": THINKER, "tool_use": THINKER + "{# tools #}", "rag": other}
+    answers_directly(tokenizer, prepare_dataset([dict(instruction=f"Question {n}?", output=f"Answer {n}.") for n in range(4)], tokenizer).report)
+    templates = tokenizer.chat_template
+    assert list(templates) == ["default", "tool_use", "rag"] and templates["rag"] == other
+    assert all("set enable_thinking = false" in templates[name] and templates[name].endswith(text) for name, text in (("default", THINKER), ("tool_use", "{# tools #}")))
+    assert prompt_of(tokenizer).endswith("<think>\n\n</think>\n\n")
