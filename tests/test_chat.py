@@ -361,6 +361,7 @@ def test_side_by_side_stays_in_step(opened):
 # ---- loaded once ------------------------------------------------------------------------------------------------------
 
 def test_models_are_loaded_once_and_anew_when_trained_anew(run, tmp_path):
+    forget_models()  # what earlier tests left
     first, second = copy(run, tmp_path/"first"), copy(run, tmp_path/"second")
     found = []
     threads = [threading.Thread(target=lambda: found.append(shared_model(first))) for _ in range(4)]
