@@ -12,13 +12,14 @@
 The work: a model of Qwen2.5-0.5B's shape with random weights, a LoRA of rank 8 over all linear layers, rows of alpaca shape of at most 512
 tokens, four rows behind an optimizer step, one pass over the rows. Every run is a fresh process; peers alternate; figures are medians. Tokens are
 the rows' own: padding and what a program adds do not count. Prints Markdown, draws benchmarks/results/train.png and writes
-benchmarks/results/train.json with every single run; --scaling and --tune have a .json and a .png of their own.
+benchmarks/results/train-PROCESSOR.json with every single run; --scaling and --tune have a .json and a .png of their own.
 """
 import argparse
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -384,21 +385,35 @@ def machine():
                 python=platform.python_version(), system=platform.system())
 
 
+def kept_name(kind, result):
+    "The file of a result; the comparison has one for every kind of processor, as what is fast differs between them"
+    if kind != "train": return f"{kind}.json"
+    fastest = next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in result["machine"]["formats"]), "")
+    return "-".join(["train", *re.findall(r"[a-z0-9]+", re.sub(r"\(r\)|processor", "", result["machine"]["processor"].lower())), *filter(None, [fastest])]) + ".json"
+
+
 def keep(folder, kind, result):
     "The last results of a kind"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/f"{kind}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder/kept_name(kind, result)).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def kept_results(folder, kind):
+    "What is kept of a kind, the newest first"
+    paths = folder.glob("train-*.json") if kind == "train" else [path for path in [folder/f"{kind}.json"] if path.exists()]
+    return sorted((json.loads(path.read_text(encoding="utf-8")) for path in paths), key=lambda result: result["date"], reverse=True)
 
 
 def show(folder, kind, readme=None):
-    "Print and draw what is kept, and write it between its marks in a README"
-    if not (folder/f"{kind}.json").exists(): return say(f"nothing is kept of {kind}")
-    result = json.loads((folder/f"{kind}.json").read_text(encoding="utf-8"))
+    "Print and draw what is kept, and write it between its marks in a README; the picture is of the newest"
+    results = kept_results(folder, kind)
+    if not results: return say(f"nothing is kept of {kind}")
     told, drawn = KINDS[kind]
-    if not result.get("peers") and not result.get("quantities"): return print("\n".join(f"{name}: {why}" for name, why in result["failures"].items()))
-    drawn(result, folder/f"{kind}.png")
-    print(told(result))
-    if readme: readme.write_text(filled(readme.read_text(encoding="utf-8"), "results" if kind == "train" else kind, told(result)), encoding="utf-8")
+    if not results[0].get("peers") and not results[0].get("quantities"): return print("\n".join(f"{name}: {why}" for name, why in results[0]["failures"].items()))
+    drawn(results[0], folder/f"{kind}.png")
+    text = "\n\n".join(told(result) for result in results)
+    print(text)
+    if readme: readme.write_text(filled(readme.read_text(encoding="utf-8"), "results" if kind == "train" else kind, text), encoding="utf-8")
 
 
 def filled(page, name, text):

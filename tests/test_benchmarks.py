@@ -1,6 +1,7 @@
 "The benchmark of training: its formulas and medians, what it doubts, what it shows, and a real run of a small model"
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -221,7 +222,7 @@ def bench(folder, *arguments):
 @pytest.mark.slow
 def test_two_peers_beside_each_other(tmp_path):
     said = bench(tmp_path, "--layers", 1, "--rows", 8, "--rounds", 1, "--peers", "ours,plain")
-    kept = json.loads((tmp_path/"results"/"train.json").read_text())
+    kept, = map(json.loads, map(Path.read_text, (tmp_path/"results").glob("train-*.json")))
     assert set(kept["peers"]) == {"ours", "plain"} and not kept["failures"]
     assert "| sage_finetune |" in said and "| transformers + PEFT |" in said
     assert (tmp_path/"results"/"train.png").read_bytes().startswith(b"\x89PNG")
@@ -242,7 +243,20 @@ def test_two_peers_beside_each_other(tmp_path):
 def test_nothing_begins_when_time_is_up(tmp_path):
     said = bench(tmp_path, "--layers", 1, "--rows", 8, "--minutes", .01, "--peers", "ours,plain")
     assert said.splitlines() == ["ours: no time was left for it", "plain: no time was left for it"]
-    assert json.loads((tmp_path/"results"/"train.json").read_text())["peers"] == {}
+    kept, = map(json.loads, map(Path.read_text, (tmp_path/"results").glob("train-*.json")))
+    assert kept["peers"] == {}
+
+
+def test_every_kind_of_processor_keeps_a_table_of_its_own(tmp_path, capsys):
+    "The README shows them all, the newest first; the same processor again replaces its own"
+    result = json.loads(next((BENCHMARKS/"results").glob("train-intel*.json")).read_text())
+    for processor, fastest, day in (("Intel(R) Xeon(R) Processor", "amx_bf16", 1), ("AMD EPYC", "avx512_bf16", 3), ("AMD EPYC", "avx512_bf16", 2), ("Neoverse", "", 4)):
+        train.keep(tmp_path, "train", result | dict(date=f"2026-11-0{day}T00:00:00+00:00", machine=result["machine"] | dict(processor=processor, formats=["avx2", fastest] if fastest else [])))
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["train-amd-epyc-avx512_bf16.json", "train-intel-xeon-amx_bf16.json", "train-neoverse.json"]
+    page = tmp_path/"README.md"
+    page.write_text("<!-- results -->\n<!-- /results -->\n")
+    train.show(tmp_path, "train", page)
+    assert re.findall(r"2026-11-0(\d), (\w+)", page.read_text()) == [("4", "Neoverse"), ("2", "AMD"), ("1", "Intel")]
 
 
 @pytest.mark.slow
