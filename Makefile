@@ -12,6 +12,8 @@ ROOT_USER := $(if $(filter 0,$(shell id -u)),--allow-root)
 .PHONY: help demo test test-fast test-full bench lab docs notebooks export tiny-model wheel clean
 # Compiled modules are kept: without them every run starts seconds later.
 unexport PYTHONDONTWRITEBYTECODE
+# A third of the time a test waits for a child process, so there is one worker more than cores.
+WORKERS ?= $(shell expr $$(nproc 2> /dev/null || echo 2) + 1)
 # Threads that wait for each other sleep: on two busy cores spinning makes small models up to eight times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -24,11 +26,11 @@ demo: $(VENV)/.runtime ## train the embedded model on the packaged example, comp
 
 test: $(VENV)/.dev ## run every notebook and every test (those in a browser need Chromium; its pictures are in _screens/)
 	@echo "== test: pytest (notebooks, guards, end to end, the package in an empty environment)"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an empty environment, the Hub, several processes, the browser, Colab's versions)
 	@echo "== test-fast: pytest -m 'not slow'"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-full: $(VENV)/.dev ## the tests that install a large environment of their own: the oldest versions that settings.ini allows
 	@echo "== test-full: pytest -m full"
