@@ -1032,7 +1032,8 @@ class LoRATrainer:
     def setup_trainer(self):
         "Draw up the plan and make the optimizer, the schedule and the accelerator."
         config = self.config
-        self.engine = pick_engine(self.model, config.packing, config.max_length, plan_precision(config).dtype, config.engine)
+        longest = max((int(lengths_of(one).max()) for one in (self.dataset, self.eval_dataset) if one is not None and len(one)), default=None)
+        self.engine = pick_engine(self.model, config.packing, config.max_length, plan_precision(config).dtype, config.engine, longest)
         self.accelerator = make_accelerator(config, plan_precision(config).name)
         self.batching = Batching(config, lengths_of(self.dataset), self.engine.packing.name, self.accelerator.device.type, (self.accelerator.process_index, self.accelerator.num_processes))
         compiled, self.compiling = compile_decision(config.torch_compile, count_parameters(self.model).total, self.plan.tokens, self.accelerator.device.type)
