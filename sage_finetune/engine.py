@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .batches import LongTrial, PackingPath, at_rest, attention_inputs, collate, forget_lengths, long_trials, packing_path, planted, rope_limit
+from .batches import LongTrial, PackingPath, at_rest, attention_inputs, collate, packing_path, planted
+from .batches import forget_lengths, long_trials, rope_limit
 from .core.errors import ConfigError, FinetuneError
 from .core.text import sanitize_line
 from .model import BaseTunerLayer, LoRALinear
@@ -546,24 +547,24 @@ def try_engine(
     engine: Engine, # the one on trial
     plain: dict | None = None # what `plain_outcome` gave for each trial so far; it is added to
 ) -> Trial:
-    "Compare an engine with the plain path, on a few dozen tokens and then on rows beyond the limits of its model. Raises whatever the model raises."
+    "Compare an engine with the plain path, on few tokens and on rows beyond the limits of its model. Raises whatever the model raises."
     plain = {} if plain is None else plain
     trial = _compare(engine, None, plain)
     if not trial.equal: return trial
-    close = min(trial.rounding, max(1e-5, 0.4 * trial.gradient))  # a long row may be little further off than a short one, whatever the number format
+    close = min(trial.rounding, max(1e-5, 0.2 * trial.gradient))  # short rows tell how much rounding there is
     return trial._replace(beyond=tuple(_compare(engine, one, plain)._replace(rounding=close) for one in engine.trials if not one.refusal))
 
 def _padded(batch: dict, columns: int) -> dict:
     "A batch with more padding behind every line"
-    fills = dict(labels=-100)
-    return {name: F.pad(values, (0, columns), value=fills.get(name, 0)) for name, values in batch.items()}
+    return {name: F.pad(values, (0, columns), value=-100 if name == 'labels' else 0) for name, values in batch.items()}
 
 def _compare(engine: Engine, trial: LongTrial | None, plain: dict) -> Trial:
     "One comparison with the plain path, and whether a neighbour in the line makes a difference"
     model, ((a, b, c, d), (other_a, _, other_c, _)) = engine.model, planted(engine.model, trial)
     if trial not in plain: plain[trial] = plain_outcome(model, engine.dtype, trial, engine.row_by_row)
     (loss, gradient), packed = plain[trial], engine.packing.name != 'none'
-    def outcome(*lines: list, padding: int = 0) -> Tensor: return engine.loss(_on_device(_padded(collate(lines, 0, packed), padding), model))
+    def outcome(*lines: list, padding: int = 0) -> Tensor:
+        return engine.loss(_on_device(_padded(collate(lines, 0, packed), padding), model))
     layout = [[[a, b], [c, d]]] if packed else [[[a], [b]], [[c], [d]]] if trial else [[[a], [b], [c], [d]]]
     with _on_trial(model):
         own, leak = 0., 0.
@@ -623,7 +624,7 @@ def _lay_out(
     try: trial = try_engine(engine, plain)
     except Exception as error: why = f'a batch could not be tried ({_first_line(error)})'  # memory runs out, as a rule
     if trial and trial.equal: return
-    _one_at_a_time(engine, why or f'a batch of several would be {trial}')
+    if not engine.row_by_row: _one_at_a_time(engine, why or f'a batch of several would be {trial}')
     if not trial or try_engine(engine, plain).equal: return
     for part in ('head', 'layers'): _switch(engine, part, on=False)
 
@@ -655,7 +656,7 @@ def pick_engine(
         why = _what_is_wrong(chosen, (part,), plain)
         if why: chosen.remarks.append(f'no {name}: {why}')
         if part == 'samples': chosen.trials = [] if why else chosen.trials
-    if chosen.packing.name == 'none' and not mixing: _lay_out(chosen, packs, max_length, longest, plain)
+    if chosen.packing.name == 'none': _lay_out(chosen, packs, max_length, longest, plain)
     return chosen
 
 # %% ../nbs/09_engine.ipynb #94aee14f
