@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .batches import PackingPath, at_rest, attention_inputs, collate, packing_path, planted
+from .batches import LongTrial, PackingPath, at_rest, attention_inputs, collate, packing_path, planted
+from .batches import forget_lengths, long_trials, rope_limit
 from .core.errors import ConfigError, FinetuneError
 from .core.text import sanitize_line
 from .model import BaseTunerLayer, LoRALinear
@@ -413,6 +414,7 @@ def _samples_apart(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     "An attention function as transformers wants one"
     if cu_seq_lens_q is None: return ALL_ATTENTION_FUNCTIONS['sdpa'](module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window, **others)
     if others.get('softcap') is not None or others.get('s_aux') is not None or not getattr(module, 'is_causal', True): raise FinetuneError('its attention is of a kind of its own')
+    if attention_mask is not None: raise FinetuneError('its attention makes a mask of its own')
     borders = cu_seq_lens_q.tolist()
     short = query.device.type == 'cpu' and query.dtype == torch.bfloat16 and not dropout and max(b - a for a, b in zip(borders, borders[1:])) <= (sliding_window or math.inf)
     if short: return _ShortAttention.apply(query, key, value, borders, scaling or query.shape[-1]**-0.5), None
@@ -473,25 +475,44 @@ def _gradient(model: nn.Module) -> Tensor:
 SAMPLE_BY_SAMPLE = PackingPath('samples', 'attention looks at one sample at a time')
 PADDED = PackingPath('none', 'one row a line, filled up with padding')
 
+def _single_rows(batch: dict) -> list[dict]:
+    "Each line of a batch as a batch of its own, without padding; at least one token"
+    widths = (batch['segments'] > 0).sum(1).clamp_min(1).tolist()
+    return [{name: values[at:at + 1, :width] for name, values in batch.items()} for at, width in enumerate(widths)]
+
+def _stacked(rows: list[Tensor], width: int) -> Tensor:
+    "Logits of single rows as (rows, width, vocabulary), zeros behind each"
+    return torch.cat([F.pad(one, (0, 0, 0, width - one.shape[1])) for one in rows])
+
 class Engine:
     "How a batch becomes a loss. `pick_engine` chooses one; by itself it is the plain one."
     def __init__(self,
         model: nn.Module, # a causal language model with an adapter
         packing: PackingPath = PADDED, # how packed samples are kept apart in it
         dtype: torch.dtype = torch.float32 # the number format of the run
-    ): self.model, self.packing, self.dtype, self.head, self.lean, self.remarks = model, packing, dtype, None, {}, []
+    ):
+        self.model, self.packing, self.dtype, self.head, self.lean, self.remarks = model, packing, dtype, None, {}, []
+        self.row_by_row, self.trials = False, []  # `trials` go beyond the limits of the model
+        self.rotary = [part for part in model.modules() if 'original_max_seq_len' in vars(part)]
 
     def loss(self,
         batch: dict # what `collate` made, on the model's device
     ) -> Tensor: # scalar, in 32 bits
         "Cross-entropy summed over the learnt tokens of a batch."
+        return sum(map(self._loss, _single_rows(batch))) if self.row_by_row else self._loss(batch)
+
+    def _loss(self, batch: dict) -> Tensor:
         with self._reading(batch) as (inputs, labels):
             return self.head.loss(inputs, labels) if self.head else loss_sum(self.model(**inputs).logits, labels)
 
     def logits(self,
         batch: dict # what `collate` made, on the model's device
-    ) -> Tensor: # (lines, longest, vocabulary); zeros in padding where samples are read one behind the other
+    ) -> Tensor: # (lines, longest, vocabulary); zeros in padding where samples or rows are read one by one
         "What the model says to a batch."
+        if self.row_by_row: return _stacked([self._logits(row) for row in _single_rows(batch)], batch['segments'].shape[1])
+        return self._logits(batch)
+
+    def _logits(self, batch: dict) -> Tensor:
         with self._reading(batch) as (inputs, _): logits = self.model(**inputs).logits
         if self.packing.name != 'samples': return logits
         return logits.new_zeros(*batch['segments'].shape, logits.shape[-1]).index_put((batch['segments'] > 0).nonzero(as_tuple=True), logits[0, :int((batch['segments'] > 0).sum())])
@@ -499,6 +520,7 @@ class Engine:
     @contextmanager
     def _reading(self, batch: dict) -> Iterator[tuple]:
         "Inputs and labels of a model for a batch, with the switches set"
+        for part in self.rotary: forget_lengths(part)
         with self.number_format():
             if self.packing.name != 'samples': yield attention_inputs(batch, 'padded' if self.packing.name == 'none' else self.packing.name, self.dtype), batch['labels']
             else:
@@ -523,23 +545,35 @@ class Trial(NamedTuple):
     gradient: float # relative distance of the gradients
     leak: float # how far the loss moves when a neighbour in the line changes, relative
     rounding: float # how far losses may be apart in this number format; gradients ten times that
+    limit: str = '' # beyond which one sample was, a field of the config and its value
+    beyond: tuple = () # the same for rows beyond the limits of the model
 
     @property
     def equal(self) -> bool:
         "Whether only rounding lies between them."
-        return self.loss <= self.rounding and self.gradient <= 10 * self.rounding and self.leak <= 1e-5
+        own = self.loss <= self.rounding and self.gradient <= 10 * self.rounding and self.leak <= 1e-5
+        return own and all(one.equal for one in self.beyond)
 
-    def __str__(self): return f'{self.loss:.1g} off in the loss and {self.gradient:.1g} in the gradient' + f', and samples would see each other ({self.leak:.1g})' * (self.leak > 1e-5)
+    def __str__(self):
+        if wrong := next((one for one in self.beyond if not one.equal), None): return str(wrong)
+        said = f'{self.loss:.1g} off in the loss and {self.gradient:.1g} in the gradient' + f' beyond {self.limit}' * bool(self.limit)
+        return said + f', and samples would see each other ({self.leak:.1g})' * (self.leak > 1e-5)
 
 def plain_outcome(
     model: nn.Module, # a causal language model with an adapter
-    dtype: torch.dtype = torch.float32 # the number format of the run
+    dtype: torch.dtype = torch.float32, # the number format of the run
+    trial: LongTrial | None = None, # samples beyond a limit of the model; None: a few dozen tokens
+    row_by_row: bool = False # each sample in a batch of its own; long ones always are
 ) -> tuple[float, Tensor]: # loss, and gradients in a row
-    "What the plain path makes of a few dozen random tokens, one sample a line."
+    "What the plain path makes of random samples, one a line."
+    engine, samples = Engine(model, dtype=dtype), [[one] for one in planted(model, trial)[0]]
+    batches = [[one] for one in samples] if trial or row_by_row else [samples]
     with _on_trial(model):
-        loss = Engine(model, dtype=dtype).loss(_on_device(collate([[one] for one in planted(model)[0]], 0), model))
-        loss.backward()
-        return loss.item(), _gradient(model)
+        losses = []
+        for lines in batches:
+            losses.append(engine.loss(_on_device(collate(lines, 0), model)))
+            losses[-1].backward()
+        return sum(loss.item() for loss in losses), _gradient(model)
 
 def _on_device(batch: dict, model: nn.Module) -> dict: return {name: values.to(next(model.parameters()).device) for name, values in batch.items()}
 def _unlearnt(sample: dict) -> dict: return sample | dict(labels=[-100] * len(sample['labels']))
@@ -547,20 +581,39 @@ def _unlearnt(sample: dict) -> dict: return sample | dict(labels=[-100] * len(sa
 # %% ../nbs/09_engine.ipynb #4176af00
 def try_engine(
     engine: Engine, # the one on trial
-    plain: tuple | None = None # what `plain_outcome` gave for its model, where that is known
+    plain: dict | None = None # what `plain_outcome` gave for each trial so far; it is added to
 ) -> Trial:
-    "Compare an engine with the plain path. Raises whatever the model raises."
-    model, ((a, b, c, d), (other_a, _, other_c, _)) = engine.model, planted(engine.model)
-    (loss, gradient), packed = plain or plain_outcome(model, engine.dtype), engine.packing.name != 'none'
-    def outcome(*lines: list) -> Tensor: return engine.loss(_on_device(collate(lines, 0, packed), model))
+    "Compare an engine with the plain path, on few tokens and on rows beyond the limits of its model. Raises whatever the model raises."
+    plain = {} if plain is None else plain
+    trial = _compare(engine, None, plain)
+    if not trial.equal: return trial
+    close = min(trial.rounding, max(1e-5, 0.2 * trial.gradient))  # short rows tell how much rounding there is
+    return trial._replace(beyond=tuple(_compare(engine, one, plain)._replace(rounding=close) for one in engine.trials if not one.refusal))
+
+def _padded(batch: dict, columns: int) -> dict:
+    "A batch with more padding behind every line"
+    return {name: F.pad(values, (0, columns), value=-100 if name == 'labels' else 0) for name, values in batch.items()}
+
+def _compare(engine: Engine, trial: LongTrial | None, plain: dict) -> Trial:
+    "One comparison with the plain path, and whether a neighbour in the line makes a difference"
+    model, ((a, b, c, d), (other_a, _, other_c, _)) = engine.model, planted(engine.model, trial)
+    if trial not in plain: plain[trial] = plain_outcome(model, engine.dtype, trial, engine.row_by_row)
+    (loss, gradient), packed = plain[trial], engine.packing.name != 'none'
+    def outcome(*lines: list, padding: int = 0) -> Tensor:
+        return engine.loss(_on_device(_padded(collate(lines, 0, packed), padding), model))
+    layout = [[[a, b], [c, d]]] if packed else [[[a], [b]], [[c], [d]]] if trial else [[[a], [b], [c], [d]]]
     with _on_trial(model):
-        own, leak = outcome([a, b], [c, d]) if packed else outcome([a], [b], [c], [d]), 0.
-        own.backward()
+        own, leak = 0., 0.
+        for lines in layout:
+            loss_of_lines = outcome(*lines, padding=trial.padding if trial and not packed else 0)
+            loss_of_lines.backward()
+            own += loss_of_lines.item()
         apart = float((_gradient(model) - gradient).norm() / gradient.norm().clamp_min(1e-30))
-        if packed:
+        if packed and not trial:
             with torch.no_grad(): one, two = (outcome([_unlearnt(first), b], [_unlearnt(third), d]).item() for first, third in ((a, c), (other_a, other_c)))
             leak = abs(one - two) / abs(one)
-    return Trial(abs(own.item() - loss) / abs(loss), apart, leak, 1e-5 if engine.dtype == torch.float32 and own.device.type == 'cpu' else 1e-2)
+    rounding = 1e-5 if engine.dtype == torch.float32 and next(model.parameters()).device.type == 'cpu' else 1e-2
+    return Trial(abs(own - loss) / abs(loss), apart, leak, rounding, str(trial.limit) if trial else '')
 
 # %% ../nbs/09_engine.ipynb #a0af60b8
 ENGINES = ('auto', 'plain')
@@ -575,37 +628,71 @@ def _switch(engine: Engine, part: str, on: bool = True):
         (keep_samples_apart if on else _mix_samples)(engine.model)
         engine.packing = SAMPLE_BY_SAMPLE if on else PADDED
 
-def _what_is_wrong(engine: Engine, parts: tuple, plain: tuple) -> str:
+def _first_line(error: Exception) -> str: return (str(error) or type(error).__name__).split('\n')[0][:120]
+
+def _what_is_wrong(engine: Engine, parts: tuple, plain: dict) -> str:
     "Switch parts on and try them; what stands in the way, if anything, after switching them off again"
     before = engine.packing
+    if refusal := next((one.refusal for one in engine.trials if one.refusal), ''): return refusal
     try:
         for part in parts: _switch(engine, part)
         trial = try_engine(engine, plain)
         if trial.equal: return ''
         why = f'it would be {trial}'
     except Exception as error:  # a model that does not take these inputs may fail in any way
-        why = (str(error) or type(error).__name__).split('\n')[0][:120]
+        why = _first_line(error)
     for part in parts: _switch(engine, part, on=False)
     engine.packing = before
     return why
 
+def _lay_out(
+    engine: Engine, # does not read packed rows one by one
+    packs: bool, # rows are to be laid one behind the other, if the model can keep them apart
+    max_length: int | None, # tokens of the longest line
+    longest: int | None, # tokens of the longest row
+    plain: dict # outcomes of the plain path
+):
+    "Choose how rows lie in a batch, and try that beyond the limits of the model; where rows would change each other, they go one at a time"
+    if packs: engine.packing = packing_path(engine.model, max_length, longest)
+    engine.trials = long_trials(engine.model, max_length if engine.packing.name != 'none' else longest or max_length, longest)
+    if all(one.refusal for one in engine.trials): return
+    trial, why = None, ''
+    try: trial = try_engine(engine, plain)
+    except Exception as error: why = f'a batch could not be tried ({_first_line(error)})'  # memory runs out, as a rule
+    if trial and trial.equal: return
+    if not engine.row_by_row: _one_at_a_time(engine, why or f'a batch of several would be {trial}')
+    if not trial or try_engine(engine, plain).equal: return
+    for part in ('head', 'layers'): _switch(engine, part, on=False)
+
+def _one_at_a_time(engine: Engine, why: str):
+    "Let an engine read each row in a batch of its own, and say why"
+    engine.packing, engine.row_by_row = PackingPath('none', f'one row at a time: {why}'), True
+    engine.remarks.append(engine.packing.reason)
+
+# %% ../nbs/09_engine.ipynb #pick-engine
 def pick_engine(
     model: nn.Module, # a causal language model with an adapter, not yet wrapped for training
     packs: bool = True, # rows are to be laid one behind the other, if the model can keep them apart
     max_length: int | None = None, # tokens of the longest line; None: any
     dtype: torch.dtype = torch.float32, # the number format of the run
-    engine: str = 'auto' # "auto": what is found equal; "plain": transformers and PEFT as they are
+    engine: str = 'auto', # "auto": what is found equal; "plain": transformers and PEFT as they are
+    longest: int | None = None # tokens of the longest row; None: of the longest line
 ) -> Engine: # ready for batches
-    "The fastest way from batches to losses that is found equal to the plain one."
+    "The fastest way from batches to losses that is found equal to the plain one, for rows and lines as long as these."
     if engine not in ENGINES: raise ConfigError(f'engine={engine!r} is not one of: {", ".join(ENGINES)}.')
     chosen, parts = Engine(model, dtype=dtype), {'samples': 'attention sample by sample', 'head': 'chunked cross-entropy', 'layers': 'lean layers'}
-    if not packs: del parts['samples']
-    plain = plain_outcome(model, dtype) if engine == 'auto' else None
-    if plain and not _what_is_wrong(chosen, tuple(parts), plain): return chosen
-    for part, name in parts.items() if plain else ():
+    mixing = rope_limit(model, longest or max_length)
+    if mixing: _one_at_a_time(chosen, f'a row beyond {mixing} changes shorter ones in its batch')
+    packs = packs and not mixing
+    if packs: chosen.trials = long_trials(model, max_length, longest, one_line=True)
+    else: del parts['samples']
+    plain = {None: plain_outcome(model, dtype, row_by_row=chosen.row_by_row)} if engine == 'auto' else {}
+    whole = plain and not _what_is_wrong(chosen, tuple(parts), plain)
+    for part, name in parts.items() if plain and not whole else ():
         why = _what_is_wrong(chosen, (part,), plain)
         if why: chosen.remarks.append(f'no {name}: {why}')
-    if packs and chosen.packing.name == 'none': chosen.packing = packing_path(model, max_length)
+        if part == 'samples': chosen.trials = [] if why else chosen.trials
+    if chosen.packing.name == 'none': _lay_out(chosen, packs, max_length, longest, plain)
     return chosen
 
 # %% ../nbs/09_engine.ipynb #pk100002
@@ -721,7 +808,7 @@ def compile_decision(
     if flops < enough: return False, f'not compiled: the run is {flops:.0e} operations, and compiling is tried from {enough:.0e} on'
     if measure is None: return False, 'not compiled: with several processes it is not measured; torch_compile=True asks for it'
     try: gain = measure()
-    except Exception as error: return False, f'not compiled: {(str(error) or type(error).__name__).splitlines()[0][:120]}'  # a compiler may fail in any way
+    except Exception as error: return False, f'not compiled: {_first_line(error)}'  # a compiler may fail in any way
     pays = gain.saved > gain.compiling
     return pays, f'{"compiled" if pays else "not compiled"}: {gain}'
 
@@ -734,8 +821,9 @@ def compile_layers(
     ours = [layer for layer in engine.model.modules() if getattr(layer.__dict__.get('forward'), '__func__', None) in (_lean_norm, _lean_gate)]
     for layer in layers: layer.compile(dynamic=True)
     kept = [(layer, layer.__dict__.pop('forward')) for layer in ours]
-    try: why = '' if (trial := try_engine(engine)).equal else f'it would be {trial}'
-    except Exception as error: why = (str(error) or type(error).__name__).split('\n')[0][:120]  # a compiler may fail in any way
+    why = next((one.refusal for one in engine.trials if one.refusal), '')
+    try: why = why or ('' if (trial := try_engine(engine)).equal else f'it would be {trial}')
+    except Exception as error: why = _first_line(error)  # a compiler may fail in any way
     if not why:
         engine.lean = {kind: count for kind, count in engine.lean.items() if kind == 'adapters'}  # the compiler's now
         return

@@ -34,7 +34,7 @@ from datasets.table import InMemoryTable
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .batches import BatchPlan, PlannedStep, at_rest, collate, learnt_tokens, plan_batches
+from .batches import BatchPlan, PlannedStep, at_rest, collate, forget_lengths, learnt_tokens, plan_batches
 from .checkpoint import STATE, Keeper, Progress, RunWriter, Stop, check_folder, checkpoints, fingerprint_rows, identity, newest_checkpoint, own_names
 from .config import TrainingConfig, as_config, as_folder
 from .core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
@@ -1044,7 +1044,9 @@ class LoRATrainer:
     def setup_trainer(self):
         "Draw up the plan and make the optimizer, the schedule and the accelerator."
         config = self.config
-        self.engine = pick_engine(self.model, config.packing, config.max_length, plan_precision(config).dtype, config.engine)
+        datasets = [one for one in (self.dataset, self.eval_dataset) if one is not None and len(one)]
+        longest = max((int(lengths_of(one).max()) for one in datasets), default=None)
+        self.engine = pick_engine(self.model, config.packing, config.max_length, plan_precision(config).dtype, config.engine, longest)
         self.accelerator = make_accelerator(config, plan_precision(config).name)
         self.batching = Batching(config, lengths_of(self.dataset), self.engine.packing.name, self.accelerator.device.type, (self.accelerator.process_index, self.accelerator.num_processes))
         self.compiled, self.compiling = self._compile_decision()
@@ -1184,6 +1186,7 @@ class LoRATrainer:
         max_new_tokens: int = 64 # an answer ends here at the latest
     ) -> list[str]: # as many
         "What the model says now, taking the likeliest token each time."
+        forget_lengths(self.model)
         with at_rest(self.model), self.engine.number_format(): return likeliest_answers(questions, self.model, self.tokenizer, max_new_tokens)
 
     def resolved_config(self) -> TrainingConfig:
