@@ -7,8 +7,8 @@ __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'LOCK', 'RUN_FOLDERS', 'TASK_N
            'ROWS_FILE', 'MODEL_FILE', 'RUN_COLUMNS', 'notes_printed', 'Meta', 'is_number', 'typed', 'can_be_path',
            'read_object', 'confine', 'read_meta', 'write_meta', 'Status', 'moment', 'write_status', 'read_status',
            'trainer_process', 'process_gone', 'still_works', 'describe_trainer', 'MetricsTail', 'metrics_row',
-           'read_metrics', 'is_own_state', 'is_run', 'old_files', 'run_files', 'other_files', 'refuse_replacing',
-           'RunInfo', 'run_info', 'Runs', 'list_runs']
+           'read_metrics', 'is_own_state', 'is_rewritten', 'is_run', 'old_files', 'run_files', 'other_files',
+           'refuse_replacing', 'RunInfo', 'run_info', 'Runs', 'list_runs']
 
 # %% ../nbs/10_runs.ipynb #1fd28dcd
 import io, json, math, os, platform, re, stat, sys, time, warnings
@@ -406,6 +406,12 @@ def is_own_state(
     if path.name == META: return content.get('task_type') in TASK_NAMES and all(isinstance(content.get(name), str) for name in ('model', 'dataset'))
     if path.name == STATUS: return content.get('state') in STATES and (not strict or _STATUS_KEYS <= set(content))
     return 'model_name' in content and set(content) <= set(TrainingConfig.__dataclass_fields__) and (not strict or _CONFIG_KEYS <= set(content))
+
+def is_rewritten(
+    path: str | Path # a file in a run folder
+) -> bool:
+    "Whether a file is one of those every run rewrites as it goes, as this toolkit or SAGE may have written it."
+    return Path(path).name in (META, STATUS, CONFIG, METRICS) and is_own_state(path, strict=False)
 
 def _content_but_last(path: Path) -> list | None:
     "Lines of a metrics file whose last one a killed process left unfinished"
