@@ -35,7 +35,8 @@ from .core.text import sanitize_line
 from .model import restore_adapter, save_adapter
 from .runs import LOCK, describe_trainer, is_number, printable, typed
 from .runs import (
-    CONFIG, META, METRICS, MODEL_FILE, STATUS, is_own_state, is_rewritten, is_run, old_files, process_gone, read_metrics, read_status, refuse_replacing, run_files, still_works, write_status)
+    CONFIG, META, METRICS, MODEL_FILE, STATUS, is_own_state, is_rewritten, is_run,
+    old_files, process_gone, read_metrics, read_status, refuse_replacing, run_files, still_works, write_status)
 
 # %% ../nbs/11_checkpoint.ipynb #853643f7
 def write_state(

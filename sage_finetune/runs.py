@@ -270,17 +270,22 @@ def read_status(
     raise RunError(f"{path} says state {status.state[:60]!r}; there are: {', '.join(STATES)}. Delete the file and run again.")
 
 # %% ../nbs/10_runs.ipynb #e005524d
-def trainer_process(
-    status: Status,     # as read from a run folder
-    run_dir: str | Path # that run folder
-) -> psutil.Process | None: # None when the process it names is gone, is somebody else's by now, or never trained there
-    "The process that may be asked to stop: alive on this machine, and known to train this very folder."
+def _working_process(status: Status, run_dir: str | Path) -> psutil.Process | None:
+    "The process that a status names, where it is alive on this machine and its command line or the lock says that it trains there"
     if status.host not in ('', platform.node()): return None
     process, lock = find_process(status.pid, status.start_mark), Path(run_dir)/LOCK
     if not process or is_trainer_command(process, run_dir): return process
     holds = holds_lock(process, lock)
     if holds is None and is_locked(lock): holds = bool(status.start_mark) # the system does not say who: then the mark has to be right
     return process if holds else None
+
+def trainer_process(
+    status: Status,     # as read from a run folder
+    run_dir: str | Path # that run folder
+) -> psutil.Process | None: # None when the process it names is gone, is somebody else's by now, or never trained there
+    "The process that may be asked to stop: alive here, and started to train this very folder, or known by its mark and its lock."
+    process = _working_process(status, run_dir)
+    return process if process and (status.start_mark or is_trainer_command(process, run_dir)) else None
 
 # %% ../nbs/10_runs.ipynb #f0e21367
 _DAY = 86_400
@@ -301,7 +306,7 @@ def process_gone(
     if not is_pid(status.pid): return not is_locked(lock) if lock else status.pid is not None
     process = find_process(status.pid, status.start_mark)
     if not process: return True
-    if lock: return not trainer_process(status, run_dir) and not (status.start_mark and is_locked(lock) is None)
+    if lock: return not _working_process(status, run_dir) and not (status.start_mark and is_locked(lock) is None)
     try: return process.create_time() > datetime.fromisoformat(status.updated).timestamp() + 60 # who started later did not write this
     except psutil.NoSuchProcess: return True
     except (psutil.AccessDenied, TypeError, ValueError, OverflowError, OSError): return False
@@ -318,7 +323,7 @@ def describe_trainer(
     run_dir: str | Path # that run folder
 ) -> str:               # "process 4711 on machine", or "another process"
     "Who works on a run, for a sentence."
-    process, holders = trainer_process(status, run_dir), lock_holders(Path(run_dir)/LOCK)
+    process, holders = _working_process(status, run_dir), lock_holders(Path(run_dir)/LOCK)
     host = printable(str(status.host)) or platform.node()
     if process or not holders and is_pid(status.pid): return f'process {status.pid} on {host}'
     return f'process {min(holders)} on {platform.node()}' if holders else 'another process'

@@ -25,7 +25,8 @@ from .files import BadRow, iter_rows
 from .rows import UntrainedRow, detect_data_format, read_row
 from .runs import LOCK, describe_trainer, still_works
 from .runs import (
-    CONFIG, META, METRICS, ROWS_FILE, RUN_FOLDERS, STATUS, html_table, is_rewritten, process_gone, read_status, refuse_replacing, run_files, text_table, write_meta, write_status)
+    CONFIG, META, METRICS, ROWS_FILE, RUN_FOLDERS, STATUS, html_table, is_rewritten, process_gone,
+    read_status, refuse_replacing, run_files, text_table, write_meta, write_status)
 
 # %% ../nbs/19_tasks.ipynb #290f7ff9
 @dataclass(frozen=True)

@@ -143,7 +143,8 @@ def read_manifest(
 # %% ../../nbs/core/04_places.ipynb #5b1d0e7b
 def _write_list(folder: Path, part: str, known: dict) -> Path:
     "The manifest of a run folder, or of a part that is a link"
-    if not part: return write_json(folder/MANIFEST, dict(about='Files that sage_finetune wrote here. No other file is removed when the run is replaced.', files=known))
+    about = 'Files that sage_finetune wrote here. No other file is removed when the run is replaced.'
+    if not part: return write_json(folder/MANIFEST, dict(about=about, files=known))
     files = {name.removeprefix(f'{part}/'): entries for name, entries in known.items()}
     about = 'A link of a run leads here. These are the files that sage_finetune wrote here; no other file is removed or replaced.'
     return write_json(folder/part/PART_MANIFEST, dict(about=about, run=str(folder.resolve()), part=part, files=files))
@@ -154,11 +155,13 @@ def note_files(
 ) -> Path:                                 # the manifest
     "Write down that files of a run folder are this toolkit's. Raises `RunError` when that cannot be written."
     folder, links = Path(run_dir), linked_parts(run_dir)
-    files = {name: path for name, path in (files if isinstance(files, dict) else {name: folder/name for name in files}).items() if is_own_name(name)}
+    files = files if isinstance(files, dict) else {name: folder/name for name in files}
+    files = {name: path for name, path in files.items() if is_own_name(name)}
     behind = {_part_of(name, links) for name in files} - {''}
     if behind: claim_links(folder, behind)
     for part in (*sorted(behind), ''):
-        known = {name: entries for name, entries in _known(folder, part).items() if os.path.lexists(folder/name) and _part_of(name, links) == part}
+        known = {name: entries for name, entries in _known(folder, part).items() if os.path.lexists(folder/name)}
+        known = {name: entries for name, entries in known.items() if _part_of(name, links) == part}
         for name, path in files.items():
             if _part_of(name, links) != part: continue
             entry = dict(size=os.stat(path).st_size, sha256=content_hash(path))
@@ -241,7 +244,8 @@ def put_aside(
 def _may_return(base: Path, name: str, file: Path) -> bool:
     "Whether a file that lies aside is one a run has, and its place is reached without a link"
     inner = PurePosixPath(file.relative_to(base)).parts[1:]
-    return not file.is_symlink() and file.is_file() and (is_own_name(name) or name in _RUN_FILES) and not any(base.joinpath(*inner[:count]).is_symlink() for count in range(1, len(inner) + 1))
+    if file.is_symlink() or not file.is_file() or not is_own_name(name) and name not in _RUN_FILES: return False
+    return not any(base.joinpath(*inner[:count]).is_symlink() for count in range(1, len(inner) + 1))
 
 def _gives_way(folder: Path, name: str, file: Path, known: dict, is_state: Callable[[Path], bool]) -> bool:
     "Whether what stands in the place of a file that lies aside is certainly this toolkit's, or the same, or nothing"
@@ -260,7 +264,7 @@ def bring_back(
     run_dir: str | Path, # a run folder nobody else writes to
     is_state: Callable[[Path], bool] = lambda path: False # whether this is a file that every run rewrites as it goes
 ):
-    "Finish what a killed program began: what it had put aside comes back, what it was removing goes. A file of somebody's own that stands in its place stays, and so does what lies aside."
+    "Finish what a killed program began: what it had put aside comes back, what it was removing goes. A file of somebody's own stays."
     folder, known = Path(run_dir), None
     for base in own_folders(folder):
         for aside in base.glob(f'{_ASIDE}*'):
@@ -271,7 +275,8 @@ def bring_back(
             goes = {name: file for name, file in ours.items() if done or _gives_way(folder, name, file, known, is_state)}
             for name, file in goes.items(): file.unlink() if done else _return(folder/name, file)
             if len(goes) == len(found): shutil.rmtree(aside, ignore_errors=True)
-            if left := ours.keys() - goes.keys(): warnings.warn(f'{name_some(sorted(left))} in {folder} was written by somebody else while the run was being replaced; what stood there before lies in {aside}.')
+            if left := ours.keys() - goes.keys():
+                warnings.warn(f'{name_some(sorted(left))} in {folder} was written by somebody else meanwhile; what stood there before is in {aside}.')
 
 
 # %% ../../nbs/core/04_places.ipynb #c0c56afe
@@ -316,22 +321,25 @@ _RUN_FILES = (MANIFEST, 'finetune_meta.json', 'training_config.json', 'status.js
 
 def _refuse_target(folder: Path, link: Path):
     "Refuse a part of a run that is a link to a folder in which nothing may be written"
-    if not os.path.exists(link): raise RunError(f'{link} is a link to {os.readlink(link)}, which is not there. Make that folder, or remove the link.')
+    if not os.path.exists(link):
+        raise RunError(f'{link} is a link to {os.readlink(link)}, which is not there. Make that folder, or remove the link.')
     if not link.is_dir(): raise RunError(f'{link} is a link to {os.readlink(link)}, which is no folder. Remove the link.')
     target, whole = link.resolve(), folder.resolve()
     why = why_protected(target) or ('the run folder, or one above it' if whole.is_relative_to(target) else '')
-    if why: raise RunError(f'{link} is a link to {target}, {why}, so nothing is written there. Remove the link, or let it lead to an empty folder.')
+    way_out = 'so nothing is written there. Remove the link, or let it lead to an empty folder.'
+    if why: raise RunError(f'{link} is a link to {target}, {why}, {way_out}')
     other = next((near for near in (target, target.parent) if near != whole and any((near/name).is_file() for name in _RUN_FILES)), None)
-    if other: raise RunError(f'{link} is a link into another run ({other}), so nothing is written there. Remove the link, or let it lead to an empty folder.')
+    if other: raise RunError(f'{link} is a link into another run ({other}), {way_out}')
 
 def _refuse_unclaimed(folder: Path, link: Path):
     "Refuse a link to a folder that holds something and is not known to be this part of this run"
     if is_claimed(folder, link.name): return
+    said = f'{link} is a link to {link.resolve()}, which'
     if owner := _content(link/PART_MANIFEST).get('run'):
-        raise RunError(f'{link} is a link to {link.resolve()}, which belongs to another run or part ({name_some([str(owner)[:200]])}), so nothing is written there. '
+        raise RunError(f'{said} belongs to another run or part ({name_some([str(owner)[:200]])}), so nothing is written there. '
                        f'Let it lead to an empty folder; or, if you moved that run here, correct {PART_MANIFEST} in it.')
-    if names := [name for name in sorted(os.listdir(link)) if not name.startswith(f'.{PART_MANIFEST}.')]:  # half a manifest of a killed process is nothing
-        raise RunError(f'{link} is a link to {link.resolve()}, which holds {name_some(names)} and no manifest of this run, so nothing is written there. '
+    if names := [name for name in sorted(os.listdir(link)) if not name.startswith(f'.{PART_MANIFEST}.')]:  # of a killed process
+        raise RunError(f'{said} holds {name_some(names)} and no manifest of this run, so nothing is written there. '
                        'Let it lead to an empty folder, or put the folder itself in the place of the link.')
 
 
@@ -348,7 +356,8 @@ def _links_below(folder: Path) -> Iterator[Path]:
 def _refuse_lock(lock: Path):
     "Refuse a lock that is a link, or another name of a file that may be somebody's"
     if lock.is_symlink(): raise RunError(f'{lock} is a link, and a lock has to be a file. Remove it.')
-    if lock.is_file() and lock.stat().st_nlink > 1: raise RunError(f'{lock} is one of several names of the same file (a hard link), and a lock has to be a file of its own. Remove it.')
+    if lock.is_file() and lock.stat().st_nlink > 1:
+        raise RunError(f'{lock} is one of several names of the same file (a hard link), and a lock has to be a file of its own. Remove it.')
 
 def check_links(
     run_dir: str | Path,          # a run folder that is going to be written to, there already or not
@@ -364,7 +373,8 @@ def check_links(
             _refuse_target(folder, folder/part)
             _refuse_unclaimed(folder, folder/part)
         if link := next((link for link in _links_below(folder/part) if part != 'logs' or not is_inside(folder/part, link)), None):
-            raise RunError(f'{name_some([str(link)])} is a link, and nothing is written or removed through a link below {part}. Remove it, or make {part} as a whole a link to an empty folder.')
+            raise RunError(f'{name_some([str(link)])} is a link, and nothing is written or removed through a link below {part}. '
+                           f'Remove it, or make {part} as a whole a link to an empty folder.')
 
 def claim_links(
     run_dir: str | Path,          # a run folder

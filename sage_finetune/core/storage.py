@@ -174,12 +174,16 @@ def copy_atomic(
 def open_append(
     path: str | Path # the file, there already or not
 ) -> BinaryIO:       # without a buffer, at its end
-    "Open a file to be written on. Raises `RunError` where it is a link, a pipe or a device, or cannot be written."
+    "Open a file to be written on. Raises `RunError` where it is a link, another name of a file, a pipe or a device, or cannot be written."
     path = expand_home(path)
     try: handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_LINK, 0o666)
     except OSError as error: raise RunError(why_unwritable(path, error)) from error
-    if stat.S_ISREG(os.fstat(handle).st_mode) and not path.is_symlink(): return open(handle, 'ab', buffering=0)
+    place = os.fstat(handle)
+    if stat.S_ISREG(place.st_mode) and place.st_nlink < 2 and not path.is_symlink(): return open(handle, 'ab', buffering=0)
     os.close(handle)
+    if place.st_nlink > 1 and stat.S_ISREG(place.st_mode):
+        raise RunError(f'cannot write {path}: it is one of several names of the same file (a hard link), which may be somebody\'s own. '
+                       'Remove it, or put a copy in its place.')
     raise RunError(f'cannot write {path}: it is no ordinary file. Remove it, or choose another output_dir.')
 
 _NO_LINK = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
