@@ -29,13 +29,14 @@ from .core.errors import ModelError, RunError
 from .core.limits import open_regular, parse_json
 from .core.processes import stop_requested, stop_signals
 from .core.places import (
-    MANIFEST, bring_back, check_links, note_files, note_folder, own_files, put_aside, read_manifest, remove_own)
+    MANIFEST, bring_back, check_links, claim_links, note_files, note_folder, own_files, own_folders, put_aside, read_manifest, remove_own)
 from .core.storage import OLD, PART, folder_atomic, open_append, why_unwritable, write_atomic, write_json
 from .core.text import sanitize_line
 from .model import restore_adapter, save_adapter
 from .runs import LOCK, describe_trainer, is_number, printable, typed
 from .runs import (
-    CONFIG, META, METRICS, MODEL_FILE, STATUS, is_own_state, is_run, old_files, process_gone, read_metrics, read_status, refuse_replacing, run_files, still_works, write_status)
+    CONFIG, META, METRICS, MODEL_FILE, STATUS, is_own_state, is_rewritten, is_run,
+    old_files, process_gone, read_metrics, read_status, refuse_replacing, run_files, still_works, write_status)
 
 # %% ../nbs/11_checkpoint.ipynb #853643f7
 def write_state(
@@ -282,8 +283,8 @@ def tidy(
     folder: str | Path # a run folder nobody else writes to
 ):
     "Remove what a killed process left half-written; where it had just put an old folder aside, bring that back."
-    bring_back(folder)
-    for left in [*Path(folder).glob('.*.*'), *Path(folder).glob('checkpoints/.*.*'), *Path(folder).glob(f'*/.*{PART}')]:
+    bring_back(folder, is_rewritten)
+    for left in [path for own in own_folders(folder) for path in own.glob('.*.*')]:
         matched = _TEMPORARY.fullmatch(left.name)
         if not matched or left.is_symlink(): continue  # not ours
         if matched[2] == OLD and not (left.parent/matched[1]).exists(): left.rename(left.parent/matched[1])
@@ -310,6 +311,7 @@ class RunWriter:
 
     def _begin(self, resumed_at: int | None):
         "Make room, write down what is about to happen, and open the file that grows by a line a step"
+        claim_links(self.folder)
         tidy(self.folder)
         left = check_folder(self.config, resume=resumed_at is not None and 'auto', locked=True)  # a killed run's files may have come back
         if resumed_at is not None and is_run(self.folder) and read_manifest(self.folder) is None: note_files(self.folder, old_files(self.folder))

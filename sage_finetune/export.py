@@ -21,7 +21,7 @@ from torch import Tensor
 from .config import TrainingConfig, as_folder
 from .core.errors import DataError, ModelError, RunError
 from .core.secrets import redact_object
-from .core.places import check_links, content_hash, is_plain_name, name_some, note_folder, why_protected
+from .core.places import PART_MANIFEST, claim_links, content_hash, is_plain_name, name_some, note_folder, why_protected
 from .core.storage import expand_home, folder_atomic, write_json
 from .core.text import html_table, text_table
 from .data import Sample, iter_rows, read_row
@@ -210,10 +210,11 @@ def merge(
 ) -> MergeReport: # written beside the weights as merge_report.json
     "Merge a run's adapter into its base, read the files back and measure what is left of its effect. Raises `RunError` or `ModelError`."
     config = run_config(run_dir, ('trust_remote_code',), trust_remote_code=trust_remote_code)
-    own, out = out is None, config.merged_dir if out is None else as_folder(out, 'out')
+    out = config.merged_dir if out is None else as_folder(out, 'out')
+    own = out.absolute() == config.merged_dir.absolute()
     _need_adapter(config)
     mismatches = check_identity(config.lora_dir, config.model_name, allow_other_base)
-    if own: check_links(config.output_dir)
+    if own: claim_links(config.output_dir, [out.name])
     old = merged_files(out)
     tokenizer = adapter_tokenizer(config.lora_dir, run_tokenizer(config)[0])
     examples = _real_texts(config, tokenizer, texts)
@@ -230,7 +231,7 @@ def merge(
     with refusing(lambda error: f'the adapter in {config.lora_dir} cannot be merged ({first_line(error)}). Train it anew, or use it beside its base.'):
         merged = tuned.merge_and_unload(safe_merge=True)
     merged.generation_config = generation_settings(merged, tokenizer)
-    with folder_atomic(out, old) as temp:
+    with folder_atomic(out, old, through_link=True) as temp:
         with quiet(bars=base.num_parameters() > 100_000_000): merged.save_pretrained(temp)
         tokenizer.save_pretrained(temp)
         config.model_name = str(temp)
@@ -273,6 +274,7 @@ def merged_files(
     if why == 'a file': raise RunError(f'{out} exists and is not a folder, so no model is put there. Choose another folder with -o (out=).')
     if why: raise RunError(f'{out} is {why}, so no model is put there. Choose another folder with -o (out=).')
     names = [path.relative_to(out).as_posix() for path in sorted(out.rglob('*')) if not path.is_dir() or path.is_symlink()]
+    names = [name for name in names if name != PART_MANIFEST]
     if names and (out/'merge_report.json').is_file(): kept = read_object(out/'merge_report.json').get('files', {name: None for name in names if MODEL_FILE.fullmatch(name)})
     others = [name for name in names if name != 'merge_report.json' and not (isinstance(kept, dict) and name in kept and _is_as_merged(out, name, kept[name]))]
     if kept is None and names: raise RunError(f'{out} exists and is not the result of an earlier merge, so it is not replaced. Choose another folder with -o (out=).')

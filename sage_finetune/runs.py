@@ -7,8 +7,8 @@ __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'LOCK', 'RUN_FOLDERS', 'TASK_N
            'ROWS_FILE', 'MODEL_FILE', 'RUN_COLUMNS', 'notes_printed', 'Meta', 'is_number', 'typed', 'can_be_path',
            'read_object', 'confine', 'read_meta', 'write_meta', 'Status', 'moment', 'write_status', 'read_status',
            'trainer_process', 'process_gone', 'still_works', 'describe_trainer', 'MetricsTail', 'metrics_row',
-           'read_metrics', 'is_own_state', 'is_run', 'old_files', 'run_files', 'other_files', 'refuse_replacing',
-           'RunInfo', 'run_info', 'Runs', 'list_runs']
+           'read_metrics', 'is_own_state', 'is_rewritten', 'is_run', 'old_files', 'run_files', 'other_files',
+           'refuse_replacing', 'RunInfo', 'run_info', 'Runs', 'list_runs']
 
 # %% ../nbs/10_runs.ipynb #1fd28dcd
 import io, json, math, os, platform, re, stat, sys, time, warnings
@@ -270,17 +270,22 @@ def read_status(
     raise RunError(f"{path} says state {status.state[:60]!r}; there are: {', '.join(STATES)}. Delete the file and run again.")
 
 # %% ../nbs/10_runs.ipynb #e005524d
-def trainer_process(
-    status: Status,     # as read from a run folder
-    run_dir: str | Path # that run folder
-) -> psutil.Process | None: # None when the process it names is gone, is somebody else's by now, or never trained there
-    "The process that may be asked to stop: alive on this machine, and known to train this very folder."
+def _working_process(status: Status, run_dir: str | Path) -> psutil.Process | None:
+    "The process that a status names, where it is alive on this machine and its command line or the lock says that it trains there"
     if status.host not in ('', platform.node()): return None
     process, lock = find_process(status.pid, status.start_mark), Path(run_dir)/LOCK
     if not process or is_trainer_command(process, run_dir): return process
     holds = holds_lock(process, lock)
     if holds is None and is_locked(lock): holds = bool(status.start_mark) # the system does not say who: then the mark has to be right
     return process if holds else None
+
+def trainer_process(
+    status: Status,     # as read from a run folder
+    run_dir: str | Path # that run folder
+) -> psutil.Process | None: # None when the process it names is gone, is somebody else's by now, or never trained there
+    "The process that may be asked to stop: alive here, and started to train this very folder, or known by its mark and its lock."
+    process = _working_process(status, run_dir)
+    return process if process and (status.start_mark or is_trainer_command(process, run_dir)) else None
 
 # %% ../nbs/10_runs.ipynb #f0e21367
 _DAY = 86_400
@@ -301,7 +306,7 @@ def process_gone(
     if not is_pid(status.pid): return not is_locked(lock) if lock else status.pid is not None
     process = find_process(status.pid, status.start_mark)
     if not process: return True
-    if lock: return not trainer_process(status, run_dir) and not (status.start_mark and is_locked(lock) is None)
+    if lock: return not _working_process(status, run_dir) and not (status.start_mark and is_locked(lock) is None)
     try: return process.create_time() > datetime.fromisoformat(status.updated).timestamp() + 60 # who started later did not write this
     except psutil.NoSuchProcess: return True
     except (psutil.AccessDenied, TypeError, ValueError, OverflowError, OSError): return False
@@ -318,7 +323,7 @@ def describe_trainer(
     run_dir: str | Path # that run folder
 ) -> str:               # "process 4711 on machine", or "another process"
     "Who works on a run, for a sentence."
-    process, holders = trainer_process(status, run_dir), lock_holders(Path(run_dir)/LOCK)
+    process, holders = _working_process(status, run_dir), lock_holders(Path(run_dir)/LOCK)
     host = printable(str(status.host)) or platform.node()
     if process or not holders and is_pid(status.pid): return f'process {status.pid} on {host}'
     return f'process {min(holders)} on {platform.node()}' if holders else 'another process'
@@ -406,6 +411,12 @@ def is_own_state(
     if path.name == META: return content.get('task_type') in TASK_NAMES and all(isinstance(content.get(name), str) for name in ('model', 'dataset'))
     if path.name == STATUS: return content.get('state') in STATES and (not strict or _STATUS_KEYS <= set(content))
     return 'model_name' in content and set(content) <= set(TrainingConfig.__dataclass_fields__) and (not strict or _CONFIG_KEYS <= set(content))
+
+def is_rewritten(
+    path: str | Path # a file in a run folder
+) -> bool:
+    "Whether a file is one of those every run rewrites as it goes, as this toolkit or SAGE may have written it."
+    return Path(path).name in (META, STATUS, CONFIG, METRICS) and is_own_state(path, strict=False)
 
 def _content_but_last(path: Path) -> list | None:
     "Lines of a metrics file whose last one a killed process left unfinished"

@@ -18,14 +18,15 @@ from .config import TrainingConfig, as_config, as_folder, find_model, preset, su
 from .core.errors import ConfigError, DataError, RunError
 from .core.secrets import describe_secrets, row_text, scan_texts
 from .core.processes import is_locked
-from .core.places import MANIFEST, bring_back, check_links, note_files, put_aside
+from .core.places import MANIFEST, PART_MANIFEST, bring_back, check_links, note_files, put_aside
 from .core.storage import expand_home, why_unwritable, write_json
 from .corpus import code_rows
 from .files import BadRow, iter_rows
 from .rows import UntrainedRow, detect_data_format, read_row
 from .runs import LOCK, describe_trainer, still_works
 from .runs import (
-    CONFIG, META, METRICS, ROWS_FILE, RUN_FOLDERS, STATUS, html_table, process_gone, read_status, refuse_replacing, run_files, text_table, write_meta, write_status)
+    CONFIG, META, METRICS, ROWS_FILE, RUN_FOLDERS, STATUS, html_table, is_rewritten, process_gone,
+    read_status, refuse_replacing, run_files, text_table, write_meta, write_status)
 
 # %% ../nbs/19_tasks.ipynb #290f7ff9
 @dataclass(frozen=True)
@@ -110,9 +111,10 @@ def run_parts(
     return parts if any(part.name != 'logs' for part in parts) else []
 
 def _empty(path: Path) -> bool:
-    "Whether this is a folder, or a link to one, in which no run was: made beforehand, or on a disk with other things on it"
+    "Whether this is a folder, or a link to one, in which no run was: made beforehand, or behind the link nothing that a run wrote"
     if not path.is_dir(): return False
-    return not any(path.glob('*-*')) if path.is_symlink() and path.name == 'checkpoints' else not any(path.iterdir())
+    if path.is_symlink() and path.name == 'checkpoints': return not any(path.glob('*-*'))
+    return all(inside.name == PART_MANIFEST for inside in path.iterdir())
 
 def refuse_taken(
     folder: Path,   # where a new run wants to go
@@ -140,7 +142,7 @@ def replacing(
     new_folder = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        bring_back(folder)
+        bring_back(folder, is_rewritten)
         with put_aside(folder, run_files(folder)):
             before = set(folder.iterdir())
             try: yield
@@ -211,7 +213,7 @@ def prepare_run(
 ) -> Path:                                # the run folder
     "Make a run folder: rows, config, meta file, status pending. Raises a `FinetuneError` before anything is written."
     kind, folder, data = find_task(task), as_folder(output_dir, 'output_dir').absolute(), data and expand_home(data)
-    if overwrite and folder.is_dir(): bring_back(folder)
+    if overwrite and folder.is_dir(): bring_back(folder, is_rewritten)
     refuse_taken(folder, overwrite)
     dials = recipe(model, config, **overrides)
     find_model(model)

@@ -341,7 +341,8 @@ def never_stopped(
     config = read_meta(folder).to_config((), **allowed)
     with tempfile.TemporaryDirectory(prefix='never_stopped-') as temp:
         copied = Path(temp)/'run'
-        config.data_cache, config.output_dir, config.report_to, config.eval_prompts = config.data_cache or folder/'prepared', copied, 'none', None
+        cache = config.data_cache or (None if (folder/'prepared').is_symlink() else folder/'prepared')
+        config.data_cache, config.output_dir, config.report_to, config.eval_prompts = cache, copied, 'none', None
         config.save(copied/CONFIG)
         write_meta(copied, 'custom', config.model_name, config.data_path, copied/CONFIG, format='mixed')
         old = [path for path in checkpoints(folder/'checkpoints') if int(path.name.rpartition('-')[2]) < stop]

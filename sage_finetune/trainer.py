@@ -39,7 +39,7 @@ from .checkpoint import STATE, Keeper, Progress, RunWriter, Stop, check_folder, 
 from .config import TrainingConfig, as_config, as_folder
 from .core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
 from .core.processes import stop_requested
-from .core.places import keep_changed, note_folder
+from .core.places import claim_links, keep_changed, note_folder
 from .core.run_checks import RunWarning, check_adapter, check_clipping, check_falling, check_held_out, check_level, check_rising, check_rows, check_steps, check_tokenizer
 from .core.storage import folder_atomic
 from .core.text import ArgumentParser, describe_encode_error, html_table, safe_streams, sanitize_line, text_table
@@ -425,6 +425,7 @@ def make_accelerator(
     if int(os.environ.get('WORLD_SIZE', 1)) != accelerator.num_processes:
         raise RunError(f'{os.environ["WORLD_SIZE"]} processes were started, but this one sees {accelerator.num_processes}, so each would train the whole by itself. Start them with torchrun, accelerate launch, or --num-processes.')
     if tool:
+        if is_main(): claim_links(config.output_dir, ['logs'])
         config.log_dir.mkdir(parents=True, exist_ok=True)
         accelerator.init_trackers('logs' if tool == 'tensorboard' else 'sage_finetune', init_kwargs=dict(wandb=dict(dir=str(config.log_dir), name=config.output_dir.name)))
     return accelerator
@@ -475,6 +476,7 @@ def prepare_as(
     "Rows as examples, the way a config wants them; kept in its `data_cache`, else in the run folder."
     names = ('max_length', 'column_map', 'on_bad_row', 'overlong', 'thinking', 'allow_special_tokens')
     options = {name: getattr(config, name) for name in names}
+    if not config.data_cache: claim_links(config.output_dir, ['prepared'])
     places = dict(cache_dir=config.data_cache or config.output_dir/'prepared', bad_rows_path=config.output_dir/'bad_rows.jsonl')
     return prepare(source, tokenizer, **options, **places, eval_ratio=eval_ratio, show=False)
 
@@ -1307,7 +1309,8 @@ class LoRATrainer:
         if not is_main(): return
         self.tokenizer.chat_template = self.tokenizer.chat_template or template_of(self.tokenizer)
         run_dir, name, target = self.config.output_dir, self.config.lora_dir.name, self.config.lora_dir if path is None else as_folder(path, 'path')
-        with folder_atomic(target, own_names(run_dir, name) if path is None else ()) as temp:
+        if path is None: claim_links(run_dir, [name])
+        with folder_atomic(target, own_names(run_dir, name) if path is None else (), through_link=True) as temp:
             save_adapter(self.model, temp)
             self.tokenizer.save_pretrained(temp)
             generation_settings(self.model, self.tokenizer).save_pretrained(temp)

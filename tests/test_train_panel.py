@@ -14,6 +14,7 @@ import pytest
 from helpers import adapter, copy, ended, metrics, prepared, recipe, status, until, write_rows
 
 from sage_finetune.core.errors import DataError, RunError
+from sage_finetune.core.processes import start_mark
 from sage_finetune.runs import write_status
 from sage_finetune.train_panel import RunWatch, TrainPanel, go_on_with, make_run, settled
 from sage_finetune.trainer import LoRATrainer
@@ -257,7 +258,7 @@ def test_stopping_somebody_elses_kernel(tmp_path):
     try:
         kernel.stdout.readline()  # it holds the folder, as a run in a notebook does
         write_status(run, "training", 3, 10)
-        (run/"status.json").write_text(json.dumps(status(run) | dict(pid=kernel.pid, start_mark="")))
+        (run/"status.json").write_text(json.dumps(status(run) | dict(pid=kernel.pid, start_mark=start_mark(kernel.pid))))
         panel = TrainPanel(run)
         assert panel.state == "training"
         panel.buttons["stop"].click()

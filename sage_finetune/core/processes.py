@@ -62,7 +62,7 @@ def is_locked(
 ) -> bool | None:    # None: there is no such file, or the system cannot say
     "Whether some process holds the lock of a file. Nothing is written."
     try:
-        if not stat.S_ISREG(os.lstat(path).st_mode): return None  # a pipe or a link is no lock of ours
+        if not _is_own_lock(os.lstat(path)): return None
         import fcntl  # not on Windows
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except ImportError: return _is_locked_by_trying(path)
@@ -72,6 +72,10 @@ def is_locked(
     except OSError: return None
     finally: os.close(handle)
     return False
+
+def _is_own_lock(place: os.stat_result) -> bool:
+    "Whether this is a file of this user with one name only; a pipe, a link, or a second name of somebody's file is no lock of a run"
+    return stat.S_ISREG(place.st_mode) and place.st_nlink < 2 and (not hasattr(os, 'geteuid') or place.st_uid == os.geteuid())
 
 def _is_locked_by_trying(path: str | Path) -> bool | None:
     "Take the lock for a moment and give it back, where the system knows no shared one"
@@ -86,8 +90,9 @@ def lock_holders(
     path: str | Path # the file a lock is taken on
 ) -> set[int]:       # numbers of processes; empty where the system does not list them
     "Who holds the lock of a file, as Linux lists it."
-    try: place, lines = os.stat(path), Path('/proc/locks').read_text(encoding='ascii').splitlines()
+    try: place, lines = os.lstat(path), Path('/proc/locks').read_text(encoding='ascii').splitlines()
     except OSError: return set()
+    if not _is_own_lock(place): return set()
     wanted = f'{os.major(place.st_dev):02x}:{os.minor(place.st_dev):02x}:{place.st_ino}'
     fields = [line.split() for line in lines if ' FLOCK ' in line and ' WRITE ' in line and '->' not in line]
     return {int(field[4]) for field in fields if field[5] == wanted and is_pid(int(field[4]))}

@@ -174,12 +174,16 @@ def copy_atomic(
 def open_append(
     path: str | Path # the file, there already or not
 ) -> BinaryIO:       # without a buffer, at its end
-    "Open a file to be written on. Raises `RunError` where it is a link, a pipe or a device, or cannot be written."
+    "Open a file to be written on. Raises `RunError` where it is a link, another name of a file, a pipe or a device, or cannot be written."
     path = expand_home(path)
     try: handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_LINK, 0o666)
     except OSError as error: raise RunError(why_unwritable(path, error)) from error
-    if stat.S_ISREG(os.fstat(handle).st_mode) and not path.is_symlink(): return open(handle, 'ab', buffering=0)
+    place = os.fstat(handle)
+    if stat.S_ISREG(place.st_mode) and place.st_nlink < 2 and not path.is_symlink(): return open(handle, 'ab', buffering=0)
     os.close(handle)
+    if place.st_nlink > 1 and stat.S_ISREG(place.st_mode):
+        raise RunError(f'cannot write {path}: it is one of several names of the same file (a hard link), which may be somebody\'s own. '
+                       'Remove it, or put a copy in its place.')
     raise RunError(f'cannot write {path}: it is no ordinary file. Remove it, or choose another output_dir.')
 
 _NO_LINK = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
@@ -188,12 +192,14 @@ _NO_LINK = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr
 @contextmanager
 def folder_atomic(
     path: str | Path,       # the folder to make or to replace
-    ours: Iterable[str] = () # files of an old folder that go with it, as paths in it; others stay unless the new one has them
+    ours: Iterable[str] = (), # files of an old folder that go with it, as paths in it; others stay unless the new one has them
+    through_link: bool = False # a link stays and the folder behind it is filled; else a link is refused
 ) -> Iterator[Path]:        # a temporary folder to fill
     "Fill a folder so that it appears whole or not at all. Raises `RunError` when it cannot be written; an old folder then stays as it was."
     path, temp, old = _possible(path), None, None
     behind = path.is_symlink()
     try:
+        if behind and not through_link: raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         if not behind: path.parent.mkdir(parents=True, exist_ok=True)
         temp = Path(tempfile.mkdtemp(dir=path if behind else path.parent, prefix=f'.{path.name[:40]}.', suffix=PART))
         yield temp
@@ -240,6 +246,9 @@ def _carry_over(old: Path, new: Path, ours: set):
 def _exchange(temp: Path, path: Path, ours: Iterable[str]):
     "Put files in the place of those behind a link, each whole"
     new = {file.relative_to(temp).as_posix() for file in temp.rglob('*') if file.is_file()}
+    ours = set(ours)
+    inner = {path/parent for name in new | ours for parent in Path(name).parents if parent != Path('.')}
+    if any(parent.is_symlink() for parent in inner): raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     for name in sorted(new):
         (path/name).parent.mkdir(parents=True, exist_ok=True)
         replace_path(temp/name, path/name)

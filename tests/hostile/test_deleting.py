@@ -200,7 +200,8 @@ def test_links_below_a_part_lead_nowhere(run, tmp_path):
     (mine/"lora_weights"/"adapter_model.safetensors").unlink()
     (mine/"lora_weights"/"adapter_model.safetensors").symlink_to(other/"lora_weights"/"adapter_model.safetensors")
     before = tree(other)
-    quiet(prepare_run, "custom", mine, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
+    assert not {"checkpoints/checkpoint-6/state.safetensors", "lora_weights/adapter_model.safetensors"} & set(own_files(mine))
+    with pytest.raises(RunError, match="checkpoints/checkpoint-6 is a link"): prepare_run("custom", mine, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
     quiet(remove_own, mine, "checkpoints/checkpoint-6")
     assert tree(other) == before
 
@@ -247,6 +248,91 @@ def test_a_stranger_puts_nothing_aside(tmp_path):
     (folder/"lora_weights").symlink_to(outside)
     bring_back(folder)
     assert list(outside.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", ".bashrc", "thesis.json", "bad_rows.jsonl", "train.log", "uploads/rows.jsonl", "prepared/x.json"])
+@pytest.mark.parametrize("there", [True, False])
+def test_only_files_that_are_put_aside_come_back(tmp_path, name, there):
+    "A run puts no other file aside, so a stranger did; it stays where it lies, and so does what is there"
+    folder = put(tmp_path/"run", f".replaced-abcdefgh/{name}", content="evil")
+    if there: put(folder, name)
+    before = tree(folder)
+    tidy(folder)
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("name", ["training_data_custom_alpaca.json", "lora_weights/README.md", "lora_weights/adapter_model.safetensors", "checkpoints/checkpoint-3/state.safetensors", "merged_model/config.json",
+    "training_config.json", "metrics.jsonl", "status.json", "finetune_meta.json"])
+def test_what_somebody_wrote_meanwhile_stays(run, tmp_path, name):
+    "What lies aside stays too, and both are named"
+    mine = put(copy(run, tmp_path/"run"), name)
+    put(mine, f".replaced-abcdefgh/{name}", ".replaced-abcdefgh/lora_weights/LICENSE.txt", content="evil")
+    _, said = quiet(tidy, mine)
+    assert (mine/name).read_text() == "mine" and (mine/".replaced-abcdefgh"/name).read_text() == "evil" and name in said and ".replaced-abcdefgh" in said
+    assert (mine/"lora_weights"/"LICENSE.txt").read_text() == "evil"  # the stranger's own, where nothing was
+
+
+@pytest.mark.parametrize("name", ["training_data_custom_alpaca.json", "metrics.jsonl", "training_config.json", "status.json", "run_manifest.json", "lora_weights/README.md"])
+def test_what_the_killed_program_had_written_gives_way(run, tmp_path, name):
+    "The new file is known to be the toolkit's, so the old one takes its place again"
+    mine = copy(run, tmp_path/"run")
+    old = (mine/name).read_bytes()
+    (mine/".replaced-abcdefgh"/name).parent.mkdir(parents=True)
+    (mine/".replaced-abcdefgh"/name).write_bytes(old + b" ")
+    _, said = quiet(tidy, mine)
+    assert (mine/name).read_bytes() == old + b" " and said == "" and not (mine/".replaced-abcdefgh").exists()
+
+
+LINKS = {"the part": ("checkpoints", ""), "below it": ("checkpoints/checkpoint-9", ""), "deep": ("lora_weights/deep", ""), "in a link": ("real/checkpoint-9", "real"), "the file": ("lora_weights/README.md", "")}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_nothing_comes_back_through_a_link(tmp_path, kind):
+    "At any depth, behind a link that is the run's own as well"
+    link, real = LINKS[kind]
+    folder, victim = tmp_path/"run", put(tmp_path/"victim", "README.md", "state.safetensors", "checkpoint-9/state.safetensors")
+    aside = folder/real/".replaced-abcdefgh"
+    if real:
+        put(folder, "real/.keep").joinpath("real/.keep").unlink()
+        (folder/"checkpoints").symlink_to("real")
+        claim = dict(files={}, run=str(folder.resolve()), part="checkpoints")  # a stranger who guesses where the folder will lie
+        put(folder, "real/.linked_part.json", content=json.dumps(claim))
+    (folder/link).parent.mkdir(parents=True, exist_ok=True)
+    (folder/link).symlink_to(victim/"README.md" if kind == "the file" else victim)
+    below = "" if kind == "the file" else "/checkpoint-9/state.safetensors" if kind == "the part" else "/state.safetensors" if "checkpoint" in link else "/README.json"
+    name = (link.removeprefix("real/") if real else link) + below
+    put(aside, name, content="evil")
+    before = tree(victim), tree(folder)
+    quiet(tidy, folder)
+    assert (tree(victim), tree(folder)) == before
+
+
+def test_what_lay_aside_behind_a_link_comes_back(tmp_path):
+    "Behind one that is the run's own; behind any other nothing is looked at"
+    from sage_finetune.core.places import claim_links
+    for name, own in dict(run=True, gift=False).items():
+        folder, scratch = put(tmp_path/name, "metrics.jsonl"), tmp_path/f"{name} scratch"
+        scratch.mkdir()
+        (folder/"checkpoints").symlink_to(scratch)
+        if own: claim_links(folder)
+        put(scratch, ".replaced-abcdefgh/checkpoint-1/state.safetensors", ".replaced-abcdefg1.done/checkpoint-2/state.safetensors", ".checkpoint-9.abcdefgh.part/x", ".checkpoint-8.abcdefgh.old/x")
+        before = tree(scratch)
+        tidy(folder)
+        if own: assert {path for path, value in tree(scratch).items() if value} == {".linked_part.json", "checkpoint-1/state.safetensors", "checkpoint-8/x"}
+        else: assert tree(scratch) == before
+
+
+@pytest.mark.parametrize("name", ["foo", "checkpoints", "lora_weights", "prepared", ".hidden", "checkpoints/deep"])
+def test_tidying_goes_through_no_link(run, tmp_path, name):
+    "What looks like half-written files of this toolkit lies in somebody's folder"
+    mine = copy(run, tmp_path/"run")
+    remains = (".checkpoint-9.abcdefgh.part/x", ".lora_weights.abcdefgh.part/x", ".status.json.abcdefgh.part", ".merged_model.abcdefgh.old/x", ".checkpoint-8.abcdefgh.old/x", ".replaced-abcdefgh.done/checkpoint-1/state.safetensors")
+    victim = put(tmp_path/"victim", *remains)
+    if (mine/name).is_dir(): shutil.rmtree(mine/name)
+    (mine/name).symlink_to(victim)
+    before = tree(victim)
+    quiet(tidy, mine)
+    assert tree(victim) == before
 
 
 def test_tidying_leaves_an_editors_files(tmp_path):

@@ -1,4 +1,5 @@
 "A folder that was passed on does not decide where is written; links to other disks are kept; ~ is the home folder"
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from sage_finetune import LoRATrainer, TrainingConfig, merge
 from sage_finetune.checkpoint import RunWriter, check_folder
 from sage_finetune.cli import main
 from sage_finetune.core.errors import FinetuneError, RunError
-from sage_finetune.core.places import check_links, is_inside
+from sage_finetune.core.places import check_links, is_inside, own_files
 from sage_finetune.core.storage import copy_atomic, expand_home, folder_atomic, open_append, write_atomic
 from sage_finetune.data import prepare
 from sage_finetune.diagnosis import doctor
@@ -22,6 +23,7 @@ from sage_finetune.launch import log_lines
 from sage_finetune.runs import list_runs, read_meta, read_status, run_info, write_meta
 from sage_finetune.tasks import prepare_run
 
+PART_MANIFEST = ".linked_part.json"  # behind a part of a run that is a link
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="links need rights there")
 
 
@@ -126,15 +128,15 @@ def test_looking_says_it_too(run, victim):
 
 @pytest.mark.parametrize("part", ["checkpoints", "lora_weights"])
 def test_a_part_on_a_scratch_disk_is_kept(tmp_path, part):
-    "Trained, resumed, replaced, prepared anew and merged: the link stays, what is behind it is written, what else lies there stays"
+    "Trained, resumed, replaced, prepared anew and merged: the link stays, what is behind it is written, what somebody puts there later stays"
     scratch = tmp_path/"scratch"
     scratch.mkdir()
-    (scratch/"precious.txt").write_text("mine")
     run = prepared(tmp_path/"run", max_steps=2, save_steps=1)
     (run/part).symlink_to(scratch)
-    def holds(): return (run/part).is_symlink() and (scratch/"precious.txt").read_text() == "mine" and len(list(scratch.iterdir())) > 1
+    def holds(): return (run/part).is_symlink() and (scratch/"precious.txt").read_text() == "mine" and len(list(scratch.iterdir())) > 2
     LoRATrainer(read_meta(run).to_config()).train(show=False)
-    assert holds() and not [path for path in scratch.iterdir() if path.name[0] == "."]
+    (scratch/"precious.txt").write_text("mine")
+    assert holds() and [path.name for path in scratch.iterdir() if path.name[0] == "."] == [PART_MANIFEST]
     config = read_meta(run).to_config()
     config.max_steps = 3
     LoRATrainer(config).train(show=False, resume=True)
@@ -146,7 +148,21 @@ def test_a_part_on_a_scratch_disk_is_kept(tmp_path, part):
         assert holds() and [path.name for path in (run/"checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
     merge(run)
     said_by(prepare_run, "custom", run, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
-    assert (run/part).is_symlink() and [path.name for path in scratch.iterdir()] == ["precious.txt"]
+    assert (run/part).is_symlink() and sorted(path.name for path in scratch.iterdir()) == [PART_MANIFEST, "precious.txt"]
+
+
+@pytest.mark.parametrize("part", ["prepared", "logs"])
+def test_rows_and_curves_on_a_scratch_disk(tmp_path, part):
+    "The link stays and the files are behind it; a second run takes the prepared rows from there"
+    run, scratch = prepared(tmp_path/"run", max_steps=1, report_to="tensorboard"), tmp_path/"scratch"
+    scratch.mkdir()
+    (run/part).symlink_to(scratch)
+    for _ in range(2):
+        config = read_meta(run).to_config(report_to="tensorboard")
+        config.overwrite_output_dir = True
+        LoRATrainer(config).train(show=False)
+        others = [path.name for path in scratch.iterdir() if path.name != PART_MANIFEST]
+        assert (run/part).is_symlink() and (scratch/PART_MANIFEST).exists() and (len(others) == 1 if part == "prepared" else others)
 
 
 def test_a_merged_model_on_a_scratch_disk(run, tmp_path):
@@ -199,6 +215,201 @@ def test_a_copy_that_points_back_deletes_nothing(run, tmp_path):
     before = tree(run)
     with pytest.raises(RunError, match="into another run"): prepare_run("custom", twin, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
     assert tree(run) == before
+
+
+# ---- links below a part -----------------------------------------------------------------------------------------------
+
+BELOW = ("checkpoints/checkpoint-1", "checkpoints/checkpoint-2", "checkpoints/checkpoint-3", "checkpoints/best-3", "checkpoints/checkpoint-2/deep", "checkpoints/deep/er/and/deeper", "checkpoints/.replaced-abcdefgh",
+    "prepared/prepared-0123456789abcdef", "prepared/deep/x", "lora_weights/adapter_model.safetensors", "lora_weights/deep", "logs/run", "logs/deep/events.out.tfevents.1", "merged_model/deep")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A run of two steps; tests take copies"
+    run = prepared(tmp_path_factory.mktemp("trained")/"run", max_steps=2, save_steps=1)
+    LoRATrainer(read_meta(run).to_config()).train(show=False)
+    return run
+
+
+@pytest.fixture
+def gift(trained, tmp_path):
+    "The run of a stranger, and somebody's files with names that a run has"
+    victim = tmp_path/"victim"
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md", "state.safetensors", "report.json", "train.arrow", "config.json", "mine.txt",
+                 ".checkpoint-9.abcdefgh.part/x", "checkpoint-1/adapter_model.safetensors", "checkpoint-2/notes.txt"):
+        (victim/name).parent.mkdir(parents=True, exist_ok=True)
+        (victim/name).write_text(f"MINE {name}")
+    return copy(trained, tmp_path/"run"), victim
+
+
+def put_link(path, target):
+    "A link in the place of whatever is there"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+def go_on(run, part=""):
+    "Everything that writes into a run folder, merging where that is about the part; the sentences that refused it"
+    def train(**how):
+        config = read_meta(run).to_config()
+        for name, value in dict(max_steps=3, eval_ratio=0.2, eval_steps=1, load_best_model_at_end=True, overwrite_output_dir=not how).items(): setattr(config, name, value)
+        LoRATrainer(config).train(show=False, **how)
+    said = []
+    actions = lambda: train(resume=True), lambda: merge(run) if part == "merged_model" else None, train, lambda: prepare_run("custom", run, data=write_rows(run.parent/"rows.jsonl"), overwrite=True)
+    for action in actions:
+        try: said_by(action)
+        except FinetuneError as error: said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("name", BELOW)
+def test_links_below_a_part_are_refused(gift, name):
+    "Before anything is loaded, with the link's name, for folders and for files; what it leads to stays as it is"
+    run, victim = gift
+    put_link(run/name, victim/"README.md" if name.endswith(("safetensors", ".1")) else victim)
+    def rest(): return {path: value for path, value in tree(run).items() if not path.startswith(("run_manifest", "merged_model"))}
+    before, kept = tree(victim), rest()
+    for resume in (True, "auto"):
+        with pytest.raises(RunError, match=f"{name} is a link.*Remove it"): check_folder(recipe(run.parent), resume)
+    said = go_on(run, name.split("/")[0])
+    assert tree(victim) == before and (run/name).is_symlink() and rest() == kept
+    assert len(said) >= 3 and all(name in sentence for sentence in said)
+
+
+@pytest.mark.parametrize("name", BELOW[:3] + BELOW[7:9])
+def test_links_below_a_part_in_a_run_that_was_not_trained(run, victim, name):
+    put_link(run/name, victim)
+    before = tree(victim)
+    with pytest.raises(RunError, match=f"{name} is a link"): LoRATrainer(read_meta(run).to_config()).train(show=False)
+    assert tree(victim) == before
+
+
+def test_wandb_keeps_links_to_its_newest_files(gift):
+    "They lead to its own folder; one that leads elsewhere is refused like any other"
+    run, victim = gift
+    (run/"logs"/"wandb"/"run-1").mkdir(parents=True)
+    (run/"logs"/"wandb"/"latest-run").symlink_to("run-1")
+    (run/"logs"/"wandb"/"debug.log").symlink_to("run-1/logs/debug.log")
+    check_links(run)
+    (run/"logs"/"wandb"/"latest").symlink_to("../../../victim")
+    with pytest.raises(RunError, match="logs/wandb/latest is a link"): check_links(run)
+
+
+def test_who_writes_a_folder_asks_by_himself(gift):
+    "Also where nobody has looked before: a checkpoint, the best adapter, prepared rows, and a folder within a folder behind a link"
+    from sage_finetune.checkpoint import save_checkpoint
+    from sage_finetune.model import load_tokenizer
+    run, victim = gift
+    trainer = LoRATrainer(recipe(run.parent, data_path=write_rows(run.parent/"rows.jsonl"), output_dir=run.parent/"other")).setup()
+    before = tree(victim)
+    put_link(run/"checkpoints"/"checkpoint-7", victim)
+    with pytest.raises(RunError, match="it is a link"): save_checkpoint(run/"checkpoints", 7, trainer.model, {})
+    cache = run.parent/"cache"
+    prepare(run.parent/"rows.jsonl", load_tokenizer("tiny"), show=False, cache_dir=cache)
+    put_link(next(cache.glob("prepared-*")), victim)
+    with pytest.raises(RunError, match="it is a link"): prepare(run.parent/"rows.jsonl", load_tokenizer("tiny"), show=False, cache_dir=cache)
+    put_link(run.parent/"model", run.parent/"behind")
+    put_link(run.parent/"behind"/"deep", victim)
+    with pytest.raises(RunError, match="it is a link"), folder_atomic(run.parent/"model", through_link=True) as temp:
+        (temp/"deep").mkdir()
+        (temp/"deep"/"README.md").write_text("evil")
+    assert tree(victim) == before
+
+
+# ---- parts that lead to somebody's files -------------------------------------------------------------------------------
+
+def listed(folder, below=""):
+    "What a manifest says of the files in a folder"
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return {below + name: [dict(size=(folder/name).stat().st_size, sha256=hashlib.sha256((folder/name).read_bytes()).hexdigest())] for name in names}
+
+
+PARTS = ("checkpoints", "lora_weights", "merged_model", "logs", "prepared")
+
+
+@pytest.mark.parametrize("manifest", ["right", "none", "report"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_manifest_proves_nothing_of_what_lies_behind_a_link(gift, part, manifest):
+    "Whatever the run folder says, with sizes and hashes: the files are refused, named, and stay"
+    run, victim = gift
+    put_link(run/part, victim)
+    content = json.loads((run/"run_manifest.json").read_text())
+    content["files"] |= listed(victim, f"{part}/")
+    if manifest == "right": (run/"run_manifest.json").write_text(json.dumps(content))
+    if manifest == "none": (run/"run_manifest.json").unlink()
+    if manifest == "report": (victim/"merge_report.json").write_text(json.dumps(dict(files=listed(victim))))
+    before = tree(victim)
+    assert not [name for name in own_files(run) if name.startswith(f"{part}/")]
+    with pytest.raises(RunError, match=f"{part} is a link to {victim}, which holds .*adapter_config.json.*empty folder"): check_folder(recipe(run.parent), "auto")
+    assert go_on(run, part) and tree(victim) == before and (run/part).is_symlink()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_one_file_of_somebody_is_enough(run, victim, part):
+    "A run that was never trained does not fill a folder that is in use"
+    put_link(run/part, victim)
+    before = tree(victim)
+    with pytest.raises(RunError, match="which holds .*bashrc"): LoRATrainer(read_meta(run).to_config()).train(show=False)
+    assert tree(victim) == before
+
+
+def test_the_folder_of_another_run(gift):
+    "A manifest behind the link counts for one part of one run: not for a copy, not for another part"
+    run, _ = gift
+    scratch = run.parent/"scratch"
+    scratch.mkdir()
+    shutil.rmtree(run/"checkpoints")
+    (run/"checkpoints").symlink_to(scratch)
+    said_by(lambda: LoRATrainer(recipe(run.parent, overwrite_output_dir=True, max_steps=1)).train(show=False))
+    before = tree(scratch)
+    assert [name for name in own_files(run) if name.startswith("checkpoints/")]
+    twin = run.parent/"twin"
+    shutil.copytree(run, twin, symlinks=True)
+    with pytest.raises(RunError, match="belongs to another run or part .*moved"): check_folder(recipe(run.parent, output_dir=twin), "auto")
+    assert go_on(twin) and not [name for name in own_files(twin) if name.startswith("checkpoints/")]
+    put_link(run/"lora_weights", scratch)
+    with pytest.raises(RunError, match="lora_weights is a link .*belongs to another"): check_folder(recipe(run.parent), "auto")
+    assert tree(scratch) == before
+    (run/"lora_weights").unlink()
+    shutil.rmtree(twin)
+    run.rename(twin)
+    edit(scratch/PART_MANIFEST, run=str(twin))  # the way out that was named
+    check_folder(recipe(run.parent, output_dir=twin), "auto")
+    assert [name for name in own_files(twin) if name.startswith("checkpoints/")]
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "7", '{"files": 7}', '{"files": {}}', '{"files": {}, "run": "/elsewhere", "part": "checkpoints"}', '{"files": {"a": 7}, "run": 7}', "link"])
+def test_a_manifest_behind_a_link_that_is_none(run, tmp_path, content):
+    put_link(run/"checkpoints", tmp_path/"scratch")
+    (tmp_path/"scratch").mkdir()
+    (tmp_path/"scratch"/"checkpoint-1").mkdir()
+    if content == "link":
+        (tmp_path/"real.json").write_text(json.dumps(dict(files={}, run=str(run.resolve()), part="checkpoints")))
+        (tmp_path/"scratch"/PART_MANIFEST).symlink_to(tmp_path/"real.json")
+    else: (tmp_path/"scratch"/PART_MANIFEST).write_text(content)
+    with pytest.raises(RunError, match="checkpoints is a link to .*nothing is written there"): check_links(run)
+
+
+def test_names_behind_a_link_are_bound_like_all_others(run, tmp_path):
+    "A manifest behind a link that was tampered with reaches no further than the folder, and no file that a run does not have"
+    scratch = tmp_path/"scratch"
+    (scratch/"deep").mkdir(parents=True)
+    put_link(run/"checkpoints", scratch)
+    for path in (tmp_path/"mine.json", scratch/"mine.json", scratch/"deep"/"mine.json"): path.write_text("mine")
+    entry = listed(scratch)["mine.json"]
+    content = dict(files={name: entry for name in ("../mine.json", "mine.json", "deep/mine.json", "checkpoint-1/../../mine.json", str(tmp_path/"mine.json"))}, run=str(run.resolve()), part="checkpoints")
+    (scratch/PART_MANIFEST).write_text(json.dumps(content))
+    assert own_files(run) == ["training_data_custom_alpaca.json"]
+    said_by(prepare_run, "custom", run, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
+    assert (tmp_path/"mine.json").exists() and (scratch/"mine.json").exists() and (scratch/"deep"/"mine.json").exists()
+
+
+def test_a_link_to_the_run_itself(run):
+    for target in (".", "../run", ".."):
+        put_link(run/"checkpoints", target)
+        with pytest.raises(RunError, match="the run folder, or one above it"): check_links(run)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "status.json", "training_config.json", "finetune_meta.json", "run_manifest.json", "bad_rows.jsonl", "launch.json", "train.log", ".lock"])

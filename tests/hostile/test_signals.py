@@ -14,7 +14,7 @@ from helpers import change, prepared, until, write_rows
 
 from sage_finetune.checkpoint import RunWriter, check_folder
 from sage_finetune.core.errors import RunError
-from sage_finetune.core.processes import find_process, is_locked, start_mark, stop_requested
+from sage_finetune.core.processes import find_process, holds_lock, is_locked, lock_holders, start_mark, stop_requested
 from sage_finetune.launch import attached, last_launch, start_run, stop_run
 from sage_finetune.runs import process_gone, read_meta, read_status, run_info, still_works, trainer_process, write_status
 from sage_finetune.tasks import prepare_run, refuse_taken
@@ -205,7 +205,7 @@ def test_the_trainer_of_another_folder(run, tmp_path, sent):
 
 # ---- processes that do train --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes", [{}, dict(start_mark=""), dict(updated=""), dict(updated="2054-01-01T00:00:00+00:00", host="")], ids=["as written", "older version", "no time", "in 2054"])
+@pytest.mark.parametrize("changes", [{}, dict(updated=""), dict(updated="2054-01-01T00:00:00+00:00", host="")], ids=["as written", "no time", "in 2054"])
 def test_who_holds_the_lock_is_stopped(run, changes):
     trainer = holder(run)
     try:
@@ -217,6 +217,17 @@ def test_who_holds_the_lock_is_stopped(run, changes):
         assert stop_run(run) and trainer.wait(timeout=30) == -signal.SIGTERM
     finally: end(trainer)
     assert not stop_run(run) and run_info(run).state == "failed (process gone)"
+
+
+def test_a_number_without_a_mark_is_in_use_and_not_signalled(run, sent):
+    "It holds the lock, but whoever wrote the number did not know when that process was started"
+    trainer = holder(run)
+    try:
+        claims(run, trainer.pid)
+        assert still_works(read_status(run), run) and trainer_process(read_status(run), run) is None
+        assert f"process {trainer.pid}" in asked(check_folder, read_meta(run).to_config(), resume="auto")
+        assert "Nobody was stopped" in asked(stop_run, run) and sent == []
+    finally: end(trainer)
 
 
 @pytest.mark.parametrize("wrong", [dict(start_mark="a/1"), dict(pid=-1), dict(pid=None), dict(pid="x"), dict(host="elsewhere")], ids=lambda wrong: json.dumps(wrong))
@@ -295,6 +306,84 @@ def test_things_that_are_no_lock(run, tmp_path):
     os.mkfifo(run/".lock")
     claims(run, os.getppid())
     nobody_works(run)
+
+
+LOCKS = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("holds it", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def foreign_lock(run):
+    "A file of another program, which holds a lock on it; the lock file of the run is a second name of it"
+    other = run.parent/"other.lock"
+    child = subprocess.Popen([sys.executable, "-c", LOCKS, str(other)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "holds it\n"
+    os.link(other, run/".lock")
+    yield child
+    alive = child.poll() is None
+    end(child)
+    assert alive, "somebody ended a program that trained nothing"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="takes the lock as other systems do")
+@pytest.mark.parametrize("mark", ["none", "right"])
+@pytest.mark.parametrize("host", ["", None], ids=["nowhere", "here"])
+def test_a_second_name_of_a_foreign_lock(run, foreign_lock, sent, mark, host):
+    "A run folder can hold a hard link to a file that a database or a mail program has locked"
+    claims(run, foreign_lock.pid, host=host, start_mark=start_mark(foreign_lock.pid) if mark == "right" else "")
+    assert is_locked(run/".lock") is None and lock_holders(run/".lock") == set() and holds_lock(psutil.Process(foreign_lock.pid), run/".lock") is None
+    assert trainer_process(read_status(run), run) is None
+    assert asked(stop_run, run) is False if mark == "none" else "Nobody was stopped" in asked(stop_run, run)
+    notes(run, foreign_lock.pid)
+    asked(stop_run, run)
+    assert sent == []
+
+
+def test_a_second_name_of_a_file_is_no_lock(run):
+    "Nor is it taken or emptied: the run is refused in a sentence with the way out"
+    mine = run.parent/"mine.txt"
+    mine.write_text("mine")
+    os.link(mine, run/".lock")
+    for resume in (False, "auto"):
+        with pytest.raises(RunError, match="[.]lock is one of several names .*Remove it"): check_folder(read_meta(run).to_config(), resume)
+    with pytest.raises(RunError, match="several names"): RunWriter(read_meta(run).to_config(), total=3)
+    assert "several names" in asked(prepare_run, "custom", run, data=write_rows(run.parent/"more.jsonl"), overwrite=True) and mine.read_text() == "mine"
+    (run/".lock").unlink()
+    RunWriter(read_meta(run).to_config(), total=3).close("completed")
+
+
+def test_a_lock_of_another_user(run, monkeypatch, sent):
+    "Whoever shares this machine can hold a lock in their folder and know when a process of yours was started"
+    trainer = holder(run)
+    try:
+        assert trainer_process(read_status(run), run)
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1, raising=False)
+        assert is_locked(run/".lock") is None and trainer_process(read_status(run), run) is None
+        assert "Nobody was stopped" in asked(stop_run, run) and "in use" in asked(start_run, run) and sent == []
+    finally: end(trainer)
+
+
+@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl", "status.json", "training_config.json", "run_manifest.json", "launch.json", "training_data_custom_alpaca.json"])
+def test_a_second_name_of_a_file_is_not_written(run, name):
+    "What is written on is refused, what is replaced becomes a file of its own; the other name keeps its content"
+    mine = run.parent/"mine.txt"
+    if name == "launch.json": notes(run, 1 << 21)
+    mine.write_text((run/name).read_text() if (run/name).exists() else "" if name == "metrics.jsonl" else "mine\n")
+    before = mine.read_text()
+    (run/name).unlink(missing_ok=True)
+    os.link(mine, run/name)
+    if name in ("train.log", "launch.json"):
+        process = asked(start_run, run)
+        if name == "train.log": assert "hard link" in process and "Remove it" in process
+        else: end(process)
+    asked(lambda: RunWriter(read_meta(run).to_config(), total=3, resumed_at=0).close("completed"))
+    asked(prepare_run, "custom", run, data=write_rows(run.parent/"more.jsonl"), overwrite=True)
+    assert mine.read_text() == before
 
 
 def test_many_who_look_at_once(run):
