@@ -287,7 +287,7 @@ def test_a_header_of_eight_exabytes(tmp_path):
     with pytest.raises(ModelError): load_base(PresetConfigs.tiny(model_name=str(folder), data_path="example", output_dir=tmp_path/"run", device="cpu"))
 
 
-PATTERNS = ["(.*)*x", "(.+)+x", "((a|.)*)*x", r"(\w+\.?)+:", ".*.*.*.*.*.*.*.*.*.*.*.*.*x"]
+PATTERNS = ["(.*)*x", "(.+)+x", "((a|.)*)*x", r"(\w+\.?)+:", ".*.*.*.*.*.*.*.*.*.*.*.*.*x", ".?" * 40 + "!", "(?:.|)" * 40 + "!", ".{0,9}" * 9 + "!"]
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +304,8 @@ def test_patterns_of_other_kinds_work():
     names = [f"model.layers.{at}.mlp.{kind}_proj" for at in range(200) for kind in ("up", "down")]
     assert check_patterns([("fullmatch", r".*\.(up|down)_proj"), ("fullmatch", r"(model|layers|\.|\d)+\.mlp\.up_proj"), ("match", r"(?:[a-z]+\.)+\d+")], names) == ""
     assert "cannot be tried" in check_patterns([("match", "(a)*(")], names) and "longer than" in check_patterns([("match", "a" * 5000)], names)
+    assert check_patterns([("match", rf"(.*\.)?({name})$") for name in names], names) == ""  # each layer by its own name
+    with within(5): assert "1,000 patterns for 400 layers" in check_patterns([("match", f"key{at}") for at in range(1000)], names)
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +315,7 @@ def adapter(base, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("fields", [dict(target_modules="(.*)*x"), dict(exclude_modules="(.*)*x"), dict(rank_pattern={"(.*)*x": 8}), dict(alpha_pattern={"(.*)*x": 8}), dict(layers_pattern="(.*)*x", layers_to_transform=[1]),
+@pytest.mark.parametrize("fields", [dict(target_modules="(.*)*x"), dict(exclude_modules="(.*)*x"), dict(rank_pattern={"(.*)*x": 8}), dict(rank_pattern={".?" * 40 + "!": 8}), dict(rank_pattern={f"key{at}": 8 for at in range(50_000)}), dict(alpha_pattern={f"key{at}": 8 for at in range(300_000)}), dict(alpha_pattern={"(.*)*x": 8}), dict(layers_pattern="(.*)*x", layers_to_transform=[1]),
                                     dict(modules_to_save=["(.*)*x"]), dict(r=10**9), dict(r=10**6), dict(rank_pattern=dict(q_proj=10**6)), dict(trainable_token_indices=[10**9]),
                                     dict(trainable_token_indices=dict(embed_tokens=[10**7])), dict(target_modules=["x"] * 10**6), dict(lora_alpha=1e308)], ids=lambda fields: str(fields)[:40])
 def test_an_adapter_of_endless_settings_is_refused(base, adapter, tmp_path, monkeypatch, fields):
