@@ -13,7 +13,7 @@ import pytest
 
 from sage_finetune import corpus
 from sage_finetune.config import LoRAConfig, PresetConfigs, TrainingConfig, tiny_path
-from sage_finetune.core import limits
+from sage_finetune.core import limits, sandbox
 from sage_finetune.core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
 from sage_finetune.core.limits import check_patterns, walk_folder
 from sage_finetune.core.sandbox import compile_template
@@ -63,6 +63,10 @@ LOOPS = {
     "sums in a loop": "{% for a in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
     "comparisons of long texts": "{% set x = 'x' * 10**7 %}{% for a in range(99999) %}{% if x == x | lower %}{% endif %}{% endfor %}",
     "a generator": "{% for a in range(99999) | map('string') %}{% for b in range(99999) | map('string') %}{% endfor %}{% endfor %}",
+    "a filter that hands nothing on": "{% set s = range(99999) | list %}{{ range(99999) | reject('in', s) | first }}",
+    "a filter of a few": "{{ ([0.5] * 9999) | select('in', range(99999) | list) | list }}",
+    "searches": "{% set s = range(99999) | list %}" + "{% if -1 in s %}{% endif %}" * 1500, "comparisons of lists": "{% set s = range(99999) | list %}{% set t = range(99999) | list %}" + "{{ s == t }}" * 2000,
+    "tests": "{% set s = range(99999) | list %}" + "{{ -1 is in(s) }}" * 1500, "methods of a list": "{% set s = range(99999) | list %}" + "{{ s.count(-1) }}" * 1500,
 }
 SIZES = {
     "times": "{{ 'x' * 10**9 }}", "a list times": "{{ [1] * 10**9 }}", "power": "{{ 2 ** 100000000 }}", "squares": "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
@@ -75,11 +79,20 @@ SIZES = {
     "a mapped filter": "{{ ['a'] | map('center', 10**9) | list }}", "a filter block": "{% filter center(10**9) %}x{% endfilter %}", "added to itself": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
     "joined to itself": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "a list in itself": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
     "a dictionary in itself": "{% set n = namespace(x={}) %}{% for i in range(60) %}{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x | tojson }}", "written often": "{% set x = 'x' * 10**7 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
+    "slices": "{% set x = 'x' * 10**7 %}" + "".join(f"{{% set x{at} = x[1:] %}}" for at in range(2000)), "slices of a list": "{% set x = range(99999) | list %}" + "".join(f"{{% set x{at} = x[:] %}}" for at in range(2000)),
+    "a long sum of texts": "{% set s = range(99999) | list %}{{ s" + " ~ s" * 2000 + " }}", "written in a macro": "{% set s = range(99999) | list %}{% macro f() %}" + "{{ s }}" * 2000 + "{% endmacro %}{{ f() }}",
+    "escaped in a macro": "{% set s = range(99999) | list %}{% autoescape true %}{% macro f() %}" + "{{ s }}" * 2000 + "{% endmacro %}{{ f() }}{% endautoescape %}",
+    "long numbers": "{{ [2 ** 14000] * 99999 }}",
     "a block set": "{% set x %}{% for i in range(99999) %}{{ 'y' * 9999 }}{% endfor %}{% endset %}{{ x }}",
 }
 FAILS = {
     "division": "{{ 1 / 0 }}", "remainder": "{{ 1 % 0 }}", "range": "{{ range(10**9) | list }}", "float": "{{ 10.0 ** 400 }}", "int to float": "{{ 10 ** 400 * 1.0 }}", "endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "digits": "{{ 10 ** 5000 }}", "encoding": "{{ 'a'.encode('nothing') }}", "include": "{% include 'x' %}", "width of a date": "{{ strftime_now('%1000000000d') }}", "cycler": "{{ cycler() }}", "an attribute": "{{ namespace(__init__=1) }}",
+}
+MANY = {
+    "names and branches": "".join(f"{{% set a{at} = 1 %}}" for at in range(6000)) + "{% if a1 %}{% endif %}" * 5000, "names and loops": "".join(f"{{{{ a{at} }}}}" for at in range(6000)) + "{% for m in x %}{% endfor %}" * 5000,
+    "names and includes": "{% for m in messages %}" + "".join(f"{{% set a{at} = 1 %}}" for at in range(4000)) + "{% include 'x' %}" * 8000 + "{% endfor %}",
+    "constants": "{{ 'x' | center(90000) }}" * 9000, "macros in each other": "{% macro f() %}" * 40 + "{{ a }}" * 25_000 + "{% endmacro %}" * 40, "macros": "".join(f"{{% macro f{at}(a) %}}{{% endmacro %}}" for at in range(7500)),
 }
 UNREADABLE = {
     "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "ifs": "{% if a %}" * 3000 + "{% endif %}" * 3000, "loops": "{% for a in b %}" * 60 + "{% endfor %}" * 60, "long": "x" * 10**8, "digits": "{{ " + "9" * 10**5 + " }}",
@@ -88,7 +101,8 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("template", (LOOPS | SIZES).values(), ids=(LOOPS | SIZES).keys())
-def test_a_template_that_is_too_much_is_stopped_in_a_sentence(with_template, template):
+def test_a_template_that_is_too_much_is_stopped_in_a_sentence(with_template, monkeypatch, template):
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
     tokenizer = with_template("{% for m in messages %}{{ m.content }}{% endfor %}" + template)
     with within(40), pytest.raises(ModelError, match="^the chat template was stopped: it "): template_text(TALK, tokenizer)
 
@@ -105,6 +119,25 @@ def test_a_template_that_fails_says_so_in_a_sentence(with_template, template):
 @pytest.mark.parametrize("template", UNREADABLE.values(), ids=UNREADABLE.keys())
 def test_a_template_that_cannot_be_compiled_says_so_in_a_sentence(with_template, template):
     with within(20), pytest.raises(ModelError, match="^the chat template (cannot be read|has 100,000,000)"): template_text(TALK, with_template(template))
+
+
+@pytest.mark.parametrize("template", MANY.values(), ids=MANY.keys())
+def test_a_template_that_takes_long_to_compile_is_stopped_in_a_sentence(template):
+    "Before it is rendered at all"
+    with within(40), pytest.raises(ModelError, match="^the chat template was stopped: it"): compile_template(template)
+
+
+def test_namespaces_in_each_other_are_not_spelt_out():
+    made = "".join(f"{{% set n{at} = namespace() %}}" for at in range(40)) + "".join(f"{{% set n{at}.a = n{at + 1} %}}{{% set n{at}.b = n{at + 1} %}}" for at in range(39))
+    with within(20): assert compile_template(made + "{{ n0 }}{{ [n0] | string | length }}")() == "<Namespace>13"
+
+
+def test_what_is_counted_is_what_jinja_writes():
+    "Counters change no result: lists, slices, comparisons and lazy filters beside a plain environment"
+    import jinja2
+    source = "{% set s = range(200) | list %}{{ s[3:9:2] }}{{ 3 in s[:5] }}{{ s[:2] == [0, 1] }}{{ 1 < 2 < s[5] }}{{ 'a' ~ s[:2] ~ none }}{{ s | select('in', s[190:]) | list }}{{ s | reject('gt', 3) | map('string') | join('-') }}"
+    source += "{{ [] | select | list }}{{ 'abc' | map('upper') | join }}{{ nothing | select | list }}{{ s | selectattr('x') | list }}{% autoescape true %}{{ '<' }}{% endautoescape %}{{ 1.5 }}{{ 'b' is in('abc') }}"
+    assert compile_template(source)() == jinja2.Environment().from_string(source).render()
 
 
 @pytest.mark.parametrize("given", [7, ["x"], {"default": 7}, {"default": "{{ 'x' * 10**9 }}"}, {"default": ["x"]}], ids=str)
