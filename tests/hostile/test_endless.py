@@ -15,6 +15,7 @@ from sage_finetune import corpus
 from sage_finetune.config import LoRAConfig, PresetConfigs, TrainingConfig, tiny_path
 from sage_finetune.core import limits, sandbox
 from sage_finetune.core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
+from sage_finetune.core.fingerprint import fingerprint_weights, weight_files
 from sage_finetune.core.limits import check_patterns, walk_folder
 from sage_finetune.core.sandbox import compile_template
 from sage_finetune.corpus import code_rows, first_sentence
@@ -92,7 +93,7 @@ FAILS = {
 MANY = {
     "names and branches": "".join(f"{{% set a{at} = 1 %}}" for at in range(6000)) + "{% if a1 %}{% endif %}" * 5000, "names and loops": "".join(f"{{{{ a{at} }}}}" for at in range(6000)) + "{% for m in x %}{% endfor %}" * 5000,
     "names and includes": "{% for m in messages %}" + "".join(f"{{% set a{at} = 1 %}}" for at in range(4000)) + "{% include 'x' %}" * 8000 + "{% endfor %}",
-    "constants": "{{ 'x' | center(90000) }}" * 9000, "macros in each other": "{% macro f() %}" * 40 + "{{ a }}" * 25_000 + "{% endmacro %}" * 40, "macros": "".join(f"{{% macro f{at}(a) %}}{{% endmacro %}}" for at in range(7500)),
+    "constants": "{{ 'x' | center(90000) }}" * 9000, "macros": "".join(f"{{% macro f{at}(a) %}}{{% endmacro %}}" for at in range(7500)),
 }
 UNREADABLE = {
     "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "ifs": "{% if a %}" * 3000 + "{% endif %}" * 3000, "loops": "{% for a in b %}" * 60 + "{% endfor %}" * 60, "long": "x" * 10**8, "digits": "{{ " + "9" * 10**5 + " }}",
@@ -318,6 +319,38 @@ def test_a_header_of_eight_exabytes(tmp_path):
     folder = shutil.copytree(tiny_path(), tmp_path/"model")
     (folder/"model.safetensors").write_bytes((2**63 - 1).to_bytes(8, "little") + b"{}")
     with pytest.raises(ModelError): load_base(PresetConfigs.tiny(model_name=str(folder), data_path="example", output_dir=tmp_path/"run", device="cpu"))
+
+
+def weights(path, places, size):
+    "A safetensors file whose tensors lie where it says"
+    header = json.dumps({f"t{at}": dict(dtype="U8", shape=[24], data_offsets=place) for at, place in enumerate(places)}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + size)
+
+
+@pytest.mark.parametrize("places, size", [([[0, 50 << 20]] * 10_000, 50 << 20), ([[0, 24], [12, 36], [24, 48]], 48), ([[0, 24], [30, 54]], 54), ([[0, 24], [24, 48]], 60), ([[4, 24]], 24), ([[0, 24], [24, 12], [12, 24]], 24), ([["a", "b"]], 24), ([[0]], 24)],
+                         ids=["ten thousand", "overlap", "gap", "more at the end", "gap in front", "backwards", "texts", "one"])
+def test_no_byte_of_weights_is_hashed_twice(tmp_path, places, size):
+    weights(tmp_path/"model.safetensors", places, size)
+    with within(10), pytest.raises(ModelError, match="cannot be read as safetensors") as said: fingerprint_weights(tmp_path)
+    assert len(str(said.value)) < 1000
+
+
+@pytest.mark.skipif(not hasattr(os, "SEEK_HOLE"), reason="holes are not seen here")
+def test_weights_that_were_never_written(tmp_path):
+    weights(tmp_path/"model.safetensors", [[0, 4 << 40]], 4 << 40)
+    if os.stat(tmp_path/"model.safetensors").st_blocks * 512 > 1 << 30: pytest.skip("this file system has no holes")
+    with within(10), pytest.raises(ModelError, match="were ever written"): fingerprint_weights(tmp_path)
+
+
+def test_one_file_under_many_names_is_hashed_once(tmp_path):
+    weights(tmp_path/"a.safetensors", [[0, 24], [24, 24], [24, 48]], 48)
+    one = fingerprint_weights(tmp_path)
+    for at in range(50): os.link(tmp_path/"a.safetensors", tmp_path/f"b{at}.safetensors")
+    assert [path.name for path in weight_files(tmp_path)] == ["a.safetensors"] and fingerprint_weights(tmp_path) == one
+    for content in ("[" * 100_000, "[]", '{"weight_map": 7}', "9" * 100_000):
+        (tmp_path/"model.safetensors.index.json").write_text(content)
+        with within(10), pytest.raises(ModelError, match="cannot be read"): weight_files(tmp_path)
 
 
 PATTERNS = ["(.*)*x", "(.+)+x", "((a|.)*)*x", r"(\w+\.?)+:", ".*.*.*.*.*.*.*.*.*.*.*.*.*x", ".?" * 40 + "!", "(?:.|)" * 40 + "!", ".{0,9}" * 9 + "!"]
