@@ -2257,6 +2257,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sage_finetune.runs._find': ('runs.html#_find', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs._has_name': ('runs.html#_has_name', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs._is_recent': ('runs.html#_is_recent', 'sage_finetune/runs.py'),
+                                    'sage_finetune.runs._last_loss': ('runs.html#_last_loss', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs._run_folders': ('runs.html#_run_folders', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs._task_and_model': ('runs.html#_task_and_model', 'sage_finetune/runs.py'),
                                     'sage_finetune.runs._whole_parts': ('runs.html#_whole_parts', 'sage_finetune/runs.py'),

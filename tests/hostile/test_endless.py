@@ -288,6 +288,40 @@ def test_metrics_of_a_stranger(tmp_path):
     assert len(text_table(["a"], [["x" * 10**7], *[["y"]] * 500])) < 10**5
 
 
+@pytest.fixture
+def listed(tmp_path):
+    "A run that is as it should be, and one whose metrics are given"
+    def list_them(metrics):
+        for name in ("a", "b"):
+            (tmp_path/name).mkdir(exist_ok=True)
+            PresetConfigs.tiny(data_path="example", output_dir=tmp_path/name).save(tmp_path/name/"training_config.json")
+            (tmp_path/name/"metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+        (tmp_path/"a"/"metrics.jsonl").write_bytes(metrics)
+        with within(15): first, second = list_runs(tmp_path)
+        assert second.loss == 2.5
+        return first
+    return list_them
+
+
+def test_long_metrics_are_read_at_their_end(listed, monkeypatch):
+    run = listed(b'{"step": 1, "loss": 1}\n' * 4_000_000 + b'{"step": 2, "loss": 0.5}\n{"step": 3, "eval_loss": 7}\n{"ste')
+    assert (run.state, run.loss) == ("pending", 0.5)
+    monkeypatch.setattr("sage_finetune.runs.MAX_LINES", 1000)
+    with within(20), pytest.raises(RunError, match="more than 1,000 lines"): read_metrics(run.folder)
+
+
+@pytest.mark.parametrize("metrics", [b"\n" * (300 << 20), b"x" * (30 << 20), b"[]\n" * 10**6, b"\0" * (2 << 20)], ids=["blank lines", "one line", "lists", "zeros"])
+def test_metrics_without_rows_are_a_remark_on_one_run(listed, metrics):
+    run = listed(metrics)
+    assert run.state == "unreadable" and "ends without a row" in run.message
+
+
+def test_a_list_that_takes_too_long_names_every_run(listed, tmp_path, monkeypatch):
+    listed(b"")
+    monkeypatch.setattr("sage_finetune.runs.MAX_LIST", -1.)
+    assert [(run.name, run.state) for run in list_runs(tmp_path)] == [("a", "unreadable"), ("b", "unreadable")]
+
+
 # ---- settings ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("field, value", [("vocab_size", 10**12), ("num_hidden_layers", 10**9), ("hidden_size", 10**9), ("intermediate_size", 10**12), ("num_attention_heads", 10**9),
