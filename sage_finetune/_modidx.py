@@ -1921,6 +1921,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sage_finetune.model._saved_settings': ('model.html#_saved_settings', 'sage_finetune/model.py'),
                                      'sage_finetune.model._shortest': ('model.html#_shortest', 'sage_finetune/model.py'),
                                      'sage_finetune.model._silent_config': ('model.html#_silent_config', 'sage_finetune/model.py'),
+                                     'sage_finetune.model._spell': ('model.html#_spell', 'sage_finetune/model.py'),
                                      'sage_finetune.model._strangers': ('model.html#_strangers', 'sage_finetune/model.py'),
                                      'sage_finetune.model._strength': ('model.html#_strength', 'sage_finetune/model.py'),
                                      'sage_finetune.model._tables': ('model.html#_tables', 'sage_finetune/model.py'),

@@ -325,13 +325,24 @@ def test_a_list_that_takes_too_long_names_every_run(listed, tmp_path, monkeypatc
 # ---- settings ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("field, value", [("vocab_size", 10**12), ("num_hidden_layers", 10**9), ("hidden_size", 10**9), ("intermediate_size", 10**12), ("num_attention_heads", 10**9),
-                                          ("max_position_embeddings", 10**15), ("num_experts", 10**9), ("layer_types", ["full_attention"] * 200_000), ("head_dim", 1e300)], ids=lambda value: str(value)[:24])
+                                          ("max_position_embeddings", 10**15), ("num_experts", 10**9), ("layer_types", ["full_attention"] * 200_000), ("head_dim", 1e300), ("vocab_size", 10**400), ("hidden_size", -10**400),
+                                          ("rope_theta", 10**4000), ("head_dim", float("nan")), ("num_hidden_layers", float("inf")), ("rope_scaling", {str(at): at for at in range(200_000)}), ("initializer_range", {"a" * 10**6: 10**400})], ids=lambda value: str(value)[:24])
 def test_a_model_of_numbers_nobody_trained(tmp_path, field, value):
     folder = shutil.copytree(tiny_path(), tmp_path/"model")
     (folder/"config.json").write_text(json.dumps(json.loads((folder/"config.json").read_text()) | {field: value}))
     config = PresetConfigs.tiny(model_name=str(folder), data_path="example", output_dir=tmp_path/"run", device="cpu")
-    for look in (lambda: load_base(config), lambda: estimate_memory(config)):
-        with within(10), pytest.raises(ModelError, match=f"{field}="): look()
+    for look in (lambda: load_base(config), lambda: estimate_memory(config), lambda: load_tokenizer(str(folder))):
+        with within(10), pytest.raises(ModelError, match="a{59}…=a number of 401 digits" if field == "initializer_range" else f"{field}=") as said: look()
+        assert len(str(said.value)) < 1000
+
+
+@pytest.mark.parametrize("field, value", [("intermediate_size", 0), ("attention_dropout", 1.5), ("attention_dropout", 2**31), ("hidden_size", -5), ("num_attention_heads", "x"), ("hidden_size", None)], ids=str)
+def test_a_model_that_cannot_take_a_step(tmp_path, field, value):
+    "In a sentence with its reason and a way out for a folder"
+    folder = shutil.copytree(tiny_path(), tmp_path/"model")
+    (folder/"config.json").write_text(json.dumps(json.loads((folder/"config.json").read_text()) | {field: value}))
+    with pytest.raises(ModelError) as said: estimate_memory(PresetConfigs.tiny(model_name=str(folder), data_path="example", output_dir=tmp_path/"run", device="cpu"))
+    assert "config.json" in str(said.value) and ":)." not in str(said.value) and "network" not in str(said.value) and "Restore" in str(said.value)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{", '{"vocab_size": ' + "9" * 5000 + "}"], ids=lambda text: text[:16])
