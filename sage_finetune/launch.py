@@ -152,7 +152,7 @@ def attached(
         return replace(launch.status, state='failed', pid=None, message=_last_words(run_dir) or f'the process that was to train {run_dir} ended before it began.')
     if not process_gone(status, run_dir) or not process_gone(status := read_status(run_dir), run_dir): return status
     own = launch and (launch.pid == status.pid or launch.processes > 1)  # else somebody trained it from a terminal, and the log is about another run
-    return replace(status, state='failed', pid=None, message=f'the process that trained {run_dir} is gone. {_last_words(run_dir) if own else ""} resume=True goes on from its last checkpoint.')
+    return replace(status, state='failed', pid=None, message=f'the process that trained {run_dir} is gone. {_last_words(run_dir) + " " if own else ""}resume=True goes on from its last checkpoint.')
 
 def log_lines(
     run_dir: str | Path, # a run folder

@@ -57,7 +57,8 @@ def _shape(place: str) -> Any:
 def _unreadable(model_name: str, error: BaseException) -> str:
     "Why nothing is counted: because code would have to run, or because the file is broken or not to be had"
     if code := model_code(model_name): return _unknown_without(model_name, code)
-    return f'the config.json of model_name={model_name!r} cannot be read ({first_line(error)}). Check the spelling and the network; "tiny" is packaged.'
+    way_out = 'Restore it from a copy, or use another folder' if Path(find_model(model_name)).is_dir() else 'Check the spelling and the network; "tiny" is packaged'
+    return f'the config.json of model_name={model_name!r} cannot be read ({first_line(error)}). {way_out}.'
 
 def _unknown_without(model_name: str, code: list[str]) -> str:
     "Why nothing is counted"
@@ -479,7 +480,9 @@ def _count(config: TrainingConfig, *rehearsal: Any) -> dict:
         more, larger = _rehearse(config, *rehearsal, few=FEW + 1)
         return _drawn_out(_moments(count, stage), _moments(more, larger), stage.left_out) | dict(optimizer=kept(stage) + stage.left_out * (kept(larger) - kept(stage)))
     except FinetuneError: raise
-    except (LookupError, AttributeError, RuntimeError): count, stage = _rehearse(config, *rehearsal)  # a model that does not work with some of its layers
+    except (LookupError, AttributeError, RuntimeError):  # a model that does not work with some of its layers
+        damaged = f'the config.json of model_name={config.model_name!r} describes a model that cannot take a step ({{}}). Restore it from a copy.'
+        with refusing(lambda error: damaged.format(first_line(error))): count, stage = _rehearse(config, *rehearsal)
     return count.at_peak | dict(optimizer=kept(stage))
 
 # %% ../nbs/12_memory.ipynb #40cbdea4

@@ -40,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 from .config import LoRAConfig, TrainingConfig, as_config, changed, find_model, model_code
 from .core.errors import ConfigError, FinetuneError, ModelError
 from .core.fingerprint import fingerprint_weights
-from .core.limits import check_patterns, open_regular, parse_json, read_regular
+from .core.limits import check_patterns, open_regular, parse_json, read_regular, shorten
 from .core.places import content_hash
 from .core.text import sanitize_line
 from .prompt import end_of_turn, stop_ids, template_of
@@ -110,12 +110,17 @@ def _check_files(folder: Path):
 def _numbers(value: Any, name: str = '') -> Iterator[tuple[str, float]]:
     "All numbers of a config, each with the name it stands under; the lengths of lists too"
     if isinstance(value, dict):
+        if len(value) > _MOST_ENTRIES: yield name, len(value) << 64
         for key, part in value.items(): yield from _numbers(part, str(key))
     elif isinstance(value, list):
-        if len(value) > 100_000: yield name, math.inf
+        if len(value) > _MOST_ENTRIES: yield name, len(value) << 64
         yield name, len(value)
         for part in value: yield from _numbers(part, name)
     elif isinstance(value, (int, float)) and not isinstance(value, bool): yield name, value
+
+_MOST_ENTRIES = 100_000  # of a list or an object
+
+def _spell(number: float) -> str: return f'{number:.6g}' if abs(number) < 1e300 else f'a number of {len(str(number)):,} digits' if isinstance(number, int) else str(number)
 
 def _check_numbers(path: Path, of: str) -> dict:
     "The content of a config.json or adapter_config.json. Raises `ModelError`, naming what it is of, for a broken file and for numbers no model has"
@@ -124,9 +129,9 @@ def _check_numbers(path: Path, of: str) -> dict:
     if not isinstance(content, dict): raise ModelError(f'{of}: its {path.name} is broken (it holds a JSON {type(content).__name__}). Copy it again from where it came.')
     for name, number in _numbers(content):
         most = next((most for word, most in _MOST if word in name.lower() and 'token' not in name.lower()), 1 << 20 if name in ('r', 'lora_alpha') else 1 << 48)
-        if abs(number) > most: raise ModelError(f'{path} says {name}={number:.6g}, and no model has more than {most:,}. Its files are damaged or were made up; use another folder.')
+        if not abs(number) <= most: raise ModelError(f'{path} says {shorten(name, 60)}={_spell(number)}, and no model has more than {most:,}. Its files are damaged or were made up; use another folder.')
     layers, experts = (max([number for name, number in _numbers(content) if word in name.lower()], default=1) for word in ('layer', 'expert'))
-    if layers * experts > 1 << 17: raise ModelError(f'{path} describes {layers:,} layers of {experts:,} experts, more than any model has. Use another folder.')
+    if layers * experts > 1 << 17: raise ModelError(f'{path} describes {layers:,.0f} layers of {experts:,.0f} experts, more than any model has. Use another folder.')
     return content
 
 # %% ../nbs/08_model.ipynb #03af5f7f
@@ -190,7 +195,8 @@ def first_line(
     letters: int = 200 # at most
 ) -> str: # on one line
     "What an error says first, with its kind where that says more"
-    line = str(error).strip().split('\n')[0][:letters]
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or ['']
+    line = (f'{first} {more[0]}' if more and first.endswith(':') else first)[:letters]  # the reason stands behind a colon
     return line if isinstance(error, (str, OSError, ValueError, RuntimeError)) and line else f'{type(error).__name__}: {line}' if line else type(error).__name__
 
 def _cannot_load(what: str, model_name: str, error: Any, trusted: bool = True) -> str:

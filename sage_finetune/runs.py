@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'LOCK', 'RUN_FOLDERS', 'TASK_NAMES', 'STATES', 'WORKING', 'MAX_METRICS',
-           'ROWS_FILE', 'MODEL_FILE', 'RUN_COLUMNS', 'notes_printed', 'Meta', 'is_number', 'typed', 'can_be_path',
-           'read_object', 'confine', 'read_meta', 'write_meta', 'Status', 'moment', 'write_status', 'read_status',
-           'trainer_process', 'process_gone', 'still_works', 'describe_trainer', 'MetricsTail', 'metrics_row',
-           'read_metrics', 'is_own_state', 'is_rewritten', 'is_run', 'old_files', 'run_files', 'other_files',
-           'refuse_replacing', 'RunInfo', 'run_info', 'Runs', 'list_runs']
+           'MAX_LINES', 'ROWS_FILE', 'MODEL_FILE', 'RUN_COLUMNS', 'MAX_LIST', 'notes_printed', 'Meta', 'is_number',
+           'typed', 'can_be_path', 'read_object', 'confine', 'read_meta', 'write_meta', 'Status', 'moment',
+           'write_status', 'read_status', 'trainer_process', 'process_gone', 'still_works', 'describe_trainer',
+           'MetricsTail', 'metrics_row', 'read_metrics', 'is_own_state', 'is_rewritten', 'is_run', 'old_files',
+           'run_files', 'other_files', 'refuse_replacing', 'RunInfo', 'run_info', 'Runs', 'list_runs']
 
 # %% ../nbs/10_runs.ipynb #1fd28dcd
 import io, json, math, os, platform, re, stat, sys, time, warnings
@@ -330,6 +330,7 @@ def describe_trainer(
 
 # %% ../nbs/10_runs.ipynb #e85376b7
 MAX_METRICS = 1 << 29  # bytes; a million steps have half of it
+MAX_LINES = 2_000_000  # in them
 
 class MetricsTail:
     "What a run measures, each row once, as it comes; nothing is read twice, and no row is kept."
@@ -362,6 +363,7 @@ class MetricsTail:
             if row is None and line.strip():
                 if any(later.strip() for later in file): raise RunError(f'{self.path}, line {self.lines + 1}, is not a JSON object. Delete that line and read again.')
                 return
+            if self.lines >= MAX_LINES: raise RunError(f'{self.path} has more than {MAX_LINES:,} lines, and no run has so many steps. Restore it from a copy, or delete it: only curves are lost.')
             self.place, self.lines, self.last = self.place + len(line), self.lines + line.endswith(b'\n'), line if row is not None else self.last + line
             if row is not None: yield row
 
@@ -537,10 +539,22 @@ def run_info(
         info.state, info.step, info.total, info.message = status.state, status.step, status.total, status.message
         if process_gone(status, folder): info.state = 'failed (process gone)'
         elif info.adapter and not (folder/STATUS).exists(): info.state = 'completed'
-        losses = [row['loss'] for row in read_metrics(folder) if row.get('loss') is not None]
-        info.loss = losses[-1] if losses else None
+        info.loss = _last_loss(folder)
     except (FinetuneError, OSError) as error: info.state, info.message = 'unreadable', str(error)
     return info
+
+_AT_ONCE, _AT_END = 1 << 20, 1 << 18  # bytes of metrics that are read whole; of a longer file, bytes at its end
+
+def _last_loss(folder: Path) -> float | None:
+    "The training loss in the last row that has one"
+    path = folder/METRICS
+    if not path.is_file() or path.stat().st_size <= _AT_ONCE: rows = read_metrics(folder)
+    else:
+        with open_regular(path) as file:
+            file.seek(-_AT_END, os.SEEK_END)
+            rows = [row for line in file.read(_AT_END).splitlines()[1:] if (row := metrics_row(line)) is not None]
+        if not rows: raise RunError(f'{path} is long and ends without a row. Restore it from a copy, or delete it: only curves are lost.')
+    return next((row['loss'] for row in reversed(rows) if row.get('loss') is not None), None)
 
 def _task_and_model(folder: Path) -> tuple:
     "From the meta file, else the model from the config"
@@ -557,6 +571,8 @@ class Runs(list):
     __repr__ = __str__
     def _repr_html_(self): return html_table(RUN_COLUMNS, [run.cells for run in self], caption=f'{len(self)} runs')
 
+MAX_LIST = 60.  # seconds in which runs are looked at
+
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
     "Folders with a file only runs have, parents first"
     for here, folders, _ in walk_folder(folder, 'Name the folder your runs are in.', RunError):
@@ -572,4 +588,9 @@ def list_runs(
     "All runs in a folder, each with its state. Raises `RunError` when the folder is missing."
     folder = as_folder(folder, 'folder')
     if not folder.is_dir(): raise RunError(f'there is no folder {folder}. Name the folder your runs are in.')
-    return Runs(run_info(path, path.relative_to(folder).as_posix() if path != folder else '.') for path in _run_folders(folder, depth))
+    runs, until = Runs(), time.monotonic() + MAX_LIST
+    for path in [*_run_folders(folder, depth)]:
+        name = path.relative_to(folder).as_posix() if path != folder else '.'
+        late = time.monotonic() > until
+        runs.append(RunInfo(name, path, 'unreadable', message=f'not looked at: the runs before it took {MAX_LIST:g} seconds. List its own folder.') if late else run_info(path, name))
+    return runs

@@ -6,11 +6,12 @@
 __all__ = ['tensor_digests', 'weight_files', 'fingerprint_weights']
 
 # %% ../../nbs/core/08_fingerprint.ipynb #7edd5cb1
-import hashlib, json, mmap
+import hashlib, json, mmap, os
 from functools import lru_cache
 from pathlib import Path
 
 from .errors import ModelError
+from .limits import parse_json, read_regular, shorten
 
 # %% ../../nbs/core/08_fingerprint.ipynb #27fdca02
 _HEADER_LIMIT = 100_000_000  # bytes; what the safetensors library itself accepts
@@ -24,7 +25,22 @@ def _tensors(path: Path) -> list[tuple[str, str, int, int]]:
     start, header = 8 + length, {name: about for name, about in header.items() if name != '__metadata__'}
     found = [(name, f"{about['dtype']}{about['shape']}", *(start + at for at in about['data_offsets'])) for name, about in header.items()]
     if any(not start <= first <= last <= size for _, _, first, last in found): raise ValueError('a tensor lies outside of the file')
+    _check_layout(sorted((first, last) for _, _, first, last in found), start, size)
     return found
+
+def _check_layout(places: list[tuple[int, int]], start: int, size: int):
+    "Refuse tensors that overlap or leave a gap, as the safetensors library does: so no byte is read twice"
+    ends = [start, *(last for _, last in places)]
+    if [first for first, _ in places] != ends[:-1]: raise ValueError('its tensors overlap, or there is a gap between them')
+    if ends[-1] != size: raise ValueError(f'its tensors end at byte {ends[-1]:,} of {size:,}')
+
+_SPARSE = 1 << 30  # bytes from which on a file has to be written for the most part
+
+def _check_written(handle: int):
+    "Refuse a large file most of which was never written: it reads as zeros, for hours"
+    facts = os.fstat(handle)
+    if facts.st_size < _SPARSE or not hasattr(os, 'SEEK_HOLE') or facts.st_blocks * 512 > facts.st_size // 4: return
+    if os.lseek(handle, 0, os.SEEK_HOLE) < facts.st_size: raise ValueError(f'of its {facts.st_size:,} bytes only {facts.st_blocks * 512:,} were ever written')
 
 def tensor_digests(
     path: str | Path # a .safetensors file
@@ -32,9 +48,10 @@ def tensor_digests(
     "A digest of each tensor's type, shape and every byte. Raises `ModelError` when the file cannot be read."
     try:
         with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+            _check_written(file.fileno())
             return {name: _digest(kind, view, first, last) for name, kind, first, last in _tensors(Path(path))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f'{path} cannot be read as safetensors ({error}). Restore it from a copy.') from error
+        raise ModelError(f'{path} cannot be read as safetensors ({shorten(error)}). Restore it from a copy.') from error
 
 def _digest(kind: str, view: memoryview, first: int, last: int) -> str:
     "The digest of a tensor, 16 MiB at a time"
@@ -49,10 +66,15 @@ def weight_files(
 ) -> list[Path]: # sorted
     "The safetensors files of a model folder: those its index names, or all there are but an adapter's."
     folder, index = Path(folder), Path(folder)/'model.safetensors.index.json'
-    try: names = {str(name) for name in json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()} if index.is_file() else None
-    except (OSError, ValueError, KeyError, AttributeError) as error: raise ModelError(f'{index} cannot be read ({error}). Restore it from a copy.') from error
+    try: names = {str(name) for name in parse_json(read_regular(index).decode('utf-8'))['weight_map'].values()} if index.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error: raise ModelError(f'{index} cannot be read ({shorten(error)}). Restore it from a copy.') from error
     files = [folder/Path(name).name for name in names] if names else [path for path in folder.glob('*.safetensors') if not path.name.startswith('adapter_')]
-    return sorted(path for path in files if path.is_file())
+    return sorted({_identity(path): path for path in sorted(files, reverse=True) if path.is_file()}.values())
+
+def _identity(path: Path) -> tuple:
+    "What two names of one file share"
+    facts = path.stat()
+    return (facts.st_dev, facts.st_ino) if facts.st_ino else (path,)
 
 def fingerprint_weights(
     folder: str | Path # of a model in safetensors files

@@ -13,8 +13,9 @@ import pytest
 
 from sage_finetune import corpus
 from sage_finetune.config import LoRAConfig, PresetConfigs, TrainingConfig, tiny_path
-from sage_finetune.core import limits
+from sage_finetune.core import limits, sandbox
 from sage_finetune.core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
+from sage_finetune.core.fingerprint import fingerprint_weights, weight_files
 from sage_finetune.core.limits import check_patterns, walk_folder
 from sage_finetune.core.sandbox import compile_template
 from sage_finetune.corpus import code_rows, first_sentence
@@ -63,6 +64,10 @@ LOOPS = {
     "sums in a loop": "{% for a in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
     "comparisons of long texts": "{% set x = 'x' * 10**7 %}{% for a in range(99999) %}{% if x == x | lower %}{% endif %}{% endfor %}",
     "a generator": "{% for a in range(99999) | map('string') %}{% for b in range(99999) | map('string') %}{% endfor %}{% endfor %}",
+    "a filter that hands nothing on": "{% set s = range(99999) | list %}{{ range(99999) | reject('in', s) | first }}",
+    "a filter of a few": "{{ ([0.5] * 9999) | select('in', range(99999) | list) | list }}",
+    "searches": "{% set s = range(99999) | list %}" + "{% if -1 in s %}{% endif %}" * 1500, "comparisons of lists": "{% set s = range(99999) | list %}{% set t = range(99999) | list %}" + "{{ s == t }}" * 2000,
+    "tests": "{% set s = range(99999) | list %}" + "{{ -1 is in(s) }}" * 1500, "methods of a list": "{% set s = range(99999) | list %}" + "{{ s.count(-1) }}" * 1500,
 }
 SIZES = {
     "times": "{{ 'x' * 10**9 }}", "a list times": "{{ [1] * 10**9 }}", "power": "{{ 2 ** 100000000 }}", "squares": "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
@@ -75,11 +80,20 @@ SIZES = {
     "a mapped filter": "{{ ['a'] | map('center', 10**9) | list }}", "a filter block": "{% filter center(10**9) %}x{% endfilter %}", "added to itself": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
     "joined to itself": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "a list in itself": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
     "a dictionary in itself": "{% set n = namespace(x={}) %}{% for i in range(60) %}{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x | tojson }}", "written often": "{% set x = 'x' * 10**7 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
+    "slices": "{% set x = 'x' * 10**7 %}" + "".join(f"{{% set x{at} = x[1:] %}}" for at in range(2000)), "slices of a list": "{% set x = range(99999) | list %}" + "".join(f"{{% set x{at} = x[:] %}}" for at in range(2000)),
+    "a long sum of texts": "{% set s = range(99999) | list %}{{ s" + " ~ s" * 2000 + " }}", "written in a macro": "{% set s = range(99999) | list %}{% macro f() %}" + "{{ s }}" * 2000 + "{% endmacro %}{{ f() }}",
+    "escaped in a macro": "{% set s = range(99999) | list %}{% autoescape true %}{% macro f() %}" + "{{ s }}" * 2000 + "{% endmacro %}{{ f() }}{% endautoescape %}",
+    "long numbers": "{{ [2 ** 14000] * 99999 }}",
     "a block set": "{% set x %}{% for i in range(99999) %}{{ 'y' * 9999 }}{% endfor %}{% endset %}{{ x }}",
 }
 FAILS = {
     "division": "{{ 1 / 0 }}", "remainder": "{{ 1 % 0 }}", "range": "{{ range(10**9) | list }}", "float": "{{ 10.0 ** 400 }}", "int to float": "{{ 10 ** 400 * 1.0 }}", "endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "digits": "{{ 10 ** 5000 }}", "encoding": "{{ 'a'.encode('nothing') }}", "include": "{% include 'x' %}", "width of a date": "{{ strftime_now('%1000000000d') }}", "cycler": "{{ cycler() }}", "an attribute": "{{ namespace(__init__=1) }}",
+}
+MANY = {
+    "names and branches": "".join(f"{{% set a{at} = 1 %}}" for at in range(6000)) + "{% if a1 %}{% endif %}" * 5000, "names and loops": "".join(f"{{{{ a{at} }}}}" for at in range(6000)) + "{% for m in x %}{% endfor %}" * 5000,
+    "names and includes": "{% for m in messages %}" + "".join(f"{{% set a{at} = 1 %}}" for at in range(4000)) + "{% include 'x' %}" * 8000 + "{% endfor %}",
+    "constants": "{{ 'x' | center(90000) }}" * 9000, "macros": "".join(f"{{% macro f{at}(a) %}}{{% endmacro %}}" for at in range(7500)),
 }
 UNREADABLE = {
     "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "ifs": "{% if a %}" * 3000 + "{% endif %}" * 3000, "loops": "{% for a in b %}" * 60 + "{% endfor %}" * 60, "long": "x" * 10**8, "digits": "{{ " + "9" * 10**5 + " }}",
@@ -88,7 +102,8 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("template", (LOOPS | SIZES).values(), ids=(LOOPS | SIZES).keys())
-def test_a_template_that_is_too_much_is_stopped_in_a_sentence(with_template, template):
+def test_a_template_that_is_too_much_is_stopped_in_a_sentence(with_template, monkeypatch, template):
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
     tokenizer = with_template("{% for m in messages %}{{ m.content }}{% endfor %}" + template)
     with within(40), pytest.raises(ModelError, match="^the chat template was stopped: it "): template_text(TALK, tokenizer)
 
@@ -105,6 +120,25 @@ def test_a_template_that_fails_says_so_in_a_sentence(with_template, template):
 @pytest.mark.parametrize("template", UNREADABLE.values(), ids=UNREADABLE.keys())
 def test_a_template_that_cannot_be_compiled_says_so_in_a_sentence(with_template, template):
     with within(20), pytest.raises(ModelError, match="^the chat template (cannot be read|has 100,000,000)"): template_text(TALK, with_template(template))
+
+
+@pytest.mark.parametrize("template", MANY.values(), ids=MANY.keys())
+def test_a_template_that_takes_long_to_compile_is_stopped_in_a_sentence(template):
+    "Before it is rendered at all"
+    with within(40), pytest.raises(ModelError, match="^the chat template was stopped: it"): compile_template(template)
+
+
+def test_namespaces_in_each_other_are_not_spelt_out():
+    made = "".join(f"{{% set n{at} = namespace() %}}" for at in range(40)) + "".join(f"{{% set n{at}.a = n{at + 1} %}}{{% set n{at}.b = n{at + 1} %}}" for at in range(39))
+    with within(20): assert compile_template(made + "{{ n0 }}{{ [n0] | string | length }}")() == "<Namespace>13"
+
+
+def test_what_is_counted_is_what_jinja_writes():
+    "Counters change no result: lists, slices, comparisons and lazy filters beside a plain environment"
+    import jinja2
+    source = "{% set s = range(200) | list %}{{ s[3:9:2] }}{{ 3 in s[:5] }}{{ s[:2] == [0, 1] }}{{ 1 < 2 < s[5] }}{{ 'a' ~ s[:2] ~ none }}{{ s | select('in', s[190:]) | list }}{{ s | reject('gt', 3) | map('string') | join('-') }}"
+    source += "{{ [] | select | list }}{{ 'abc' | map('upper') | join }}{{ nothing | select | list }}{{ s | selectattr('x') | list }}{% autoescape true %}{{ '<' }}{% endautoescape %}{{ 1.5 }}{{ 'b' is in('abc') }}"
+    assert compile_template(source)() == jinja2.Environment().from_string(source).render()
 
 
 @pytest.mark.parametrize("given", [7, ["x"], {"default": 7}, {"default": "{{ 'x' * 10**9 }}"}, {"default": ["x"]}], ids=str)
@@ -254,16 +288,61 @@ def test_metrics_of_a_stranger(tmp_path):
     assert len(text_table(["a"], [["x" * 10**7], *[["y"]] * 500])) < 10**5
 
 
+@pytest.fixture
+def listed(tmp_path):
+    "A run that is as it should be, and one whose metrics are given"
+    def list_them(metrics):
+        for name in ("a", "b"):
+            (tmp_path/name).mkdir(exist_ok=True)
+            PresetConfigs.tiny(data_path="example", output_dir=tmp_path/name).save(tmp_path/name/"training_config.json")
+            (tmp_path/name/"metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+        (tmp_path/"a"/"metrics.jsonl").write_bytes(metrics)
+        with within(15): first, second = list_runs(tmp_path)
+        assert second.loss == 2.5
+        return first
+    return list_them
+
+
+def test_long_metrics_are_read_at_their_end(listed, monkeypatch):
+    run = listed(b'{"step": 1, "loss": 1}\n' * 4_000_000 + b'{"step": 2, "loss": 0.5}\n{"step": 3, "eval_loss": 7}\n{"ste')
+    assert (run.state, run.loss) == ("pending", 0.5)
+    monkeypatch.setattr("sage_finetune.runs.MAX_LINES", 1000)
+    with within(20), pytest.raises(RunError, match="more than 1,000 lines"): read_metrics(run.folder)
+
+
+@pytest.mark.parametrize("metrics", [b"\n" * (300 << 20), b"x" * (30 << 20), b"[]\n" * 10**6, b"\0" * (2 << 20)], ids=["blank lines", "one line", "lists", "zeros"])
+def test_metrics_without_rows_are_a_remark_on_one_run(listed, metrics):
+    run = listed(metrics)
+    assert run.state == "unreadable" and "ends without a row" in run.message
+
+
+def test_a_list_that_takes_too_long_names_every_run(listed, tmp_path, monkeypatch):
+    listed(b"")
+    monkeypatch.setattr("sage_finetune.runs.MAX_LIST", -1.)
+    assert [(run.name, run.state) for run in list_runs(tmp_path)] == [("a", "unreadable"), ("b", "unreadable")]
+
+
 # ---- settings ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("field, value", [("vocab_size", 10**12), ("num_hidden_layers", 10**9), ("hidden_size", 10**9), ("intermediate_size", 10**12), ("num_attention_heads", 10**9),
-                                          ("max_position_embeddings", 10**15), ("num_experts", 10**9), ("layer_types", ["full_attention"] * 200_000), ("head_dim", 1e300)], ids=lambda value: str(value)[:24])
+                                          ("max_position_embeddings", 10**15), ("num_experts", 10**9), ("layer_types", ["full_attention"] * 200_000), ("head_dim", 1e300), ("vocab_size", 10**400), ("hidden_size", -10**400),
+                                          ("rope_theta", 10**4000), ("head_dim", float("nan")), ("num_hidden_layers", float("inf")), ("rope_scaling", {str(at): at for at in range(200_000)}), ("initializer_range", {"a" * 10**6: 10**400})], ids=lambda value: str(value)[:24])
 def test_a_model_of_numbers_nobody_trained(tmp_path, field, value):
     folder = shutil.copytree(tiny_path(), tmp_path/"model")
     (folder/"config.json").write_text(json.dumps(json.loads((folder/"config.json").read_text()) | {field: value}))
     config = PresetConfigs.tiny(model_name=str(folder), data_path="example", output_dir=tmp_path/"run", device="cpu")
-    for look in (lambda: load_base(config), lambda: estimate_memory(config)):
-        with within(10), pytest.raises(ModelError, match=f"{field}="): look()
+    for look in (lambda: load_base(config), lambda: estimate_memory(config), lambda: load_tokenizer(str(folder))):
+        with within(10), pytest.raises(ModelError, match="a{59}…=a number of 401 digits" if field == "initializer_range" else f"{field}=") as said: look()
+        assert len(str(said.value)) < 1000
+
+
+@pytest.mark.parametrize("field, value", [("intermediate_size", 0), ("attention_dropout", 1.5), ("attention_dropout", 2**31), ("hidden_size", -5), ("num_attention_heads", "x"), ("hidden_size", None)], ids=str)
+def test_a_model_that_cannot_take_a_step(tmp_path, field, value):
+    "In a sentence with its reason and a way out for a folder"
+    folder = shutil.copytree(tiny_path(), tmp_path/"model")
+    (folder/"config.json").write_text(json.dumps(json.loads((folder/"config.json").read_text()) | {field: value}))
+    with pytest.raises(ModelError) as said: estimate_memory(PresetConfigs.tiny(model_name=str(folder), data_path="example", output_dir=tmp_path/"run", device="cpu"))
+    assert "config.json" in str(said.value) and ":)." not in str(said.value) and "network" not in str(said.value) and "Restore" in str(said.value)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{", '{"vocab_size": ' + "9" * 5000 + "}"], ids=lambda text: text[:16])
@@ -287,7 +366,39 @@ def test_a_header_of_eight_exabytes(tmp_path):
     with pytest.raises(ModelError): load_base(PresetConfigs.tiny(model_name=str(folder), data_path="example", output_dir=tmp_path/"run", device="cpu"))
 
 
-PATTERNS = ["(.*)*x", "(.+)+x", "((a|.)*)*x", r"(\w+\.?)+:", ".*.*.*.*.*.*.*.*.*.*.*.*.*x"]
+def weights(path, places, size):
+    "A safetensors file whose tensors lie where it says"
+    header = json.dumps({f"t{at}": dict(dtype="U8", shape=[24], data_offsets=place) for at, place in enumerate(places)}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + size)
+
+
+@pytest.mark.parametrize("places, size", [([[0, 50 << 20]] * 10_000, 50 << 20), ([[0, 24], [12, 36], [24, 48]], 48), ([[0, 24], [30, 54]], 54), ([[0, 24], [24, 48]], 60), ([[4, 24]], 24), ([[0, 24], [24, 12], [12, 24]], 24), ([["a", "b"]], 24), ([[0]], 24)],
+                         ids=["ten thousand", "overlap", "gap", "more at the end", "gap in front", "backwards", "texts", "one"])
+def test_no_byte_of_weights_is_hashed_twice(tmp_path, places, size):
+    weights(tmp_path/"model.safetensors", places, size)
+    with within(10), pytest.raises(ModelError, match="cannot be read as safetensors") as said: fingerprint_weights(tmp_path)
+    assert len(str(said.value)) < 1000
+
+
+@pytest.mark.skipif(not hasattr(os, "SEEK_HOLE"), reason="holes are not seen here")
+def test_weights_that_were_never_written(tmp_path):
+    weights(tmp_path/"model.safetensors", [[0, 4 << 40]], 4 << 40)
+    if os.stat(tmp_path/"model.safetensors").st_blocks * 512 > 1 << 30: pytest.skip("this file system has no holes")
+    with within(10), pytest.raises(ModelError, match="were ever written"): fingerprint_weights(tmp_path)
+
+
+def test_one_file_under_many_names_is_hashed_once(tmp_path):
+    weights(tmp_path/"a.safetensors", [[0, 24], [24, 24], [24, 48]], 48)
+    one = fingerprint_weights(tmp_path)
+    for at in range(50): os.link(tmp_path/"a.safetensors", tmp_path/f"b{at}.safetensors")
+    assert [path.name for path in weight_files(tmp_path)] == ["a.safetensors"] and fingerprint_weights(tmp_path) == one
+    for content in ("[" * 100_000, "[]", '{"weight_map": 7}', "9" * 100_000):
+        (tmp_path/"model.safetensors.index.json").write_text(content)
+        with within(10), pytest.raises(ModelError, match="cannot be read"): weight_files(tmp_path)
+
+
+PATTERNS = ["(.*)*x", "(.+)+x", "((a|.)*)*x", r"(\w+\.?)+:", ".*.*.*.*.*.*.*.*.*.*.*.*.*x", ".?" * 40 + "!", "(?:.|)" * 40 + "!", ".{0,9}" * 9 + "!"]
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +415,8 @@ def test_patterns_of_other_kinds_work():
     names = [f"model.layers.{at}.mlp.{kind}_proj" for at in range(200) for kind in ("up", "down")]
     assert check_patterns([("fullmatch", r".*\.(up|down)_proj"), ("fullmatch", r"(model|layers|\.|\d)+\.mlp\.up_proj"), ("match", r"(?:[a-z]+\.)+\d+")], names) == ""
     assert "cannot be tried" in check_patterns([("match", "(a)*(")], names) and "longer than" in check_patterns([("match", "a" * 5000)], names)
+    assert check_patterns([("match", rf"(.*\.)?({name})$") for name in names], names) == ""  # each layer by its own name
+    with within(5): assert "1,000 patterns for 400 layers" in check_patterns([("match", f"key{at}") for at in range(1000)], names)
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +426,7 @@ def adapter(base, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("fields", [dict(target_modules="(.*)*x"), dict(exclude_modules="(.*)*x"), dict(rank_pattern={"(.*)*x": 8}), dict(alpha_pattern={"(.*)*x": 8}), dict(layers_pattern="(.*)*x", layers_to_transform=[1]),
+@pytest.mark.parametrize("fields", [dict(target_modules="(.*)*x"), dict(exclude_modules="(.*)*x"), dict(rank_pattern={"(.*)*x": 8}), dict(rank_pattern={".?" * 40 + "!": 8}), dict(rank_pattern={f"key{at}": 8 for at in range(50_000)}), dict(alpha_pattern={f"key{at}": 8 for at in range(300_000)}), dict(alpha_pattern={"(.*)*x": 8}), dict(layers_pattern="(.*)*x", layers_to_transform=[1]),
                                     dict(modules_to_save=["(.*)*x"]), dict(r=10**9), dict(r=10**6), dict(rank_pattern=dict(q_proj=10**6)), dict(trainable_token_indices=[10**9]),
                                     dict(trainable_token_indices=dict(embed_tokens=[10**7])), dict(target_modules=["x"] * 10**6), dict(lora_alpha=1e308)], ids=lambda fields: str(fields)[:40])
 def test_an_adapter_of_endless_settings_is_refused(base, adapter, tmp_path, monkeypatch, fields):
