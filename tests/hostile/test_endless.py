@@ -25,7 +25,7 @@ from sage_finetune.memory import estimate_memory
 from sage_finetune.model import attach_lora, load_adapter, load_base, load_tokenizer, save_adapter
 from sage_finetune.prompt import Renderer, end_of_turn, template_notes, template_text
 from sage_finetune.rows import read_row
-from sage_finetune.runs import list_runs, read_metrics, read_status, run_info, text_table
+from sage_finetune.runs import list_runs, read_meta, read_metrics, read_status, run_info, text_table
 from sage_finetune.template import ChatFormat, make_talk
 
 pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
@@ -209,7 +209,7 @@ def test_rows_that_would_take_for_ever_are_refused_in_a_sentence(tmp_path, name)
 
 def test_a_line_longer_than_any_row(tmp_path, monkeypatch):
     monkeypatch.setattr("sage_finetune.files._LONGEST", 100_000)
-    for name, text in (("a.jsonl", '{"question": "' + "a" * 200_000 + '", "answer": "b"}\n'), ("a.json", '["' + "a" * 3_000_000 + '"]'), ("a.csv", "question,answer\n" + "a" * 200_000 + ",b\n")):
+    for name, text in (("a.jsonl", '{"question": "' + "a" * 200_000 + '", "answer": "b"}\n'), ("a.json", '["' + "a" * 200_000 + '"]'), ("a.csv", "question,answer\n" + "a" * 200_000 + ",b\n")):
         with pytest.raises(DataError): read_all(write(tmp_path/name, text))
 
 
@@ -444,6 +444,29 @@ def test_a_config_of_very_many_entries(tmp_path, fields):
     content = PresetConfigs.tiny(data_path="example", output_dir=tmp_path).to_dict()
     (tmp_path/"training_config.json").write_text(json.dumps(content | fields, default=str))
     with within(10), pytest.raises(ConfigError, match="100,000 entries"): TrainingConfig.load(tmp_path/"training_config.json")
+
+
+LONG = ["9" * 200_000, "x" * 200_000, ["x" * 200_000], {"x" * 200_000: 1}, ["x"] * 900, 10**4000, "\x1b[2J\u202e" * 30_000]
+
+
+@pytest.mark.parametrize("value", LONG, ids=lambda value: repr(value)[:12])
+def test_a_sentence_never_quotes_megabytes(tmp_path, value):
+    run = tmp_path/"run"
+    run.mkdir()
+    whole = PresetConfigs.tiny(data_path="example", output_dir=run).to_dict()
+    fields = [("status.json", dict(state="training"), name) for name in ("state", "pid", "updated", "message")] + [("finetune_meta.json", dict(task_type="qa", model="tiny", dataset="example"), name) for name in ("task_type", "model", "dataset", "x" * 200_000)]
+    fields += [("training_config.json", whole, name) for name in (*whole, "x" * 200_000)] + [("training_config.json", whole | dict(lora=whole["lora"] | {name: value}), "seed") for name in (*whole["lora"], "y" * 200_000)]
+    looks = dict(zip(("status.json", "finetune_meta.json", "training_config.json"), (read_status, lambda run: read_meta(run).to_config(), lambda run: TrainingConfig.load(run/"training_config.json"))))
+    refused = 0
+    for name, content, field in fields:
+        (run/name).write_text(json.dumps(content | {field: value}))
+        try: looks[name](run)
+        except FinetuneError as error:
+            assert len(str(error)) < 5000, (name, field[:60])
+            refused += 1
+        assert len(str(list_runs(tmp_path)[0])) < 20_000
+        (run/name).unlink()
+    assert refused > 50
 
 
 # ---- source trees -----------------------------------------------------------------------------------------------------------
