@@ -878,6 +878,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'sage_finetune/core/secrets.py'),
                                             'sage_finetune.core.secrets.find_secrets': ( 'core/secrets.html#find_secrets',
                                                                                          'sage_finetune/core/secrets.py'),
+                                            'sage_finetune.core.secrets.is_card': ( 'core/secrets.html#is_card',
+                                                                                    'sage_finetune/core/secrets.py'),
                                             'sage_finetune.core.secrets.is_mixed_password': ( 'core/secrets.html#is_mixed_password',
                                                                                               'sage_finetune/core/secrets.py'),
                                             'sage_finetune.core.secrets.is_password': ( 'core/secrets.html#is_password',
