@@ -1928,6 +1928,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sage_finetune.model._strength': ('model.html#_strength', 'sage_finetune/model.py'),
                                      'sage_finetune.model._tables': ('model.html#_tables', 'sage_finetune/model.py'),
                                      'sage_finetune.model._targets': ('model.html#_targets', 'sage_finetune/model.py'),
+                                     'sage_finetune.model._tokenizer_beside': ('model.html#_tokenizer_beside', 'sage_finetune/model.py'),
                                      'sage_finetune.model._too_much': ('model.html#_too_much', 'sage_finetune/model.py'),
                                      'sage_finetune.model._trains_tied': ('model.html#_trains_tied', 'sage_finetune/model.py'),
                                      'sage_finetune.model._warn_of_idle_words': ( 'model.html#_warn_of_idle_words',

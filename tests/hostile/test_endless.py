@@ -22,11 +22,13 @@ from sage_finetune.corpus import code_rows, first_sentence
 from sage_finetune.files import iter_rows, source_key, source_size
 from sage_finetune.launch import LOG, log_lines
 from sage_finetune.memory import estimate_memory
-from sage_finetune.model import attach_lora, load_adapter, load_base, load_tokenizer, save_adapter
+from sage_finetune.diagnosis import doctor
+from sage_finetune.model import adapter_tokenizer, attach_lora, load_adapter, load_base, load_tokenizer, save_adapter
 from sage_finetune.prompt import Renderer, end_of_turn, template_notes, template_text
 from sage_finetune.rows import read_row
 from sage_finetune.runs import list_runs, read_meta, read_metrics, read_status, run_info, text_table
 from sage_finetune.template import ChatFormat, make_talk
+from sage_finetune.train_panel import RunControl, standing_line
 
 pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 TALK = [dict(role="user", content="Which colour?"), dict(role="assistant", content="Blue.")]
@@ -316,6 +318,18 @@ def test_metrics_without_rows_are_a_remark_on_one_run(listed, metrics):
     assert run.state == "unreadable" and "ends without a row" in run.message
 
 
+def test_a_forged_step_is_no_step_of_the_run(tmp_path):
+    PresetConfigs.tiny(data_path="example", output_dir=tmp_path).save(tmp_path/"training_config.json")
+    (tmp_path/"status.json").write_text(json.dumps(dict(state="failed", step=4, total=4)))
+    said = []
+    for step in (4, 2**63 - 1):
+        (tmp_path/"metrics.jsonl").write_text(json.dumps(dict(step=step, loss=1.5, total=4)) + "\n")
+        control = RunControl(tmp_path)
+        while control.look() and not control.watch.row: pass
+        said.append(standing_line(control))
+    assert "after step 4 of 4" in said[0] and "of 4" not in said[1] and "after 4 steps; its metrics name step 9,223,372,036,854,775,807" in said[1]
+
+
 def test_a_list_that_takes_too_long_names_every_run(listed, tmp_path, monkeypatch):
     listed(b"")
     monkeypatch.setattr("sage_finetune.runs.MAX_LIST", -1.)
@@ -437,6 +451,24 @@ def test_an_adapter_of_endless_settings_is_refused(base, adapter, tmp_path, monk
 
 
 def test_an_adapter_as_it_was_saved_is_loaded(base, adapter): assert load_adapter(copy.deepcopy(base), adapter).peft_config["default"].r == 4
+
+
+def test_a_tokenizer_that_brings_code_beside_an_adapter(tokenizer, adapter, tmp_path):
+    "Says that code beside an adapter never runs, and what to do"
+    folder = shutil.copytree(adapter, tmp_path/"adapter")
+    tokenizer.save_pretrained(folder)
+    content = json.loads((folder/"tokenizer_config.json").read_text())
+    (folder/"tokenizer_config.json").write_text(json.dumps(content | dict(tokenizer_class="OwnTokenizer", auto_map=dict(AutoTokenizer=["tokenization_own.OwnTokenizer", None]))))
+    (folder/"tokenization_own.py").write_text("raise SystemExit('code was run')\n")
+    with pytest.raises(ModelError, match=r"needs Python code \(tokenization_own.py\), and code beside an adapter never runs. Delete its tokenizer_config.json"): adapter_tokenizer(folder, tokenizer)
+
+
+@pytest.mark.parametrize("target", [".?" * 40 + "!", ["no_such_proj"], "(unclosed"], ids=str)
+def test_the_doctor_finds_layers_that_cannot_be(tmp_path, monkeypatch, target):
+    monkeypatch.setattr(limits.check_patterns, "__defaults__", (1.,))
+    config = PresetConfigs.tiny(data_path="example", output_dir=tmp_path/"run", device="cpu", lora=dict(target_modules=target))
+    seen = doctor(config, online=False)
+    assert not seen.healthy and any("target_modules" in look.found for look in seen.problems), str(seen)
 
 
 @pytest.mark.parametrize("fields", [dict(eval_prompts=["a"] * 100_000), dict(new_tokens=[f"<{at}>" for at in range(100_000)])], ids=lambda fields: next(iter(fields)))
