@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from fastcore.docments import docments
 
 from .core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
-from .core.limits import parse_json, read_regular
+from .core.limits import parse_json, read_regular, shorten
 from .core.storage import checked_path, describe_bad_name, expand_home, folder_atomic, why_unwritable, write_atomic, write_json
 from .core.text import sanitize_html, sanitize_repr
 from .core.trust import code_files
@@ -86,7 +86,7 @@ def _checked(owner: str, dial_field: dataclasses.Field, value: Any) -> Any:
         if choices and fitting not in choices: break
         if isinstance(fitting, (int, float)) and not (math.isfinite(fitting) and (low is None or fitting >= low) and (high is None or fitting <= high)): break
         return fitting
-    raise ConfigError(f'{owner}.{dial_field.name} = {value!r} cannot be used: it takes {accepted(dial_field)}.')
+    raise ConfigError(f'{owner}.{dial_field.name} = {shorten(repr(value))} cannot be used: it takes {accepted(dial_field)}.')
 
 # %% ../nbs/00_config.ipynb #20d50fc2
 class Checked:
@@ -120,8 +120,8 @@ def unknown_field(
     known: typing.Iterable[str] # what there is
 ) -> str:            # one sentence, with the nearest known name
     "Say that a field does not exist, and which one was probably meant."
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f'{owner} has no field {name!r}.' + (f' Did you mean {near[0]!r}?' if near else f" It has: {', '.join(known)}.")
+    near = difflib.get_close_matches(name[:60], list(known), n=1, cutoff=0.5)
+    return f'{owner} has no field {shorten(repr(name))}.' + (f' Did you mean {near[0]!r}?' if near else f" It has: {', '.join(known)}.")
 
 # %% ../nbs/00_config.ipynb #b43192c4
 def changed(

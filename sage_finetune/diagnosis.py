@@ -454,7 +454,10 @@ def _memory(config: TrainingConfig) -> Iterator[Look]:
     if any(one.startswith('model') for one in from_hub(config)):
         yield Look('run memory', "what the run needs is known when the model's config.json is here", 'note')
         return
-    needed = estimate_memory(config)
+    try: needed = estimate_memory(config)
+    except FinetuneError as error:  # the run would end with it; only a model that brings code may work nevertheless
+        yield Look('run memory', str(error), 'note' if model_code(config.model_name) else 'problem')
+        return
     there, place = free_memory(needed.device), 'the card' if needed.device == 'cuda' else 'this machine'
     said = f'the run needs about {size_text(needed.total)} for rows of max_length={config.max_length}, {place} has {size_text(there)} free'
     if fits(needed, there): yield Look('run memory', said)

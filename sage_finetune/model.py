@@ -43,6 +43,7 @@ from .core.fingerprint import fingerprint_weights
 from .core.limits import check_patterns, open_regular, parse_json, read_regular, shorten
 from .core.places import content_hash
 from .core.text import sanitize_line
+from .core.trust import code_files
 from .prompt import end_of_turn, stop_ids, template_of
 from .core.storage import expand_home, write_json
 
@@ -286,6 +287,11 @@ def adapter_folder(
     _check_files(folder)
     return folder
 
+def _tokenizer_beside(folder: Path, error: BaseException) -> str:
+    "One sentence for a tokenizer beside an adapter that cannot be loaded; whoever trusts a model's code has said nothing about an adapter's"
+    if code := code_files(folder): return f'the tokenizer beside the adapter in {folder} needs Python code ({", ".join(code[:5])}), and code beside an adapter never runs. Delete its tokenizer_config.json to use the tokenizer of the base.'
+    return f'the tokenizer beside the adapter in {folder} cannot be read ({first_line(error)}). Copy it there anew, or delete it to use that of the base.'
+
 def inherited_tokens(
     tokenizer: 'PreTrainedTokenizerBase', # of the base model
     source: str | Path # a run folder, its `lora_weights`, or any PEFT adapter
@@ -294,7 +300,7 @@ def inherited_tokens(
     folder = adapter_folder(source)
     if not trained_tokens(folder): return []
     if not (folder/'tokenizer_config.json').exists(): raise ModelError(f'the adapter in {folder} was trained with new tokens, and the tokenizer that knows them is not beside it. Copy it there.')
-    with refusing(lambda error: f'the tokenizer beside the adapter in {folder} cannot be read ({first_line(error)}). Copy it there anew.'):
+    with refusing(lambda error: _tokenizer_beside(folder, error)):
         own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     texts = {token_id: text for text, token_id in own.get_vocab().items() if token_id in trained_tokens(folder)}
     return [texts[token_id] for token_id in sorted(texts) if texts[token_id] not in tokenizer.get_vocab()]
@@ -1206,7 +1212,7 @@ def adapter_tokenizer(
     folder = Path(folder)
     if not (folder/'tokenizer_config.json').is_file(): return base
     _check_files(folder)
-    with refusing(lambda error: f'the tokenizer beside the adapter in {folder} cannot be read ({first_line(error)}). Copy it there anew, or delete it to use that of the base.'):
+    with refusing(lambda error: _tokenizer_beside(folder, error)):
         own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if own.pad_token is None: own.pad_token = own.eos_token
     return own

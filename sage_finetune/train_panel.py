@@ -516,7 +516,9 @@ def standing_line(
 ) -> str: # a sentence or two
     "Where a run stands, and what may be done."
     status, made = control.status, control.summary
-    at, on = f'after step {made.steps:,} of {made.total or status.total:,}', f'Resume goes on from {control.saved}.' if control.saved else 'Resume begins again.' if holds_run(control.folder) else ''
+    total = made.total or status.total
+    at = f'after step {made.steps:,} of {total:,}' if made.steps <= total else f'after {total:,} steps; its metrics name step {made.steps:,}, so they were changed'
+    on = f'Resume goes on from {control.saved}.' if control.saved else 'Resume begins again.' if holds_run(control.folder) else ''
     if control.state in ('training', 'stopping') and status.state not in WORKING: return 'All is saved, and the process ends.'
     here = 'This kernel trains, and the run ends with it.' if status.pid == os.getpid() else f'Process {status.pid} trains{"" if status.host in ("", platform.node()) else f" on {status.host}"}. It goes on when the browser is closed or the kernel restarted; running this cell again finds it.'
     return dict(ready='Nothing was trained here yet: Start.', starting=control.stage() if control.state == 'starting' else '', training=here, stopping='The step is finished, then all is saved.',

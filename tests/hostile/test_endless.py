@@ -22,11 +22,13 @@ from sage_finetune.corpus import code_rows, first_sentence
 from sage_finetune.files import iter_rows, source_key, source_size
 from sage_finetune.launch import LOG, log_lines
 from sage_finetune.memory import estimate_memory
-from sage_finetune.model import attach_lora, load_adapter, load_base, load_tokenizer, save_adapter
+from sage_finetune.diagnosis import doctor
+from sage_finetune.model import adapter_tokenizer, attach_lora, load_adapter, load_base, load_tokenizer, save_adapter
 from sage_finetune.prompt import Renderer, end_of_turn, template_notes, template_text
 from sage_finetune.rows import read_row
-from sage_finetune.runs import list_runs, read_metrics, read_status, run_info, text_table
+from sage_finetune.runs import list_runs, read_meta, read_metrics, read_status, run_info, text_table
 from sage_finetune.template import ChatFormat, make_talk
+from sage_finetune.train_panel import RunControl, standing_line
 
 pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 TALK = [dict(role="user", content="Which colour?"), dict(role="assistant", content="Blue.")]
@@ -209,7 +211,7 @@ def test_rows_that_would_take_for_ever_are_refused_in_a_sentence(tmp_path, name)
 
 def test_a_line_longer_than_any_row(tmp_path, monkeypatch):
     monkeypatch.setattr("sage_finetune.files._LONGEST", 100_000)
-    for name, text in (("a.jsonl", '{"question": "' + "a" * 200_000 + '", "answer": "b"}\n'), ("a.json", '["' + "a" * 3_000_000 + '"]'), ("a.csv", "question,answer\n" + "a" * 200_000 + ",b\n")):
+    for name, text in (("a.jsonl", '{"question": "' + "a" * 200_000 + '", "answer": "b"}\n'), ("a.json", '["' + "a" * 200_000 + '"]'), ("a.csv", "question,answer\n" + "a" * 200_000 + ",b\n")):
         with pytest.raises(DataError): read_all(write(tmp_path/name, text))
 
 
@@ -314,6 +316,18 @@ def test_long_metrics_are_read_at_their_end(listed, monkeypatch):
 def test_metrics_without_rows_are_a_remark_on_one_run(listed, metrics):
     run = listed(metrics)
     assert run.state == "unreadable" and "ends without a row" in run.message
+
+
+def test_a_forged_step_is_no_step_of_the_run(tmp_path):
+    PresetConfigs.tiny(data_path="example", output_dir=tmp_path).save(tmp_path/"training_config.json")
+    (tmp_path/"status.json").write_text(json.dumps(dict(state="failed", step=4, total=4)))
+    said = []
+    for step in (4, 2**63 - 1):
+        (tmp_path/"metrics.jsonl").write_text(json.dumps(dict(step=step, loss=1.5, total=4)) + "\n")
+        control = RunControl(tmp_path)
+        while control.look() and not control.watch.row: pass
+        said.append(standing_line(control))
+    assert "after step 4 of 4" in said[0] and "of 4" not in said[1] and "after 4 steps; its metrics name step 9,223,372,036,854,775,807" in said[1]
 
 
 def test_a_list_that_takes_too_long_names_every_run(listed, tmp_path, monkeypatch):
@@ -439,11 +453,52 @@ def test_an_adapter_of_endless_settings_is_refused(base, adapter, tmp_path, monk
 def test_an_adapter_as_it_was_saved_is_loaded(base, adapter): assert load_adapter(copy.deepcopy(base), adapter).peft_config["default"].r == 4
 
 
+def test_a_tokenizer_that_brings_code_beside_an_adapter(tokenizer, adapter, tmp_path):
+    "Says that code beside an adapter never runs, and what to do"
+    folder = shutil.copytree(adapter, tmp_path/"adapter")
+    tokenizer.save_pretrained(folder)
+    content = json.loads((folder/"tokenizer_config.json").read_text())
+    (folder/"tokenizer_config.json").write_text(json.dumps(content | dict(tokenizer_class="OwnTokenizer", auto_map=dict(AutoTokenizer=["tokenization_own.OwnTokenizer", None]))))
+    (folder/"tokenization_own.py").write_text("raise SystemExit('code was run')\n")
+    with pytest.raises(ModelError, match=r"needs Python code \(tokenization_own.py\), and code beside an adapter never runs. Delete its tokenizer_config.json"): adapter_tokenizer(folder, tokenizer)
+
+
+@pytest.mark.parametrize("target", [".?" * 40 + "!", ["no_such_proj"], "(unclosed"], ids=str)
+def test_the_doctor_finds_layers_that_cannot_be(tmp_path, monkeypatch, target):
+    monkeypatch.setattr(limits.check_patterns, "__defaults__", (1.,))
+    config = PresetConfigs.tiny(data_path="example", output_dir=tmp_path/"run", device="cpu", lora=dict(target_modules=target))
+    seen = doctor(config, online=False)
+    assert not seen.healthy and any("target_modules" in look.found for look in seen.problems), str(seen)
+
+
 @pytest.mark.parametrize("fields", [dict(eval_prompts=["a"] * 100_000), dict(new_tokens=[f"<{at}>" for at in range(100_000)])], ids=lambda fields: next(iter(fields)))
 def test_a_config_of_very_many_entries(tmp_path, fields):
     content = PresetConfigs.tiny(data_path="example", output_dir=tmp_path).to_dict()
     (tmp_path/"training_config.json").write_text(json.dumps(content | fields, default=str))
     with within(10), pytest.raises(ConfigError, match="100,000 entries"): TrainingConfig.load(tmp_path/"training_config.json")
+
+
+LONG = ["9" * 200_000, "x" * 200_000, ["x" * 200_000], {"x" * 200_000: 1}, ["x"] * 900, 10**4000, "\x1b[2J\u202e" * 30_000]
+
+
+@pytest.mark.parametrize("value", LONG, ids=lambda value: repr(value)[:12])
+def test_a_sentence_never_quotes_megabytes(tmp_path, value):
+    run = tmp_path/"run"
+    run.mkdir()
+    whole = PresetConfigs.tiny(data_path="example", output_dir=run).to_dict()
+    fields = [("status.json", dict(state="training"), name) for name in ("state", "pid", "updated", "message")] + [("finetune_meta.json", dict(task_type="qa", model="tiny", dataset="example"), name) for name in ("task_type", "model", "dataset", "x" * 200_000)]
+    fields += [("training_config.json", whole, name) for name in (*whole, "x" * 200_000)] + [("training_config.json", whole | dict(lora=whole["lora"] | {name: value}), "seed") for name in (*whole["lora"], "y" * 200_000)]
+    looks = dict(zip(("status.json", "finetune_meta.json", "training_config.json"), (read_status, lambda run: read_meta(run).to_config(), lambda run: TrainingConfig.load(run/"training_config.json"))))
+    refused = 0
+    for name, content, field in fields:
+        (run/name).write_text(json.dumps(content | {field: value}))
+        try: looks[name](run)
+        except FinetuneError as error:
+            assert len(str(error)) < 5000, (name, field[:60])
+            refused += 1
+        assert len(str(list_runs(tmp_path)[0])) < 20_000
+        (run/name).unlink()
+    assert refused > 50
 
 
 # ---- source trees -----------------------------------------------------------------------------------------------------------

@@ -206,6 +206,27 @@ def test_hardly_anything_of_the_standard_library_is_left_out(package, limit):
     assert corpus.secrets.total() <= limit * corpus.available
 
 
+WORDS = "abandon ability able about above absent absorb abstract absurd abuse access accident"
+IN_PROSE = {"card": ("Pays with ", "4111 1111 " + "1111 1111", "."), "card with dashes": ("", "5500-0000-" + "0000-0004", ""), "card of fifteen digits": ("amex ", "3782 822463 " + "10005", ""), "card in one": ("The visa card is ", "4111111111" + "111111", "."),
+    "cvc": ("and cvc ", "1" + "23", "."), "pw": ("user admin, pw ", "Tr0ub" + "4dor&3", " on staging."), "root": ("Logs in as root / ", "S3cr3t" + "P@ss!", '"'), "admin": ("admin:", "Tea4#" + "two!", ""),
+    "pepper": ("the pepper ", some(ALNUM, 16), " for all."), "salt": ("Uses ", some(ALNUM, 20), " as salt."), "otp": ("of the otp seed ", "JBSWY3DP" + "EHPK3PXP", "."), "short GitHub token": ("with ", "gh" + "p_" + some(ALNUM, 16), "."),
+    "wallet": ("Opens the wallet ", WORDS, "."), "mnemonic": ("mnemonic = '", WORDS + " " + WORDS, "'"), "seed phrase": ("seed phrase: ", WORDS + " acid acoustic acquire", "")}
+
+
+@pytest.mark.parametrize("kind", IN_PROSE)
+def test_secrets_of_prose(tmp_path, kind):
+    before, secret, behind = IN_PROSE[kind]
+    assert secret not in redact_secrets(before + secret + behind)
+    (tmp_path/"pay.py").write_text(f'def pay(cup):\n    """Return one cup of tea. {before}{secret}{behind}"""\n    return cup\n')
+    (tmp_path/"tea.py").write_text(GOOD)
+    assert secret not in json.dumps(code_rows(tmp_path).rows, default=str)
+
+
+@pytest.mark.parametrize("text", ["4111 1111 1111 1112", "1234 5678 9012 3456", "step 4111111111111111", "0000 0000 0000 0000", "2026-11-30-1200", "cvc = read(123)", "seed = 2026", "the seed of torch.manual_seed(42)", "salt = hashlib.sha256(b'tea1')", "root/src2/tea_v3",
+                                  "admin:password", "root: /etc/tea2", "as key 1234567890123456789", "pw = width ** 2 + height", "seed the pool with small drops and then wait until they grow into larger ones again", "wallet " + WORDS + " acid", "phrase " + WORDS.replace("able", "the"), "seed " + WORDS * 3])
+def test_prose_that_is_none(text): assert find_secrets(text) == []
+
+
 HARMLESS = ["ghp_" + "x" * 36, "AKIA" + "IOSFODNN7EXAMPLE", "hf_hub_download", "sk-learn-is-a-library-for-machine-learning-2", "https://user:password@host", "https://example.com/?page=2&sort=key",
             "Gemma4TextScaledWordEmbedding", "DPMSolverMultistepScheduler2OutputForV2", "sage_finetune.core.storage.folder_atomic", "models/m2m_100/modeling_m2m_100", "sha256:" + "0" * 64,
             "publicKeyToken=\"b03f5f7f11d50a3a\"", "The password is checked.", "secret_key: str | None = None", "token_ids = self.tokens[0]", "password=os.environ['PASSWORD1']", "key = keys[12]",
