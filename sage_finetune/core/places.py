@@ -276,7 +276,8 @@ def bring_back(
             for name, file in goes.items(): file.unlink() if done else _return(folder/name, file)
             if len(goes) == len(found): shutil.rmtree(aside, ignore_errors=True)
             if left := ours.keys() - goes.keys():
-                warnings.warn(f'{name_some(sorted(left))} in {folder} was written by somebody else meanwhile; what stood there before is in {aside}.')
+                said = f'{name_some(sorted(left))} in {folder} was written by somebody else meanwhile'
+                warnings.warn(f'{said}; what stood there before lies in {aside}.')
 
 
 # %% ../../nbs/core/04_places.ipynb #c0c56afe
@@ -345,11 +346,13 @@ def _refuse_unclaimed(folder: Path, link: Path):
 
 # %% ../../nbs/core/04_places.ipynb #5b1d0e7c
 def _links_below(folder: Path) -> Iterator[Path]:
-    "Every link below a folder, at whatever depth; none is followed"
+    "Every link below a folder, at whatever depth; none is followed. Raises `RunError` for a folder that cannot be listed"
     waiting = [folder]
     while waiting:
-        try: entries = sorted(os.scandir(waiting.pop()), key=lambda entry: entry.name)
-        except OSError: continue
+        try: entries = sorted(os.scandir(here := waiting.pop()), key=lambda entry: entry.name)
+        except (FileNotFoundError, NotADirectoryError): continue
+        except OSError as error:
+            raise RunError(f'{here} cannot be listed ({error.strerror}), so it may hold links. Permit it, or remove it.') from error
         yield from (Path(entry.path) for entry in entries if entry.is_symlink())
         waiting += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
 

@@ -297,6 +297,18 @@ def test_wandb_keeps_links_to_its_newest_files(gift):
     with pytest.raises(RunError, match="logs/wandb/latest is a link"): check_links(run)
 
 
+def test_a_folder_that_may_not_be_listed(run, monkeypatch):
+    "An archive can hold one that may be written to and not read, with links in it"
+    hidden, scan = run/"logs"/"hidden", os.scandir
+    hidden.mkdir(parents=True)
+    check_links(run)
+    def refuse(path):
+        if Path(path) == hidden: raise PermissionError(13, "Permission denied")  # root may list everything
+        return scan(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(RunError, match="logs/hidden cannot be listed .Permission denied., so it may hold links"): check_links(run)
+
+
 def test_who_writes_a_folder_asks_by_himself(gift):
     "Also where nobody has looked before: a checkpoint, the best adapter, prepared rows, and a folder within a folder behind a link"
     from sage_finetune.checkpoint import save_checkpoint
