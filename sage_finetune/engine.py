@@ -704,7 +704,7 @@ def pack_weights(
 ):
     "Pack the frozen 16-bit weights of an engine on a CPU, where it is faster and fits; its remarks say what was done."
     layers = [layer for layer in engine.model.modules() if getattr(layer.__dict__.get('forward'), '__func__', None) is _lean_adapter]
-    weights = [layer.base_layer.weight for layer in layers] + [engine.head.output.weight] * bool(engine.head)
+    weights = [layer.base_layer.weight for layer in layers] + ([engine.head.output.weight] if engine.head else [])
     weights = list({weight.data_ptr(): weight for weight in weights if can_pack(weight)}.values())
     gains = {weight.shape: packing_gain(weight, PackedWeight(weight)) for weight in {weight.shape: weight for weight in weights}.values()}
     weights = [weight for weight in weights if gains[weight.shape] >= PACKING_PAYS]

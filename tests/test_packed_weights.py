@@ -48,6 +48,12 @@ def test_where_nothing_is_packed(tmp_path, folder_of, always, fields):  # noqa: 
     assert not packed_layers(trainer_of(tmp_path, folder_of("Qwen2"), **(dict(pack_weights=True) | fields)))
 
 
+@pytest.mark.parametrize("fields", [dict(new_tokens=["<tool>"]), dict(lora=dict(modules_to_save=["lm_head"]))], ids=str)
+def test_layers_are_packed_where_the_head_is_trained(tmp_path, folder_of, always, fields):  # noqa: F811
+    trainer = trainer_of(tmp_path, folder_of("Qwen2"), pack_weights=True, **fields)
+    assert trainer.engine.head is None and packed_layers(trainer) and len([step.loss for step in trainer.steps()]) == 4
+
+
 def test_only_where_they_are_a_small_part_of_what_is_free(tmp_path, folder_of, always, monkeypatch):  # noqa: F811
     from sage_finetune import trainer as training
     monkeypatch.setattr(training, "free_memory", lambda device: 1_000_000)
