@@ -9,7 +9,7 @@ __all__ = ['TOKENS_AT_ONCE', 'FEW', 'PARTS', 'RUNTIME', 'CONTEXT', 'HOLES', 'COU
            'measure_memory']
 
 # %% ../nbs/12_memory.ipynb #c2316648
-import copy, json, math, sys, threading, time, warnings, weakref
+import copy, inspect, json, logging, math, sys, threading, time, warnings, weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -27,15 +27,16 @@ from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from . import engine as engines
 from .batches import plan_batches
 from .config import LoRAConfig, TrainingConfig, as_config, find_model, model_code
-from .core.errors import ConfigError, FinetuneError
+from .core.errors import ConfigError, FinetuneError, ModelError
 from .core.text import html_table, sanitize_html, sanitize_line, text_table
-from .model import LOADING, AutoModelForCausalLM, BaseTunerLayer, attach_lora, check_model, first_line, pick_device, plan_precision, quiet, refuse_kernels, refusing
+from .model import LOADING, AutoModelForCausalLM, BaseTunerLayer, Conv1D, attach_lora, check_model, checkpoint_layers, first_line, pick_device, plan_precision, quiet, refuse_kernels, refusing
 
 # %% ../nbs/12_memory.ipynb #bcfa3774
 def read_shape(
@@ -88,7 +89,26 @@ def _hollow(config: TrainingConfig, dtype: torch.dtype, few: int = 0) -> tuple[n
         if few and (stack := _alike_layers(base, config.lora)) and len(stack) > 2 * FEW + 2:  # else all are sooner rehearsed than twice a few
             left_out = len(stack) - few
             del stack[few:]
+        _keep_wide(base)
+        if config.load_in_8bit or config.load_in_4bit: _mark_quantised(base, config)
         return attach_lora(base, replace(config.lora, init_lora_weights='default'), config.seed), left_out  # where the adapter starts takes nothing
+
+def _keep_wide(base: nn.Module):
+    "The few numbers that an architecture keeps in 32 bits, as it is loaded"
+    kept = {*(getattr(base, '_keep_in_fp32_modules_strict', None) or ())}
+    for name, tensor in (*base.named_parameters(), *base.named_buffers()):
+        if kept.intersection(name.split('.')): tensor.data = tensor.data.float()
+
+_Quantised = type('Params4bit', (nn.Parameter,), {})  # told by the name of its class, as bitsandbytes' own is
+
+def _mark_quantised(base: nn.Module, config: TrainingConfig):
+    "Mark the weights that bitsandbytes makes smaller, before the adapter is attached: not all that can have one in 16 bits can have one then"
+    for layer in base.modules():
+        if type(layer) not in (nn.Linear, Conv1D) or layer is base.get_output_embeddings(): continue
+        layer.quantised = True
+        if not config.lora.use_dora: layer.weight = _Quantised(layer.weight, requires_grad=False)  # whose start would be computed from the packed numbers
+    for part in base.modules():
+        if hasattr(part, 'config'): part.config._is_quantized = True  # some layers look there
 
 def _all_bytes(tensors: Any) -> int:
     "The bytes of tensors, those that share memory once"
@@ -185,8 +205,11 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode):
         for tensors in (layer._parameters, layer._buffers): tensors.update({name: fake(tensor) for name, tensor in tensors.items()})
 
 class _Borders(list):
-    "Where samples begin, as the attention function asks a tensor for it"
-    def tolist(self) -> list: return self
+    "Where samples begin, as the attention function asks a tensor for it; counts how often it does"
+    asked = 0
+    def tolist(self) -> list:
+        self.asked += 1
+        return self
 
 # %% ../nbs/12_memory.ipynb #b45846ff
 class _HeadSteps(torch.autograd.Function):
@@ -208,7 +231,7 @@ class _HeadSteps(torch.autograd.Function):
 # %% ../nbs/12_memory.ipynb #321a1f7a
 def _packed_bytes(layer: nn.Module, bits: int) -> int:
     "The bytes of a quantised weight and its scales"
-    count, rows = layer.weight.numel(), layer.weight.shape[0]
+    count, rows = layer.weight.numel(), layer.weight.shape[isinstance(layer, Conv1D)]
     if bits == 8: return count + 4 * rows
     blocks = math.ceil(count / 64)
     return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 * (16 + 256 + 1)  # two tables and an offset
@@ -231,10 +254,9 @@ class _PackedProduct(torch.autograd.Function):
 
 def _pack(model: nn.Module, bits: int, on_card: bool):
     "Every frozen linear layer but the head holds and does what a quantised one does"
-    head = model.get_base_model().get_output_embeddings()
     for layer in list(model.modules()):
         if isinstance(layer, BaseTunerLayer): layer.cast_input_dtype_enabled = not on_card  # those of quantised layers leave it to autocast there
-        if isinstance(layer, BaseTunerLayer) or type(layer).__name__ not in ('Linear', 'Conv1D') or layer is head or layer.weight.requires_grad: continue
+        if not vars(layer).get('quantised') or layer.weight.requires_grad: continue
         shape = tuple(layer.weight.shape) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape[::-1])  # (out, in)
         layer.weight = nn.Parameter(torch.empty(_packed_bytes(layer, bits), dtype=torch.uint8, device='meta'), requires_grad=False)
         layer.forward = lambda x, shape=shape: _PackedProduct.apply(x, shape, bits, on_card)
@@ -242,41 +264,38 @@ def _pack(model: nn.Module, bits: int, on_card: bool):
 # %% ../nbs/12_memory.ipynb #b403d31b
 class _Stage:
     "A model ready to be rehearsed"
-    def __init__(self, config: TrainingConfig, device: str, dtype: torch.dtype, samples: bool, few: int = 0):
-        self.config, self.on_card, self.samples, self.mode = config, device != 'cpu', samples, FakeTensorMode(allow_non_fake_inputs=True)
+    def __init__(self, config: TrainingConfig, device: str, dtype: torch.dtype, ways: Sequence[str], few: int = 0):
+        self.config, self.on_card, self.ways, self.mode, self.asked = config, device != 'cpu', ways, FakeTensorMode(allow_non_fake_inputs=True), 0
         self.dtype = torch.float16 if self.on_card and dtype == torch.bfloat16 else dtype  # as wide, and without the shortcuts a processor takes
         (self.model, self.left_out), bits = _hollow(config, self.dtype, few), 8 if config.load_in_8bit else 4 if config.load_in_4bit else 0
         if bits: _pack(self.model, bits, self.on_card)
-        if config.gradient_checkpointing: self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
-        lean = config.engine == 'auto' and _make_lean(self.model, bool(bits))
-        self.head = self._head() if config.engine == 'auto' else None
+        if config.gradient_checkpointing: checkpoint_layers(self.model)
+        lean = 'layers' in ways and _make_lean(self.model, bool(bits))
+        self.head = engines.find_head(self.model) if 'head' in ways else None
         self.autocast = self.dtype != torch.float32 and not lean
         _make_fake(self.model.train(), self.mode)
-        if samples: engines.keep_samples_apart(self.model)
-
-    def _head(self) -> Any:
-        "The head, if its loss can be made in chunks"
-        try: return engines.find_head(self.model)
-        except FinetuneError: return None
+        if 'samples' in ways: engines.keep_samples_apart(self.model)
 
     def inputs(self, lines: list[list[int]]) -> dict:
         "What the model is given for lines of samples of so many tokens"
-        widths, config = [sum(line) for line in lines], self.config
-        if self.samples:
+        widths, packs = [sum(line) for line in lines], 'packs' in self.ways
+        if 'samples' in self.ways:
             lengths = [length for line in lines for length in line]
             if not self.on_card: lengths += [-sum(lengths) % engines.EVEN] * bool(sum(lengths) % engines.EVEN)
             borders, ids = _Borders(accumulate(lengths, initial=0)), torch.zeros(1, sum(lengths), dtype=torch.long)
             return dict(input_ids=ids, position_ids=ids.clone(), use_cache=False, cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=max(lengths), max_length_k=max(lengths))
         ids = torch.zeros(len(lines), max(widths), dtype=torch.long)
-        inputs = dict(input_ids=ids) | (dict(position_ids=ids.clone()) if config.packing else {}) | (dict(use_cache=False) if config.packing or config.gradient_checkpointing else {})
-        if min(widths) < max(widths) or max(map(len, lines)) > 1: inputs['attention_mask'] = torch.zeros(len(lines), 1, max(widths), max(widths), dtype=torch.bool)
+        inputs = dict(input_ids=ids) | (dict(position_ids=ids.clone()) if packs else {}) | (dict(use_cache=False) if packs or self.config.gradient_checkpointing else {})
+        shape = (len(lines), 1, max(widths), max(widths)) if packs else ids.shape
+        if min(widths) < max(widths) or max(map(len, lines)) > 1: inputs['attention_mask'] = torch.zeros(shape, dtype=torch.bool)
         return inputs
 
     def loss(self, lines: list[list[int]], learnt: float, count: MemoryCount) -> Tensor:
         "Forward: hidden states or logits of all tokens, then the loss of those that are learnt"
         inputs = self.inputs(lines)
-        with engines._reading_samples() if self.samples else nullcontext():
+        with engines._reading_samples() if 'samples' in self.ways else nullcontext():
             found = self.head.body(**inputs).last_hidden_state if self.head else self.model(**inputs).logits
+        self.asked = getattr(inputs.get('cu_seq_lens_q'), 'asked', 0)
         if found.requires_grad: found.register_hook(lambda slope: setattr(count, 'part', 'activations'))
         if not self.head: count.move(found, 'logits')
         count.part = 'logits'
@@ -286,13 +305,45 @@ class _Stage:
         weight = self.head.output.weight
         return _HeadSteps.apply(flat[chosen].to(weight.dtype), weight, None if self.on_card else 4)
 
+# %% ../nbs/12_memory.ipynb #5be2f9a1
+class _ExpertShapes(TorchDispatchMode):
+    "The shapes of grouped products, in any number format"
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        "Run an operation, or tell what it gives"
+        kwargs = kwargs or {}
+        if func is not getattr(getattr(torch.ops.aten, '_grouped_mm', None), 'default', None): return func(*args, **kwargs)
+        (one, other), borders = args[:2], args[2] if len(args) > 2 else kwargs.get('offs')
+        apart = (len(one) if one.dim() == 3 else len(borders),) * (one.dim() == other.dim())  # as many products as experts
+        return one.new_empty(*apart, one.shape[-2], other.shape[-1])
+
+class _Unknown:
+    "A number that is not there: it can be handed on, and nothing can be computed with it"
+
+class _EvenExperts(TorchFunctionMode):
+    "A tensor that is split by numbers that are not there is split evenly"
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        "Call a function, or answer for a number"
+        kwargs = kwargs or {}
+        if func is Tensor.item and not args[0].is_floating_point(): return _Unknown()
+        if func is Tensor.split and isinstance(args[1], list) and any(isinstance(one, _Unknown) for one in args[1]): return args[0].tensor_split(len(args[1]), kwargs.get('dim', 0))
+        return func(*args, **kwargs)
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    "What cannot be rehearsed is said by an exception, and not also in torch's log"
+    log = logging.getLogger('torch._subclasses.fake_tensor')
+    before, log.disabled = log.disabled, True
+    try: yield
+    finally: log.disabled = before
+
+
 # %% ../nbs/12_memory.ipynb #b6ed7718
-def _rehearse(config: TrainingConfig, device: str, dtype: torch.dtype, lines: Sequence, learnt: float, samples: bool, few: int = 0) -> tuple[MemoryCount, _Stage]:
+def _rehearse(config: TrainingConfig, device: str, dtype: torch.dtype, lines: Sequence, learnt: float, ways: Sequence[str], few: int = 0) -> tuple[MemoryCount, _Stage]:
     "One micro-batch there and back on fake tensors, counted; gradients of an earlier one are there when there is one"
-    with warnings.catch_warnings(), torch.random.fork_rng():  # layers that are tried draw from chance
+    with warnings.catch_warnings(), torch.random.fork_rng(), _unlogged():  # layers that are tried draw from chance
         warnings.simplefilter('ignore')  # of tensors without numbers, and of names that will change
-        stage = _Stage(config, device, dtype, samples, few)
-        with stage.mode, MemoryCount() as count:
+        stage = _Stage(config, device, dtype, ways, few)
+        with stage.mode, _ExpertShapes(), _EvenExperts(), MemoryCount() as count:
             for one in (*stage.model.parameters(), *stage.model.buffers()): count.add(one, 'adapter' if one.requires_grad else 'weights')
             for one in stage.model.parameters():
                 if not one.requires_grad: continue
@@ -373,6 +424,33 @@ def _drawn_out(three: list[dict], four: list[dict], more: int) -> dict:
     lines = [{part: less.get(part, 0) + more * (larger.get(part, 0) - less.get(part, 0)) for part in less.keys() | larger.keys()} for less, larger in zip(three, four)]
     return max(lines, key=lambda parts: sum(parts.values()))
 
+# %% ../nbs/12_memory.ipynb #e0a95d14
+def _can_be_packed(model: nn.Module) -> bool:
+    "Whether tokens meet in attention only, by positions that the model is told"
+    kinds = getattr(model.config.get_text_config(), 'layer_types', None) or ()
+    others = any(isinstance(layer, nn.Conv1d) for layer in model.modules()) or any('attention' not in kind or 'linear' in kind for kind in kinds)
+    return not others and 'position_ids' in inspect.signature(model.get_base_model().forward).parameters
+
+def _trial(config: TrainingConfig, device: str, dtype: torch.dtype, ways: tuple, few: int) -> BaseException | None:
+    "What stands in the way of a step in these ways; None: nothing"
+    try: stage = _rehearse(config, device, dtype, [[8], [6]], 1., ways, few)[1]
+    except (ModelError, ConfigError, TimeoutError, MemoryError): raise
+    except Exception as error: return error  # of whichever library
+    if 'samples' in ways and stage.asked < len(_stack(stage.model)): return FinetuneError('samples see each other')
+
+def _choose_ways(config: TrainingConfig, device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    "Which of \"packs\", \"samples\", \"head\" and \"layers\" a model works with. Raises `ModelError` where it does not work at all"
+    packs = ('packs',) if config.packing and _can_be_packed(_hollow(config, dtype, FEW)[0]) else ()
+    wanted = (*(('samples',) if packs else ()), 'head', 'layers') if config.engine == 'auto' else ()
+    if not _trial(config, device, dtype, packs + wanted, FEW): return packs + wanted
+    few = 0 if _trial(config, device, dtype, packs, FEW) else FEW
+    if error := _trial(config, device, dtype, packs, few): raise ModelError(_uncountable(config.model_name, error)) from error
+    return packs + tuple(way for way in wanted if not _trial(config, device, dtype, (*packs, way), few))
+
+def _uncountable(model_name: str, error: BaseException) -> str:
+    "Why nothing is counted: because a step asks for numbers"
+    return f'the memory that model_name={model_name!r} needs cannot be estimated, for its step cannot be rehearsed without numbers ({first_line(error, 120)}). A run of a few steps (max_steps=3) shows it.'
+
 # %% ../nbs/12_memory.ipynb #28da39f9
 PARTS = dict(weights=('#4878a8', 'the frozen base'), adapter=('#e49444', 'what is trained, in 32 bits'), gradients=('#d1615d', 'one for each trained number'),
              optimizer=('#85b6b2', 'what it remembers of earlier gradients'), activations=('#6a9f58', 'kept on the way forward for the way back'),
@@ -448,14 +526,15 @@ def estimate_memory(
     "What a run is going to take, from its config alone. Raises `ModelError` when the model's config.json cannot be read, `ConfigError` for a dial there is not."
     config = turned(config, **dials)
     device = device or pick_device(config).type
-    dtype, samples = _number_format(config, device), config.engine == 'auto' and config.packing
-    lines = [longest_lines(config, lengths, device == 'cpu') if samples else None, longest_lines(config, lengths)]  # read sample by sample, and not
+    dtype = _number_format(config, device)
     dials = json.dumps({name: value for name, value in config.to_dict().items() if name in COUNTED} | dict(gradient_accumulation_steps=min(2, config.gradient_accumulation_steps)))
-    counted, samples = _counted(dials, _stamp(config.model_name), device, dtype, json.dumps(lines), learnt)
+    known = dials, _stamp(config.model_name), device, dtype
+    ways = _ways_of(*known)
+    lines = longest_lines(replace(config, packing='packs' in ways), lengths, device == 'cpu' and 'samples' in ways)
+    counted = _counted(*known, ways, json.dumps(lines), learnt)
     parts = {name: counted.get(name, 0) for name in PARTS} | dict(runtime=int(RUNTIME.get((device, dtype), CONTEXT)))
     if device == 'cpu' and sys.platform == 'linux': parts['holes'] = int(HOLES * sum(parts[name] for name in ('gradients', 'optimizer', 'activations', 'logits')))
-    batch = lines[not samples]
-    shown = f'{config.model_name}, {len(batch)} × {max(map(sum, batch))} tokens, {str(dtype).removeprefix("torch.")}, on {device}'
+    shown = f'{config.model_name}, {len(lines)} × {max(map(sum, lines))} tokens, {str(dtype).removeprefix("torch.")}, on {device}'
     return MemoryEstimate(parts, device, shown)
 
 def _stamp(model_name: str) -> float:
@@ -464,12 +543,17 @@ def _stamp(model_name: str) -> float:
     return path.stat().st_mtime if path.exists() else 0.
 
 @lru_cache(256)
-def _counted(dials: str, stamp: float, device: str, dtype: torch.dtype, lines: str, learnt: float) -> tuple[dict, bool]:
-    "What is counted of a run, and whether samples are read one by one"
-    config, lines = TrainingConfig(**json.loads(dials)), json.loads(lines)
-    read_shape(config)
-    try: return _count(config, device, dtype, lines[0] or lines[1], learnt, bool(lines[0])), bool(lines[0])
-    except FinetuneError: return _count(config, device, dtype, lines[1], learnt, False), False
+def _ways_of(dials: str, stamp: float, device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    "What the engine is going to choose"
+    return _choose_ways(TrainingConfig(**json.loads(dials)), device, dtype)
+
+@lru_cache(256)
+def _counted(dials: str, stamp: float, device: str, dtype: torch.dtype, ways: tuple, lines: str, learnt: float) -> dict:
+    "What is counted of a run"
+    config = TrainingConfig(**json.loads(dials))
+    try: return _count(config, device, dtype, json.loads(lines), learnt, ways)
+    except (FinetuneError, TimeoutError, MemoryError): raise
+    except Exception as error: raise ModelError(_uncountable(config.model_name, error)) from error
 
 def _count(config: TrainingConfig, *rehearsal: Any) -> dict:
     "Bytes at the fullest moment by part; of all layers, or of a few that are drawn out"

@@ -6,11 +6,12 @@
 __all__ = ['LOADING', 'ROWS', 'NEAR_TIE', 'IDENTITY', 'pick_device', 'Precision', 'plan_precision', 'check_model', 'refusing',
            'load_tokenizer', 'first_line', 'code_needed', 'read_config', 'refuse_kernels', 'NewTokens', 'add_tokens',
            'adapter_folder', 'inherited_tokens', 'trained_tokens', 'run_tokenizer', 'generation_settings', 'quiet',
-           'takes_long', 'load_base', 'make_room', 'attach_lora', 'ParameterCount', 'count_parameters', 'Coverage',
-           'adapter_coverage', 'WeightBytes', 'weight_bytes', 'save_adapter', 'load_adapter', 'restore_adapter',
-           'continue_adapter', 'make_optimizer', 'make_schedule', 'neftune', 'generation_arguments',
-           'contiguous_head_input', 'Said', 'likeliest_tokens', 'free', 'base_fingerprint', 'note_identity', 'Mismatch',
-           'find_mismatches', 'check_identity', 'warn_of', 'adapter_tokenizer', 'check_vocabulary']
+           'takes_long', 'load_base', 'make_room', 'attach_lora', 'checkpoint_layers', 'ParameterCount',
+           'count_parameters', 'Coverage', 'adapter_coverage', 'WeightBytes', 'weight_bytes', 'save_adapter',
+           'load_adapter', 'restore_adapter', 'continue_adapter', 'make_optimizer', 'make_schedule', 'neftune',
+           'generation_arguments', 'contiguous_head_input', 'Said', 'likeliest_tokens', 'free', 'base_fingerprint',
+           'note_identity', 'Mismatch', 'find_mismatches', 'check_identity', 'warn_of', 'adapter_tokenizer',
+           'check_vocabulary']
 
 # %% ../nbs/08_model.ipynb #f618922a
 import copy, gc, json, logging, math, re, warnings, inspect, threading
@@ -791,6 +792,17 @@ def _widen(wrapper: ModulesToSaveWrapper):
     for layer in wrapper.modules_to_save.values():
         layer.float().register_forward_pre_hook(lambda _, args: tuple(x.float() if x.is_floating_point() else x for x in args))
         layer.register_forward_hook(lambda _, args, out: out.to(kind))
+
+# %% ../nbs/08_model.ipynb #f24a6d03
+def checkpoint_layers(
+    model: PeftModel # its layers are computed twice from now on
+):
+    "Keep a layer's input instead of its activations. Raises `ConfigError` where the architecture cannot."
+    base = model.get_base_model()
+    if not getattr(base, 'supports_gradient_checkpointing', False):
+        raise ConfigError(f'gradient_checkpointing=True, but {type(base).__name__} cannot compute its layers a second time. Set it to False; a smaller per_device_train_batch_size saves memory too.')
+    base.config.use_cache = False
+    with quiet(): model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
 
 # %% ../nbs/08_model.ipynb #2b1116a9
 class ParameterCount(NamedTuple):

@@ -46,7 +46,7 @@ from .core.text import ArgumentParser, describe_encode_error, html_table, safe_s
 from .data import Columns, DataReport, Prepared, PreparedDataset, packaged_held_out, prepare, report_line, report_parts
 from .engine import CompileGain, compile_decision, compile_layers, hand_back, keep_memory, loss_sum, measure_compile, pack_weights, pick_engine, unpack_weights
 from .memory import fitting, free_memory, line_layout, whole_room
-from .model import adapter_coverage, adapter_folder, attach_lora, base_fingerprint, check_identity, continue_adapter, count_parameters, free, generation_settings, likeliest_tokens, load_base, make_optimizer, make_schedule, neftune, note_identity, pick_device, plan_precision, quiet, run_tokenizer, save_adapter, warn_of
+from .model import adapter_coverage, adapter_folder, attach_lora, base_fingerprint, check_identity, checkpoint_layers, continue_adapter, count_parameters, free, generation_settings, likeliest_tokens, load_base, make_optimizer, make_schedule, neftune, note_identity, pick_device, plan_precision, quiet, run_tokenizer, save_adapter, warn_of
 from .prompt import render, render_prompt, stop_ids, template_of
 from .template import named_templates
 from .runs import notes_printed, read_meta, read_object, read_metrics, read_status, typed
@@ -864,9 +864,7 @@ def adapt(
         model, inherited = continue_adapter(model, old, config.lora)
         warn_of(mismatches)
     else: model = attach_lora(model, config.lora, config.seed, tokenizer.convert_tokens_to_ids(config.new_tokens or []))
-    if config.gradient_checkpointing:
-        model.config.use_cache = False
-        with quiet(): model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    if config.gradient_checkpointing: checkpoint_layers(model)
     return model, inherited
 
 def plainly(
