@@ -81,7 +81,7 @@ def test_a_rehearsed_step_takes_what_a_real_one_takes(tmp_path, dials):
 def test_the_head_takes_what_the_chunked_loss_takes():
     hidden, weight, labels = torch.randn(700, 64, requires_grad=True), torch.randn(90_000, 64), torch.randint(9, (700,))
     peaks = []
-    for loss in (lambda: _ChunkedLoss.apply(hidden, weight, None, labels, None, 1., 256), lambda: _HeadSteps.apply(hidden, weight, 4)):
+    for loss in (lambda: _ChunkedLoss.apply(hidden, weight, None, labels, None, 1., 256, None), lambda: _HeadSteps.apply(hidden, weight, 4)):
         with MemoryCount() as count:
             for one in (hidden, weight, labels): count.add(one, "given")
             before = count.now
