@@ -533,7 +533,7 @@ def estimate_memory(
     lines = longest_lines(replace(config, packing='packs' in ways), lengths, device == 'cpu' and 'samples' in ways)
     counted = _counted(*known, ways, json.dumps(lines), learnt)
     parts = {name: counted.get(name, 0) for name in PARTS} | dict(runtime=int(RUNTIME.get((device, dtype), CONTEXT)))
-    if device == 'cpu' and sys.platform == 'linux': parts['holes'] = int(HOLES * sum(parts[name] for name in ('gradients', 'optimizer', 'activations', 'logits')))
+    if device == 'cpu' and sys.platform == 'linux' and not config.gradient_checkpointing: parts['holes'] = int(HOLES * sum(parts[name] for name in ('gradients', 'optimizer', 'activations', 'logits')))
     shown = f'{config.model_name}, {len(lines)} × {max(map(sum, lines))} tokens, {str(dtype).removeprefix("torch.")}, on {device}'
     return MemoryEstimate(parts, device, shown)
 
@@ -790,7 +790,7 @@ def measure_memory(
 
 def _two_passes(trainer: Any, batch: dict):
     "A micro-batch, and another one like it when gradients and the optimizer's state are there already"
-    engines.keep_memory(trainer.accelerator.device)
+    if not trainer.config.gradient_checkpointing: engines.keep_memory(trainer.accelerator.device)
     try:
         for again in (True, False):
             trainer.accelerator.backward(trainer.loss(batch) / max(1, int((batch['labels'] != -100).sum())))

@@ -1340,7 +1340,7 @@ class Run:
         "One after the other, the run folder is written on the way."
         writer = RunWriter(self.trainer.resolved_config(), self.keeper.total, self.keeper.progress.written_down if self.resume else None) if is_main() else Bystander()
         state, message, loop = 'cancelled', '', self._loop()
-        keep_memory(self.accelerator.device)
+        if not self.config.gradient_checkpointing: keep_memory(self.accelerator.device)  # the holes of a kept heap would take what checkpointing saves
         try:
             renewed, before, first = self._renew_best(), adapter_digest(self.trainer.model), self.keeper.progress.step
             if is_main(): self.trainer.check_plan()
