@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .core.errors import ConfigError, DataError
-from .core.text import sanitize_html
+from .core.text import sanitize_html, sanitize_line
 from .tokens import TokenLine, tokens_ansi, tokens_html, tokens_text
 
 # %% ../nbs/07_batches.ipynb #02678cbb
@@ -482,7 +482,7 @@ class Limit(NamedTuple):
     tokens: int # up to which nothing changes
     kind: str # what it counts: "distance" between two tokens, "position" in a row, "place" in a line
 
-    def __str__(self): return f'{self.field}={self.tokens}'
+    def __str__(self): return sanitize_line(f'{self.field}={self.tokens}')
 
 _WORDS = dict(distance='window|extent|distance|local_att', position='position|n_ctx|max_seq_len|seq_length|model_max_length|context_length',
               place='chunk|floor|block_size|index_topk|compress_rate')

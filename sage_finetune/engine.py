@@ -556,7 +556,7 @@ class Trial(NamedTuple):
 
     def __str__(self):
         if wrong := next((one for one in self.beyond if not one.equal), None): return str(wrong)
-        said = f'{self.loss:.1g} off in the loss and {self.gradient:.1g} in the gradient' + f' beyond {self.limit}' * bool(self.limit)
+        said = f'{self.loss:.1g} off in the loss and {self.gradient:.1g} in the gradient' + f' beyond {sanitize_line(self.limit)}' * bool(self.limit)
         return said + f', and samples would see each other ({self.leak:.1g})' * (self.leak > 1e-5)
 
 def plain_outcome(

@@ -449,7 +449,8 @@ def _choose_ways(config: TrainingConfig, device: str, dtype: torch.dtype) -> tup
 
 def _uncountable(model_name: str, error: BaseException) -> str:
     "Why nothing is counted: because a step asks for numbers"
-    return f'the memory that model_name={model_name!r} needs cannot be estimated, for its step cannot be rehearsed without numbers ({first_line(error, 120)}). A run of a few steps (max_steps=3) shows it.'
+    return (f'the memory that model_name={model_name!r} needs cannot be estimated, for no step can be rehearsed from its config.json ({first_line(error, 120).rstrip(":")}). '
+            'Restore it from a copy if it is damaged; else a run of a few steps (max_steps=3) shows what it takes.')
 
 # %% ../nbs/12_memory.ipynb #28da39f9
 PARTS = dict(weights=('#4878a8', 'the frozen base'), adapter=('#e49444', 'what is trained, in 32 bits'), gradients=('#d1615d', 'one for each trained number'),

@@ -350,7 +350,7 @@ def test_a_model_of_numbers_nobody_trained(tmp_path, field, value):
         assert len(str(said.value)) < 1000
 
 
-@pytest.mark.parametrize("field, value", [("intermediate_size", 0), ("attention_dropout", 1.5), ("attention_dropout", 2**31), ("hidden_size", -5), ("num_attention_heads", "x"), ("hidden_size", None)], ids=str)
+@pytest.mark.parametrize("field, value", [("num_key_value_heads", 0), ("attention_dropout", 1.5), ("attention_dropout", 2**31), ("hidden_size", -5), ("num_attention_heads", "x"), ("hidden_size", None)], ids=str)
 def test_a_model_that_cannot_take_a_step(tmp_path, field, value):
     "In a sentence with its reason and a way out for a folder"
     folder = shutil.copytree(tiny_path(), tmp_path/"model")
