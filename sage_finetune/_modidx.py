@@ -1423,6 +1423,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sage_finetune.engine.pack_weights': ('engine.html#pack_weights', 'sage_finetune/engine.py'),
                                       'sage_finetune.engine.pick_engine': ('engine.html#pick_engine', 'sage_finetune/engine.py'),
                                       'sage_finetune.engine.plain_outcome': ('engine.html#plain_outcome', 'sage_finetune/engine.py'),
+                                      'sage_finetune.engine.spare_memory': ('engine.html#spare_memory', 'sage_finetune/engine.py'),
                                       'sage_finetune.engine.try_engine': ('engine.html#try_engine', 'sage_finetune/engine.py'),
                                       'sage_finetune.engine.unpack_weights': ('engine.html#unpack_weights', 'sage_finetune/engine.py')},
             'sage_finetune.export': { 'sage_finetune.export.MergeReport': ('export.html#mergereport', 'sage_finetune/export.py'),

@@ -6,7 +6,8 @@
 __all__ = ['EVEN', 'BLOCKWISE', 'BLOCK', 'SAMPLES', 'SAMPLE_BY_SAMPLE', 'PADDED', 'ENGINES', 'PACKING_PAYS', 'COMPILE_MIN_FLOPS',
            'loss_sum', 'chunked_loss', 'Head', 'find_head', 'make_lean', 'make_plain', 'one_line', 'keep_samples_apart',
            'Engine', 'Trial', 'plain_outcome', 'try_engine', 'pick_engine', 'pack_weights', 'unpack_weights',
-           'CompileGain', 'measure_compile', 'compile_decision', 'compile_layers', 'keep_memory', 'hand_back']
+           'CompileGain', 'measure_compile', 'compile_decision', 'compile_layers', 'keep_memory', 'spare_memory',
+           'hand_back']
 
 # %% ../nbs/09_engine.ipynb #7e2d30ba
 import ctypes, math, shutil, sys, time
@@ -845,6 +846,12 @@ def keep_memory(
     if device.type != 'cpu': return
     _ask('mallopt', -4, 0)   # M_MMAP_MAX: nothing is asked of the system apart
     _ask('mallopt', -1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+
+def spare_memory(
+    device: torch.device # of the model
+):
+    "Give the memory of every tensor above 256 KiB back as soon as it is free: slower, but no free place stays unused. Only for models on a CPU."
+    if device.type == 'cpu': _ask('mallopt', -3, 2**18)  # M_MMAP_THRESHOLD
 
 def hand_back(
     device: torch.device # of the model

@@ -791,7 +791,7 @@ def measure_memory(
 
 def _two_passes(trainer: Any, batch: dict):
     "A micro-batch, and another one like it when gradients and the optimizer's state are there already"
-    if not trainer.config.gradient_checkpointing: engines.keep_memory(trainer.accelerator.device)
+    (engines.spare_memory if trainer.config.gradient_checkpointing else engines.keep_memory)(trainer.accelerator.device)
     try:
         for again in (True, False):
             trainer.accelerator.backward(trainer.loss(batch) / max(1, int((batch['labels'] != -100).sum())))

@@ -44,7 +44,7 @@ from .core.run_checks import RunWarning, check_adapter, check_clipping, check_fa
 from .core.storage import folder_atomic
 from .core.text import ArgumentParser, describe_encode_error, html_table, safe_streams, sanitize_line, text_table
 from .data import Columns, DataReport, Prepared, PreparedDataset, packaged_held_out, prepare, report_line, report_parts
-from .engine import CompileGain, compile_decision, compile_layers, hand_back, keep_memory, loss_sum, measure_compile, pack_weights, pick_engine, unpack_weights
+from .engine import CompileGain, compile_decision, compile_layers, hand_back, keep_memory, loss_sum, measure_compile, pack_weights, pick_engine, spare_memory, unpack_weights
 from .memory import fitting, free_memory, line_layout, whole_room
 from .model import adapter_coverage, adapter_folder, attach_lora, base_fingerprint, check_identity, checkpoint_layers, continue_adapter, count_parameters, free, generation_settings, likeliest_tokens, load_base, make_optimizer, make_schedule, neftune, note_identity, pick_device, plan_precision, quiet, run_tokenizer, save_adapter, warn_of
 from .prompt import render, render_prompt, stop_ids, template_of
@@ -1340,7 +1340,7 @@ class Run:
         "One after the other, the run folder is written on the way."
         writer = RunWriter(self.trainer.resolved_config(), self.keeper.total, self.keeper.progress.written_down if self.resume else None) if is_main() else Bystander()
         state, message, loop = 'cancelled', '', self._loop()
-        if not self.config.gradient_checkpointing: keep_memory(self.accelerator.device)  # the holes of a kept heap would take what checkpointing saves
+        (spare_memory if self.config.gradient_checkpointing else keep_memory)(self.accelerator.device)
         try:
             renewed, before, first = self._renew_best(), adapter_digest(self.trainer.model), self.keeper.progress.step
             if is_main(): self.trainer.check_plan()
