@@ -219,7 +219,7 @@ class TrainingConfig(Checked):
     packing: bool = dial(True, effect='harmless') # lay the rows of a step one behind the other instead of padding them: the same gradient, fewer tokens
     engine: str = dial('auto', choices=('auto', 'plain'), effect='harmless') # faster and smaller ways through the model, each used only where it is found equal; or transformers and PEFT as they are
     torch_compile: bool | None = dial(None, effect='harmless') # compile the model's layers: faster steps after a slow first one; None: where the run is long enough to pay for it
-    pack_weights: bool | None = dial(None, effect='harmless') # on a CPU, keep frozen 16-bit weights in the layout of its matrix products: faster, for two more copies of them in memory; None: where they take less than a tenth of what is free
+    pack_weights: bool | None = dial(None, effect='harmless') # on a CPU, keep frozen 16-bit weights in the layout of its matrix products: faster, for two more copies of them in memory; None: where they take less than a tenth of what is free, and not with gradient_checkpointing
     data_cache: Path | None = dial(None, effect='write') # folder where prepared rows are kept for later runs; None: inside the run folder
     output_dir: Path = dial(Path('finetune_output'), effect='write') # run folder: everything a run writes goes here
     overwrite_output_dir: bool = dial(False, effect='permission') # replace what an earlier run left in output_dir; else such a folder is refused

@@ -1071,6 +1071,7 @@ class LoRATrainer:
     def _pack_weights(self):
         "Pack frozen weights for the CPU where the config asks for it, or where they are a small part of the memory that is free"
         wanted = self.config.pack_weights
+        if wanted is None and self.config.gradient_checkpointing: return  # who checkpoints has no memory to spare
         if self.config.engine == 'auto' and wanted is not False: pack_weights(self.engine, sys.maxsize if wanted else free_memory(self.accelerator.device.type) // 10)
 
     def setup(self,

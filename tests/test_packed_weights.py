@@ -60,6 +60,7 @@ def test_only_where_they_are_a_small_part_of_what_is_free(tmp_path, folder_of, a
     assert not packed_layers(trainer_of(tmp_path/"a", folder_of("Qwen2")))
     monkeypatch.setattr(training, "free_memory", lambda device: 10**10)
     assert packed_layers(trainer_of(tmp_path/"b", folder_of("Qwen2")))
+    assert not packed_layers(trainer_of(tmp_path/"c", folder_of("Qwen2"), gradient_checkpointing=True))
 
 
 def test_what_is_not_faster_is_left_alone(tmp_path, folder_of, monkeypatch):  # noqa: F811
