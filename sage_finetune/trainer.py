@@ -1014,9 +1014,8 @@ def saved_compile_choice(
 ) -> bool | None: # None: it has not, or does not say
     "Whether a run with a checkpoint was compiled when it began, from its training_config.json."
     if config.torch_compile is not None or not checkpoints(config.checkpoint_dir): return None
-    try: choice = read_object(Path(config.output_dir)/'training_config.json').get('torch_compile')
+    try: return read_object(Path(config.output_dir)/'training_config.json').get('torch_compile') is True
     except FinetuneError: return None
-    return choice if isinstance(choice, bool) else None
 
 class LoRATrainer:
     "Trains an adapter: `LoRATrainer(config).train()`."
@@ -1194,7 +1193,7 @@ class LoRATrainer:
         "The config with everything that was chosen for it written in."
         config, precision = copy.deepcopy(self.config), plan_precision(self.config).name
         config.fp16, config.bf16, config.device = precision == 'fp16', precision == 'bf16', self.accelerator.device.type
-        if config.torch_compile is None: config.torch_compile = self.compiled
+        if self.compiled: config.torch_compile = True
         return config
 
     def steps(self,
