@@ -594,6 +594,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'sage_finetune/core/places.py'),
                                            'sage_finetune.core.places._gives_way': ( 'core/places.html#_gives_way',
                                                                                      'sage_finetune/core/places.py'),
+                                           'sage_finetune.core.places._is_of_wandb': ( 'core/places.html#_is_of_wandb',
+                                                                                       'sage_finetune/core/places.py'),
                                            'sage_finetune.core.places._known': ('core/places.html#_known', 'sage_finetune/core/places.py'),
                                            'sage_finetune.core.places._links_below': ( 'core/places.html#_links_below',
                                                                                        'sage_finetune/core/places.py'),

@@ -375,9 +375,11 @@ def check_links(
         if (folder/part).is_symlink():
             _refuse_target(folder, folder/part)
             _refuse_unclaimed(folder, folder/part)
-        if link := next((link for link in _links_below(folder/part) if part != 'logs' or not is_inside(folder/part, link)), None):
+        if link := next((link for link in _links_below(folder/part) if not (part == 'logs' and (is_inside(folder/part, link) or _is_of_wandb(folder/part, link)))), None):
             raise RunError(f'{name_some([str(link)])} is a link, and nothing is written or removed through a link below {part}. '
                            f'Remove it, or make {part} as a whole a link to an empty folder.')
+
+def _is_of_wandb(logs: Path, link: Path) -> bool: return link.relative_to(logs).parts[0] == 'wandb' and not link.is_dir()  # to a log file of its own
 
 def claim_links(
     run_dir: str | Path,          # a run folder
