@@ -354,11 +354,16 @@ def _sample_output(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
     wide_key, output = key.transpose(1, 2).float() * scale, query.new_empty(count, len(query), value.shape[-1])
     for at in range(0, count, BLOCK):
         to = min(at + BLOCK, count + padding)
-        weights = torch.bmm(query[:, at:to].reshape(groups, -1, query.shape[-1]).float(), wide_key[:, :, :to])  # (groups, heads of a group x rows, keys)
-        weights.view(len(query), to - at, to)[..., at:] += _hidden(to - at, query.device)
-        block = torch.bmm(torch.softmax(weights, -1).to(query.dtype), value[:, :to]).view(len(query), to - at, -1)
+        weights = _block_weights(query[:, at:to].reshape(groups, -1, query.shape[-1]), wide_key[:, :, :to], at)
+        block = torch.bmm(weights, value[:, :to]).view(len(query), to - at, -1)
         output[at:to] = block.transpose(0, 1)[:count - at]
     return output
+
+def _block_weights(rows: Tensor, wide_key: Tensor, at: int) -> Tensor:
+    "Attention weights of the rows from `at` on, (groups, heads of a group x rows, keys), in the rows' dtype; `wide_key` is scaled, in 32 bits, (groups, head_dim, keys)"
+    weights, keys = torch.bmm(rows.float(), wide_key), wide_key.shape[-1]
+    weights.view(-1, keys - at, keys)[..., at:] += _hidden(keys - at, rows.device)
+    return torch.softmax(weights, -1).to(rows.dtype)
 
 # %% ../nbs/09_engine.ipynb #b5069d2c
 BLOCK = 128  # rows of attention at once
@@ -389,9 +394,7 @@ def _sample_slopes(query: Tensor, key: Tensor, value: Tensor, upstream: Tensor, 
     for at in range(0, count, BLOCK):
         to = min(at + BLOCK, count + missing)
         rows, above = tall(query[:, at:to]), tall(upstream[:, at:to])
-        weights = torch.bmm(rows.float(), wide_key[:, :, :to])                                # (groups, heads of a group x rows, keys)
-        weights.view(len(query), to - at, to)[..., at:] += _hidden(to - at, rows.device)
-        weights = torch.softmax(weights, -1).to(rows.dtype)
+        weights = _block_weights(rows, wide_key[:, :, :to], at)
         of_value_part, slope = torch.bmm(weights.transpose(1, 2), above), torch.bmm(above, value[:, :to].transpose(1, 2))
         slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, rows.dtype)
         of_query[:, at:to] = torch.bmm(slope, key[:, :to]).view(len(query), to - at, -1)[:, :count - at]
@@ -707,10 +710,11 @@ def pack_weights(
     layers = [layer for layer in engine.model.modules() if getattr(layer.__dict__.get('forward'), '__func__', None) is _lean_adapter]
     weights = [layer.base_layer.weight for layer in layers] + ([engine.head.output.weight] if engine.head else [])
     weights = list({weight.data_ptr(): weight for weight in weights if can_pack(weight)}.values())
-    gains = {weight.shape: packing_gain(weight, PackedWeight(weight)) for weight in {weight.shape: weight for weight in weights}.values()}
+    packed = {weight.data_ptr(): PackedWeight(weight) for weight in {weight.shape: weight for weight in weights}.values()}  # one of each shape
+    gains = {weight.shape: packing_gain(weight, packed[weight.data_ptr()]) for weight in weights if weight.data_ptr() in packed}
     weights = [weight for weight in weights if gains[weight.shape] >= PACKING_PAYS]
     if not weights or (nbytes := sum(2 * weight.nbytes for weight in weights)) > memory_budget: return
-    packed = {weight.data_ptr(): PackedWeight(weight) for weight in weights}
+    packed = {place: packed.get(place) or PackedWeight(weight) for weight in weights for place in [weight.data_ptr()]}
     for layer in layers: layer.__dict__['packed_weight'] = packed.get(layer.base_layer.weight.data_ptr())
     if engine.head: engine.head = engine.head._replace(packed=packed.get(engine.head.output.weight.data_ptr()))
     saved = sum(gains[weight.shape] * weight.numel() for weight in weights) / sum(weight.numel() for weight in weights)

@@ -1024,7 +1024,7 @@ class LoRATrainer:
     ):
         self.config = copy.deepcopy(as_config(config, type(self).__name__)).check()
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.accelerator = self.report = self.batching = self.run = None
-        self.wish, self.inherited, self.base_weights, self._taken, self._checked = Stop(), '', '', None, None
+        self.wish, self.inherited, self.base_weights, self.compiled, self._taken, self._checked = Stop(), '', '', False, None, None
 
     def load_model_and_tokenizer(self):
         "Load the base model and its tokenizer into `model` and `tokenizer`."
@@ -1063,7 +1063,7 @@ class LoRATrainer:
 
     def _measure_compile(self) -> CompileGain:
         "What compiling saves, from one layer and the first micro-batch"
-        batch = next(iter(self._batches(self.dataset, self.batching.part[0].micro_batches[:1])))
+        batch = self._first_batch()
         passes = self.plan.tokens / count_tokens([batch])[0] * self.model.config.get_text_config().num_hidden_layers
         return measure_compile(self.engine, {name: value.to(self.accelerator.device) for name, value in batch.items()}, passes)
 
@@ -1152,6 +1152,10 @@ class LoRATrainer:
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id < self.model.get_input_embeddings().weight.shape[0] else 0  # padding is masked: any id will do
         return load_batches(dataset, micro_batches, pad_id, self.packs, self.config.dataloader_num_workers, self.config.seed)
 
+    def _first_batch(self) -> dict:
+        "The first micro-batch of the run, as `collate` makes it"
+        return next(iter(self._batches(self.dataset, self.batching.part[0].micro_batches[:1])))
+
     def logits(self,
         batch: dict # what `collate` makes
     ) -> Tensor: # (lines, longest, vocabulary)
@@ -1235,7 +1239,7 @@ class LoRATrainer:
     def _check_tokenizer(self) -> list[RunWarning]:
         "Whether the model can read the first rows; nothing where its loss is another one, or memory runs out"
         if not self.has_usual_loss: return []
-        batch, vocabulary = next(iter(self._batches(self.dataset, self.batching.part[0].micro_batches[:1]))), self.model.get_input_embeddings().weight.shape[0]
+        batch, vocabulary = self._first_batch(), self.model.get_input_embeddings().weight.shape[0]
         fixed = set(self.tokenizer.all_special_ids)
         try:
             with torch.no_grad(), at_rest(self.model):
@@ -1261,7 +1265,7 @@ class LoRATrainer:
 
     def _step_seconds(self) -> float:
         "All steps, from the first micro-batch there and back"
-        first = next(iter(self._batches(self.dataset, self.batching.part[0].micro_batches[:1])))
+        first = self._first_batch()
         return pass_seconds(first, self.loss, self.optimizer, self.accelerator) * self.plan.tokens / count_tokens([first])[0]
 
     def _evaluation_seconds(self) -> float:
