@@ -13,6 +13,7 @@ __all__ = ['EVEN', 'BLOCKWISE', 'BLOCK', 'SAMPLES', 'SAMPLE_BY_SAMPLE', 'PADDED'
 import ctypes, math, shutil, sys, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from types import MethodType
 from typing import Any, NamedTuple
@@ -409,8 +410,8 @@ def _hidden(rows: int, device: torch.device) -> Tensor:
     return torch.full((rows, rows), -torch.inf, device=device).triu_(1)
 
 # %% ../nbs/09_engine.ipynb #548545db
-SAMPLES = 'samples_apart'  # the name under which a model finds this attention
-_apart = False  # True while a model reads a line of samples and needs no mask
+SAMPLES = f'samples_apart_{__name__.replace(".", "_")}'  # the name under which a model finds this attention; a notebook that defines it anew leaves the package's alone
+_apart = ContextVar('apart', default=False)  # True while a model reads a line of samples and needs no mask; a thread that chats has its own
 
 @torch.compiler.disable
 def _samples_apart(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.,
@@ -426,7 +427,7 @@ def _samples_apart(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     "The mask of `sdpa`, or none while samples are kept apart by their borders"
-    return None if _apart else ALL_MASK_ATTENTION_FUNCTIONS['sdpa'](*args, **kwargs)
+    return None if _apart.get() else ALL_MASK_ATTENTION_FUNCTIONS['sdpa'](*args, **kwargs)
 
 ALL_ATTENTION_FUNCTIONS.register(SAMPLES, _samples_apart)
 ALL_MASK_ATTENTION_FUNCTIONS.register(SAMPLES, _mask)
@@ -435,10 +436,9 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(SAMPLES, _mask)
 @contextmanager
 def _reading_samples() -> Iterator[None]:
     "Ask models for no mask for a while"
-    global _apart
-    before, _apart = _apart, True
+    before = _apart.set(True)
     try: yield
-    finally: _apart = before
+    finally: _apart.reset(before)
 
 def keep_samples_apart(
     model: nn.Module # of transformers

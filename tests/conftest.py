@@ -1,6 +1,7 @@
 "Tests run offline and leave the home folder alone"
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -34,6 +35,24 @@ def stays_here():
     yield
     there, _ = os.getcwd(), os.chdir(here)
     assert there == here, f"the test left {there} as working folder"
+
+
+def arithmetic():
+    "What this process computes with; None before torch is loaded"
+    torch, engine = sys.modules.get("torch"), sys.modules.get("sage_finetune.engine")
+    if torch is None: return None
+    found = dict(threads=torch.get_num_threads(), dtype=torch.get_default_dtype(), gradients=torch.is_grad_enabled(), onednn=torch.backends.mkldnn.enabled,
+                 deterministic=torch.are_deterministic_algorithms_enabled(), precision=torch.get_float32_matmul_precision(), autocast=torch.is_autocast_enabled("cpu"))
+    return found | dict(attention=engine is None or engine.ALL_ATTENTION_FUNCTIONS[engine.SAMPLES] is engine._samples_apart)
+
+
+@pytest.fixture(autouse=True)
+def computes_as_before():
+    "A test that leaves other arithmetic behind would give every later run in this process other bytes than those of a child"
+    before = arithmetic()
+    yield
+    after = arithmetic()
+    assert after is None or (after["attention"] and (before is None or after == before)), f"the test left {after}, and found {before}"
 
 
 @pytest.fixture(scope="session")

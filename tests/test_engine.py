@@ -1,9 +1,11 @@
 """The engine beside plain transformers and PEFT: the same losses in every architecture, packed or not, in one process or two, and nothing that is faster but not equal."""
 import copy
+import importlib.util
 import json
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import MethodType
 
@@ -374,3 +376,37 @@ def test_a_compiler_that_fails_is_said_and_left_out(folder_of, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: setattr(self, "_compiled_call_impl", MethodType(lambda self, *a, **k: 1 / 0, self)))
     compile_layers(engine)
     assert engine.remarks == ["not compiled: division by zero"] and try_engine(engine).equal and engine.lean["norms"] == 5
+
+
+# ---- what a process shares --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ("sage_finetune.engine_again", "__main__", "sage_finetune.deeper.engine"))
+def test_a_page_that_defines_the_engine_again_leaves_the_packages_alone(name, tmp_path):
+    "A notebook's cells register functions with transformers, too: a run of the package in the same kernel has the bytes it had before"
+    before = room.ALL_ATTENTION_FUNCTIONS[room.SAMPLES], room.ALL_MASK_ATTENTION_FUNCTIONS[room.SAMPLES]
+    def bytes_of(folder):
+        LoRATrainer(recipe(folder, max_steps=3, eval_ratio=0.)).train(show=False)
+        return adapter(folder/"run")
+    one = bytes_of(tmp_path/"one")
+    again = importlib.util.module_from_spec(importlib.util.spec_from_file_location("sage_finetune.engine_again", room.__file__))
+    again.__name__ = name
+    exec(compile(Path(room.__file__).read_text(encoding="utf-8").replace("from .", "from sage_finetune."), room.__file__, "exec"), again.__dict__)
+    assert again.SAMPLES in room.ALL_ATTENTION_FUNCTIONS.valid_keys() and again._samples_apart is not room._samples_apart
+    assert (room.ALL_ATTENTION_FUNCTIONS[room.SAMPLES], room.ALL_MASK_ATTENTION_FUNCTIONS[room.SAMPLES]) == before
+    assert bytes_of(tmp_path/"two") == one
+
+
+def test_a_thread_that_chats_keeps_its_masks():
+    "While one thread trains without a mask, a model in another asks for its own"
+    found, inside, asked = [], threading.Event(), threading.Event()
+    def chats():
+        assert inside.wait(60)
+        found.append(room._apart.get())
+        asked.set()
+    other = threading.Thread(target=chats)
+    other.start()
+    with room._reading_samples():
+        inside.set()
+        assert asked.wait(60) and room._apart.get()
+    other.join(60)
+    assert found == [False] and not room._apart.get()
