@@ -14,7 +14,6 @@ import ctypes, math, shutil, sys, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -363,7 +362,7 @@ def _sample_output(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
 def _block_weights(rows: Tensor, wide_key: Tensor, at: int) -> Tensor:
     "Attention weights of the rows from `at` on, (groups, heads of a group x rows, keys), in the rows' dtype; `wide_key` is scaled, in 32 bits, (groups, head_dim, keys)"
     weights, keys = torch.bmm(rows.float(), wide_key), wide_key.shape[-1]
-    weights.view(-1, keys - at, keys)[..., at:] += _hidden(keys - at, rows.device)
+    weights.view(-1, keys - at, keys)[..., at:] += _causal_bias(weights, keys - at)
     return torch.softmax(weights, -1).to(rows.dtype)
 
 # %% ../nbs/09_engine.ipynb #b5069d2c
@@ -404,10 +403,9 @@ def _sample_slopes(query: Tensor, key: Tensor, value: Tensor, upstream: Tensor, 
     of_key.copy_(keys[:, :count])
     of_value.copy_(values[:, :count])
 
-@lru_cache(maxsize=16)
-def _hidden(rows: int, device: torch.device) -> Tensor:
-    "-inf where a key lies behind its row"
-    return torch.full((rows, rows), -torch.inf, device=device).triu_(1)
+def _causal_bias(like: Tensor, rows: int) -> Tensor:
+    "-inf where a key lies behind its row; made anew, because one kept from a rehearsal holds no numbers"
+    return like.new_full((rows, rows), -math.inf).triu_(1)
 
 # %% ../nbs/09_engine.ipynb #548545db
 SAMPLES = f'samples_apart_{__name__.replace(".", "_")}'  # the name under which a model finds this attention; a notebook that defines it anew leaves the package's alone

@@ -453,7 +453,7 @@ def _uncountable(model_name: str, error: BaseException) -> str:
             'Restore it from a copy if it is damaged; else a run of a few steps (max_steps=3) shows what it takes.')
 
 # %% ../nbs/12_memory.ipynb #28da39f9
-PARTS = dict(weights=('#4878a8', 'the frozen base'), adapter=('#e49444', 'what is trained, in 32 bits'), gradients=('#d1615d', 'one for each trained number'),
+PARTS = dict(weights=('#4878a8', 'the frozen base'), packed=('#9c755f', 'its weights again, in the order of the CPU\'s matrix products'), adapter=('#e49444', 'what is trained, in 32 bits'), gradients=('#d1615d', 'one for each trained number'),
              optimizer=('#85b6b2', 'what it remembers of earlier gradients'), activations=('#6a9f58', 'kept on the way forward for the way back'),
              logits=('#e7ca60', 'a score for every word of the vocabulary, at the tokens at hand'), holes=('#bbbbbb', 'room between tensors that no tensor fits into'), runtime=('#a87c9f', 'what the libraries take for themselves'))
 
@@ -534,6 +534,7 @@ def estimate_memory(
     lines = longest_lines(replace(config, packing='packs' in ways), lengths, device == 'cpu' and 'samples' in ways)
     counted = _counted(*known, ways, json.dumps(lines), learnt)
     parts = {name: counted.get(name, 0) for name in PARTS} | dict(runtime=int(RUNTIME.get((device, dtype), CONTEXT)))
+    if not config.pack_weights or config.engine != 'auto': del parts['packed']
     if device == 'cpu' and sys.platform == 'linux' and not config.gradient_checkpointing: parts['holes'] = int(HOLES * sum(parts[name] for name in ('gradients', 'optimizer', 'activations', 'logits')))
     shown = f'{config.model_name}, {len(lines)} × {max(map(sum, lines))} tokens, {str(dtype).removeprefix("torch.")}, on {device}'
     return MemoryEstimate(parts, device, shown)
@@ -559,16 +560,24 @@ def _counted(dials: str, stamp: float, device: str, dtype: torch.dtype, ways: tu
 def _count(config: TrainingConfig, *rehearsal: Any) -> dict:
     "Bytes at the fullest moment by part; of all layers, or of a few that are drawn out"
     kept = lambda stage: sum(_state_bytes(one.shape, config.optim) for one in stage.model.parameters() if one.requires_grad)
+    copies = lambda stage: dict(optimizer=kept(stage), packed=_packed_copies(stage))
     try:
         count, stage = _rehearse(config, *rehearsal, few=FEW)
-        if not stage.left_out: return count.at_peak | dict(optimizer=kept(stage))
+        if not stage.left_out: return count.at_peak | copies(stage)
         more, larger = _rehearse(config, *rehearsal, few=FEW + 1)
-        return _drawn_out(_moments(count, stage), _moments(more, larger), stage.left_out) | dict(optimizer=kept(stage) + stage.left_out * (kept(larger) - kept(stage)))
+        few, one_more = copies(stage), copies(larger)
+        return _drawn_out(_moments(count, stage), _moments(more, larger), stage.left_out) | {part: size + stage.left_out * (one_more[part] - size) for part, size in few.items()}
     except FinetuneError: raise
     except (LookupError, AttributeError, RuntimeError):  # a model that does not work with some of its layers
         damaged = f'the config.json of model_name={config.model_name!r} describes a model that cannot take a step ({{}}). Restore it from a copy.'
         with refusing(lambda error: damaged.format(first_line(error))): count, stage = _rehearse(config, *rehearsal)
-    return count.at_peak | dict(optimizer=kept(stage))
+    return count.at_peak | copies(stage)
+
+def _packed_copies(stage: _Stage) -> int:
+    "Bytes of the 16-bit weights that an engine packs when it is asked to: each once for either direction"
+    layers = [layer for layer in stage.model.modules() if getattr(vars(layer).get('forward'), '__func__', None) is engines._lean_adapter]
+    weights = [layer.base_layer.weight for layer in layers] + ([stage.head.output.weight] if stage.head else [])
+    return sum(2 * weight.nbytes for weight in {id(weight): weight for weight in weights}.values() if weight.dtype == torch.bfloat16 and weight.dim() == 2)
 
 # %% ../nbs/12_memory.ipynb #40cbdea4
 def _limits(root: Path, groups: str) -> Iterator[int]:
@@ -621,6 +630,7 @@ class Fix(NamedTuple):
 
 def _ways(config: TrainingConfig, device: str) -> Iterator[tuple[dict, str]]:
     "Changes that make a run smaller, the cheapest first, and what they cost"
+    if config.pack_weights: yield dict(pack_weights=False), 'the same numbers, a little slower'
     rows, batches, length = config.per_device_train_batch_size, config.gradient_accumulation_steps, config.max_length
     while rows % 2 == 0:
         rows, batches = rows // 2, batches * 2

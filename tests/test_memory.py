@@ -8,12 +8,12 @@ import time
 
 import pytest
 import torch
-from helpers import recipe
-from sage_finetune import memory
+from helpers import adapter, recipe
+from sage_finetune import engine, memory
 from sage_finetune.batches import plan_batches
 from sage_finetune.config import TrainingConfig
 from sage_finetune.core.errors import ConfigError, ModelError
-from sage_finetune.engine import _ChunkedLoss
+from sage_finetune.engine import _ChunkedLoss, pick_engine
 from sage_finetune.memory import MemoryCount, _HeadSteps, _state_bytes, advice, cheapest_fix, empty_model, estimate_memory, fits, fitting, longest_lines, measure_memory, size_text
 from sage_finetune.model import attach_lora, load_base, make_optimizer
 from sage_finetune.trainer import LoRATrainer, memory_error
@@ -239,3 +239,41 @@ def test_out_of_memory_names_what_would_have_fitted(tmp_path):
     assert "Predicted to fit" in said and all(str(fix) in said for fix in fixes)
     usual = [str(memory_error(1, planned, config, MemoryError("none"), **given)) for given in (dict(), dict(room=2 * whole, device="cuda"), dict(room=1., lengths="no lengths", device="cuda"))]
     assert all("per_device_train_batch_size=4 with gradient_accumulation_steps=32" in one and "Predicted" not in one for one in usual)
+
+
+@pytest.mark.parametrize("fields", [dict(bf16=True), dict(bf16=False), dict(bf16=True, gradient_checkpointing=True), dict(bf16=True, packing=False)])
+@pytest.mark.parametrize("estimated", [dict(), dict(max_length=64), dict(engine="plain")], ids=str)
+def test_an_estimate_changes_nothing_of_a_run_after_it(tmp_path, fields, estimated):
+    "A rehearsal computes without numbers; nothing of it may stay where a run finds it"
+    def run(name):
+        trainer = LoRATrainer(recipe(tmp_path/name, max_steps=3, **fields))
+        trainer.train(show=False)
+        return str(trainer.engine).partition(" frozen weights packed")[0].rstrip("0123456789"), adapter(tmp_path/name/"run")
+    before = run("before")
+    memory._counted.cache_clear(), memory._ways_of.cache_clear()
+    estimate_memory(TrainingConfig(model_name="tiny", **fields), device="cpu", **estimated)
+    assert run("after") == before
+
+
+@pytest.mark.parametrize("tokens", [100, 128, 160, 300])
+def test_attention_in_blocks_after_an_estimate(tokens):
+    "Also where blocks are longer than the samples of the trial, which would not notice"
+    estimate_memory(TrainingConfig(model_name="tiny", bf16=True, max_length=tokens), device="cpu")
+    q, k, v = (torch.randn(1, 4, tokens, 16, generator=torch.Generator().manual_seed(seed)).bfloat16().requires_grad_() for seed in range(3))
+    blocks, usual = engine._ShortAttention.apply(q, k, v, [0, tokens], 0.25).transpose(1, 2), torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    for one, other in zip((blocks, *torch.autograd.grad(blocks.float().square().sum(), (q, k, v))), (usual, *torch.autograd.grad(usual.float().square().sum(), (q, k, v)))):
+        assert type(one) is torch.Tensor and ((one - other).detach().float().norm() / other.detach().float().norm()).item() < 2e-2
+
+
+def test_packed_weights_are_counted_where_they_are_asked_for():
+    sizes = {wanted: estimate_memory(TrainingConfig(model_name="tiny", bf16=True, pack_weights=wanted), device="cpu").parts.get("packed") for wanted in (None, True, False)}
+    trainer = LoRATrainer(TrainingConfig(model_name="tiny", bf16=True, pack_weights=True))
+    trainer.load_model_and_tokenizer()
+    trainer.apply_lora()
+    most = pick_engine(trainer.model, dtype=torch.bfloat16)
+    weights = {layer.base_layer.weight.data_ptr(): layer.base_layer.weight for layer in trainer.model.modules() if getattr(layer.__dict__.get("forward"), "__func__", None) is engine._lean_adapter}
+    weights[most.head.output.weight.data_ptr()] = most.head.output.weight
+    assert sizes == {None: None, False: None, True: sum(2 * weight.nbytes for weight in weights.values())} and sizes[True] > 5e6
+    assert estimate_memory(TrainingConfig(model_name="tiny", bf16=False, pack_weights=True), device="cpu").parts["packed"] == 0
+    assert "packed" not in estimate_memory(TrainingConfig(model_name="tiny", bf16=True, pack_weights=True, engine="plain"), device="cpu").parts
+    assert next(advice(TrainingConfig(model_name="tiny", bf16=True, pack_weights=True, per_device_train_batch_size=1), device="cpu")).changes == dict(pack_weights=False)

@@ -75,6 +75,15 @@ def test_a_product_that_is_not_equal_is_no_gain(monkeypatch):
     assert packing_gain(weight, packed) == 0
 
 
+@pytest.mark.parametrize("rows", [32, 128, 416])
+def test_a_product_that_is_not_equal_for_some_number_of_rows_is_no_gain(monkeypatch, rows):
+    "What is decided by a clock must not show in the bytes of a run"
+    weight = torch.randn(64, 32).bfloat16()
+    packed = PackedWeight(weight)
+    monkeypatch.setattr(packed, "product", lambda x: (x @ weight.t()) * (1.01 if len(x) == rows else 1))
+    assert packing_gain(weight, packed) == 0
+
+
 @pytest.mark.parametrize("missing", ["_pack", "_multiply"])
 def test_a_torch_without_the_operators(tmp_path, folder_of, monkeypatch, missing):  # noqa: F811
     monkeypatch.setattr(packed_weights, missing, None)
