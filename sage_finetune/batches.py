@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATIC_ROPE', 'TRIAL_WORK', 'FASTER', 'pack', 'PlannedStep', 'BatchPlan', 'plan_batches', 'Shard', 'collate',
            'learnt_tokens', 'BatchView', 'show_batch', 'attention_inputs', 'Limit', 'find_limits', 'forget_lengths',
-           'rope_mixes', 'LongTrial', 'long_trials', 'rope_limit', 'Leak', 'at_rest', 'planted', 'find_leak',
-           'PackingPath', 'packing_path']
+           'rope_mixes', 'LongTrial', 'long_trials', 'rope_limit', 'ContaminationCheck', 'dropout_disabled', 'planted',
+           'check_cross_contamination', 'PackingMode', 'detect_packing_mode']
 
 # %% ../nbs/07_batches.ipynb #ee0f86af
 import heapq
@@ -462,7 +462,7 @@ def attention_inputs(
     path: str = 'padded', # "positions", "mask" or "padded"
     dtype: torch.dtype = torch.float32 # of a written-out mask: the model's
 ) -> dict[str, Any]: # keyword arguments of a causal language model, `input_ids` among them
-    "What a model is given so that no token reads another sample. Which path is right for a model, `packing_path` finds out."
+    "What a model is given so that no token reads another sample. Which path is right for a model, `detect_packing_mode` finds out."
     if path == 'padded': return dict(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'])
     if path not in ('positions', 'mask'): raise ConfigError(f'path={path!r} is not one of: positions, mask, padded.')
     inputs = dict(input_ids=batch['input_ids'], position_ids=batch['position_ids'], use_cache=False)  # with a cache, positions are not looked at
@@ -620,7 +620,7 @@ def rope_limit(
     return next((limit for limit in limits if limit.tokens < longest), limits[0]) if rope_mixes(model, longest) else None
 
 # %% ../nbs/07_batches.ipynb #e85db53b
-class Leak(NamedTuple):
+class ContaminationCheck(NamedTuple):
     "What planting found; distances are relative to the length of the logits."
     moved: float # how far logits of a sample moved when its neighbour in the line was changed
     elsewhere: float # how far they moved when a sample in another line was changed: what the kernels do to each other anyway, mostly nothing
@@ -633,7 +633,7 @@ class Leak(NamedTuple):
         return self.moved <= 4 * self.elsewhere and self.apart <= self.rounding
 
 @contextmanager
-def at_rest(
+def dropout_disabled(
     model: torch.nn.Module # as it was before, afterwards
 ) -> Iterator[None]:
     "No dropout for a while. Quantised layers stay as they are: on a processor, bitsandbytes repacks resting 4-bit ones for good, and computes resting 8-bit ones in another way."
@@ -666,12 +666,12 @@ def planted(
         for _, one, *_ in draws: one['labels'][:before] = [-100] * before
     return draws
 
-def find_leak(
+def check_cross_contamination(
     model: torch.nn.Module, # a causal language model; it is left as it was
     path: str = 'positions', # of `attention_inputs`
     make_batch: Callable = collate, # makes tensors of lines
     trial: LongTrial | None = None # what lies beyond a limit; None: few tokens
-) -> Leak:
+) -> ContaminationCheck:
     "Change one sample of a packed line and see whether the other moves. Five passes over the samples; raises whatever the model raises."
     weights = next(model.parameters())
     (a, b, c, d), (other_a, _, other_c, _) = planted(model, trial)
@@ -682,33 +682,33 @@ def find_leak(
         ends = [sum(len(one['input_ids']) for one in line) for line in lines]
         counts = [sum(label != -100 for label in line[-1]['labels']) for line in lines]
         return [logits[at, end - count:end] for at, (count, end) in enumerate(zip(counts, ends))]
-    with at_rest(model), torch.no_grad():
+    with dropout_disabled(model), torch.no_grad():
         packed, alone = last_samples([[a, b], [c, d]], path), last_samples([[b]], 'padded') + last_samples([[d]], 'padded')
         first_changed, second_changed = last_samples([[other_a, b], [c, d]], path), last_samples([[a, b], [other_c, d]], path)
     far = lambda one, two: float((one.double() - two.double()).norm() / two.double().norm())
-    return Leak(moved=max(far(first_changed[0], packed[0]), far(second_changed[1], packed[1])), elsewhere=max(far(first_changed[1], packed[1]), far(second_changed[0], packed[0])),
+    return ContaminationCheck(moved=max(far(first_changed[0], packed[0]), far(second_changed[1], packed[1])), elsewhere=max(far(first_changed[1], packed[1]), far(second_changed[0], packed[0])),
                 apart=max(map(far, packed, alone)), rounding=_rounding(torch.cat(packed)))
 
 # %% ../nbs/07_batches.ipynb #691607ee
-class PackingPath(NamedTuple):
+class PackingMode(NamedTuple):
     "How a model keeps packed samples apart."
     name: str # "positions", "mask", or "none": do not pack
     reason: str # one sentence
 
-def _open_path(model: torch.nn.Module, path: str, trials: list[LongTrial]) -> tuple[Leak, str]:
+def _open_path(model: torch.nn.Module, path: str, trials: list[LongTrial]) -> tuple[ContaminationCheck, str]:
     "The first leak of a path, or the last proof that there is none; and where it leaks, which samples were tried"
-    leak = short = find_leak(model, path)
+    leak = short = check_cross_contamination(model, path)
     for trial in trials if short.tight else ():
-        leak = find_leak(model, path, trial=trial)
+        leak = check_cross_contamination(model, path, trial=trial)
         leak = leak._replace(rounding=min(leak.rounding, max(1e-4, 4 * short.apart)))  # short samples tell how much rounding there is
         if not leak.tight: return leak, f' beyond {trial.limit}'
     return leak, ''
 
-def packing_path(
+def detect_packing_mode(
     model: torch.nn.Module, # a causal language model, with an adapter or without; it is left as it was
     max_length: int | None = None, # tokens of the longest line; None: any
     longest: int | None = None # tokens of the longest row; None: of the longest line
-) -> PackingPath:
+) -> PackingMode:
     "The path that keeps packed samples apart in this model, found by planting. Ask before the model is wrapped for training."
     trials, row = long_trials(model, max_length, longest), longest or max_length or float('inf')
     found = [trial.refusal for trial in trials if trial.refusal]
@@ -722,7 +722,7 @@ def packing_path(
         except Exception as error:  # a model that does not take these inputs may fail in any way
             found.append(f'{how} the model fails ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ""})')
             continue
-        if leak.tight: return PackingPath(path, f'{how} packed samples do not see each other: they moved by {leak.moved:.1g} when their neighbours were changed')
+        if leak.tight: return PackingMode(path, f'{how} packed samples do not see each other: they moved by {leak.moved:.1g} when their neighbours were changed')
         moves = f'moves by {leak.moved:.1g} when its neighbour changes' if leak.moved > 4 * leak.elsewhere else ''
         found.append(f'{how} a packed sample{where} ' + (moves or f'is {leak.apart:.1g} off from what it is alone'))
-    return PackingPath('none', 'rows cannot be packed for this model: ' + '; '.join(found))
+    return PackingMode('none', 'rows cannot be packed for this model: ' + '; '.join(found))

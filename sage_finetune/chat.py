@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper, TextIteratorStreamer, TopPLogitsWarper
 
-from .config import Checked, TrainingConfig, as_folder, dial, find_model
+from .config import Checked, TrainingConfig, as_folder, dial, resolve_model
 from .core.errors import ConfigError, DataError, ModelError
 from .core.storage import expand_home, write_atomic
 from .core.text import html_table, sanitize_html, text_table
@@ -656,7 +656,7 @@ def _stamp(*folders: Path) -> tuple:
 def _shared_base(config: TrainingConfig) -> tuple:
     "A base and its tokenizer; the next one to ask for it gets layers of its own around the same weights"
     if config.load_in_8bit or config.load_in_4bit or config.new_tokens or config.continue_from or config.lora.bias != 'none': return load_base(config)  # here an adapter changes what it is put beside
-    found = find_model(config.model_name)
+    found = resolve_model(config.model_name)
     key = (found, _stamp(Path(found)), config.device, config.fp16, config.bf16, config.trust_remote_code)
     if key not in _BASES: _BASES[key] = load_base(config)
     model, tokenizer = _BASES[key]
@@ -672,7 +672,7 @@ def shared_model(
     if folder.name in ('lora_weights', 'merged_model') and any((folder.parent/name).exists() for name in ('training_config.json', 'finetune_meta.json')): folder = folder.parent
     with _LOADING:
         config, key = run_config(folder, mention=(), trust_remote_code=trust_remote_code), (folder.resolve(), device, trust_remote_code)
-        made = _stamp(config.lora_dir, config.merged_dir, Path(find_model(config.model_name)))
+        made = _stamp(config.lora_dir, config.merged_dir, Path(resolve_model(config.model_name)))
         if key not in _SHARED or _SHARED[key][0] != made:
             _SHARED.pop(key, None)
             merged = not (config.lora_dir/'adapter_model.safetensors').exists() and (config.merged_dir/'config.json').exists()

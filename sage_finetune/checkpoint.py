@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATE', 'FREE', 'BEST_KEPT', 'write_state', 'read_state', 'random_state', 'set_random_state', 'checkpoints',
            'save_checkpoint', 'own_names', 'newest_checkpoint', 'identity', 'fingerprint_rows', 'fingerprint_base',
-           'differences', 'check_folder', 'holds_run', 'tidy', 'RunWriter', 'Progress', 'Keeper', 'Stop']
+           'differences', 'check_folder', 'holds_run', 'tidy', 'RunWriter', 'Progress', 'CheckpointManager', 'Stop']
 
 # %% ../nbs/11_checkpoint.ipynb #deedd413
 import errno, hashlib, json, math, os, random, re, shutil, signal, threading, time, warnings, weakref
@@ -30,7 +30,7 @@ from .core.limits import open_regular, parse_json
 from .core.processes import stop_requested, stop_signals
 from .core.places import (
     MANIFEST, bring_back, check_links, claim_links, note_files, note_folder, own_files, own_folders, put_aside, read_manifest, remove_own)
-from .core.storage import OLD, PART, folder_atomic, open_append, why_unwritable, write_atomic, write_json
+from .core.storage import OLD, PART, atomic_directory, open_append, describe_write_error, write_atomic, write_json
 from .core.text import sanitize_line
 from .model import restore_adapter, save_adapter
 from .runs import LOCK, describe_trainer, is_number, printable, typed
@@ -115,7 +115,7 @@ def save_checkpoint(
     "Write a checkpoint, then delete those beyond `keep`. Raises `RunError` when it cannot be written; the older ones are then still there."
     path = Path(folder)/f'checkpoint-{step}'
     run_dir, place = path.parent.parent, f'{path.parent.name}/{path.name}'
-    with folder_atomic(path, own_names(run_dir, place)) as temp:
+    with atomic_directory(path, own_names(run_dir, place)) as temp:
         save_adapter(model, temp, for_resume=True)
         write_state(temp/STATE, dict(state, step=step))
         note_folder(run_dir, place, temp)
@@ -275,7 +275,7 @@ def _take(folder: Path, writer: 'RunWriter') -> FileLock | None:
         lock.acquire(timeout=patience, poll_interval=0.02)
     except Timeout: raise RunError(_in_use(folder)) from None
     except NotImplementedError: lock = None
-    except OSError as error: raise RunError(why_unwritable(folder/LOCK, error)) from error
+    except OSError as error: raise RunError(describe_write_error(folder/LOCK, error)) from error
     _holders[key] = writer
     return lock
 
@@ -342,7 +342,7 @@ class RunWriter:
             if not os.path.samestat(os.stat(self.folder/METRICS), os.fstat(self.metrics.fileno())): raise FileNotFoundError
             if self.metrics.write(line) < len(line): raise OSError(errno.ENOSPC, 'the line was cut off')
         except FileNotFoundError: raise RunError(f'{self.folder} was deleted or replaced while the run wrote to it.') from None
-        except OSError as error: raise RunError(why_unwritable(self.folder/METRICS, error)) from error
+        except OSError as error: raise RunError(describe_write_error(self.folder/METRICS, error)) from error
         self.last = step.step
         if time.monotonic() - self.said > 1: self.say('training')
 
@@ -406,7 +406,7 @@ def _checked_progress(told: dict, path: Path) -> Progress:
 
 BEST_KEPT = 'the adapter is that of step {}, where the held-out loss was lowest'  # also read back, by who warns of learning by heart
 
-class Keeper:
+class CheckpointManager:
     "Knows the last whole step of a run, and can save it at any time."
     def __init__(self,
         config: TrainingConfig, # where and how often to save, what to keep
@@ -507,7 +507,7 @@ class Keeper:
             best, waited = (loss, self.progress.step), 0
             if self.wants_best and self.accelerator.is_main_process:
                 place = f'checkpoints/best-{self.progress.step}'
-                with folder_atomic(self.config.output_dir/place, own_names(self.config.output_dir, place)) as temp:
+                with atomic_directory(self.config.output_dir/place, own_names(self.config.output_dir, place)) as temp:
                     save_adapter(self.model, temp, for_resume=True)
                     note_folder(self.config.output_dir, place, temp)
         self.progress = replace(self.progress, best=best, waited=waited)

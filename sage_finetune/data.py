@@ -31,7 +31,7 @@ from .core.errors import ConfigError, DataError, RunError
 from .core.limits import open_regular, parse_json, read_regular, shorten
 from .core.processes import core_count
 from .core.secrets import redact_object
-from .core.storage import PART, copy_atomic, expand_home, folder_atomic, replace_path, why_unwritable
+from .core.storage import PART, copy_atomic, expand_home, atomic_directory, replace_path, describe_write_error
 from .core.text import sanitize_html, sanitize_line
 from .files import BadRow, RawRow, iter_rows, load_training_data, packaged, packaged_held_out, source_key, source_name, source_size
 from .prompt import THINKING, Rendered, Renderer, render_texts, template_notes
@@ -555,7 +555,7 @@ def one_pass(
                 add_report(report, made.report)
                 bar.add(report, made)
             for side in sides: side.flush()
-    except OSError as error: raise RunError(why_unwritable(folder, error)) from error
+    except OSError as error: raise RunError(describe_write_error(folder, error)) from error
     finally: bar.bar.close()
     report.seconds = time.perf_counter() - began
     return _judge(report, maker, folder)
@@ -766,7 +766,7 @@ def _remove_unfinished(cache: Path):
 def _make(source: Any, content: str, maker: Maker, folder: Path, show: bool) -> DataReport:
     "Prepare into a folder that appears when it is complete"
     _remove_unfinished(folder.parent)
-    with _no_empty_folders(folder.parent), folder_atomic(folder, (TRAIN, EVALUATION, BAD_ROWS, REPORT)) as temp:
+    with _no_empty_folders(folder.parent), atomic_directory(folder, (TRAIN, EVALUATION, BAD_ROWS, REPORT)) as temp:
         report = one_pass(source, maker, temp, show)
         if source_key(source) != content: raise DataError(f'{report.source} has changed while it was read. Start again when it is complete.')
         files = {path.name: checksum(path) for path in temp.iterdir()}

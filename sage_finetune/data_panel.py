@@ -21,7 +21,7 @@ from .core.text import sanitize_html, sanitize_line
 from .data import report_line
 from .files import iter_rows, packaged_held_out
 from .health import HealthReport, decoded, health_html, health_report, histogram
-from .memory import size_text
+from .memory import format_bytes
 from .model import run_tokenizer
 from .panel import Panel, fields_row, heading, image, marked, shown_text
 from .plot import Picture, draw_lengths
@@ -190,7 +190,7 @@ class DataPanel(Panel):
         with self._lock:
             if not self.thread: return False
             written = sum(path.stat().st_size for path in (self._config.data_cache or self._config.output_dir/'prepared').glob('.prepared-*/*.arrow'))
-            self._progress.value = shown_text(f'{self._doing} {time.monotonic() - self._began:.0f} s' + f', {size_text(written)} of tokens written' * bool(written))
+            self._progress.value = shown_text(f'{self._doing} {time.monotonic() - self._began:.0f} s' + f', {format_bytes(written)} of tokens written' * bool(written))
         return True
 
     def _prepare(self, config: TrainingConfig):

@@ -21,11 +21,11 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from .config import PermissionWarning, TrainingConfig, as_folder, find_model, model_code
+from .config import PermissionWarning, TrainingConfig, as_folder, resolve_model, model_code
 from .core.errors import ConfigError, DataError, FinetuneError
 from .core.secrets import redact_secrets
 from .core.processes import core_count
-from .core.storage import expand_home, why_unwritable
+from .core.storage import expand_home, describe_write_error
 from .core.text import html_table, sanitize_html, sanitize_line, text_table
 from .core.trust import shadowing_files
 from .runs import CONFIG, confine, read_meta
@@ -264,7 +264,7 @@ def check_folder_writable(
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        yield Look(what, why_unwritable(folder, error), 'problem', f'df -h "{near}"' if near.is_dir() else 'config.output_dir = "finetune_output/another"')
+        yield Look(what, describe_write_error(folder, error), 'problem', f'df -h "{near}"' if near.is_dir() else 'config.output_dir = "finetune_output/another"')
         return
     free = shutil.disk_usage(near).free
     state = 'problem' if free < FULL else 'note' if free < LITTLE else 'ok'
@@ -354,7 +354,7 @@ def from_hub(
 def _is_here(model_name: str) -> bool:
     "Whether a model need not be downloaded; one whose folder is missing is somebody else's concern"
     from huggingface_hub import try_to_load_from_cache
-    try: found = find_model(model_name)
+    try: found = resolve_model(model_name)
     except FinetuneError: return True
     return Path(found).is_dir() or isinstance(try_to_load_from_cache(found, 'config.json'), str)
 
@@ -403,7 +403,7 @@ def _recipe(config: TrainingConfig) -> Iterator[Look]:
     "Contradictions, model and data of a config"
     try: config.check()
     except ConfigError as error: yield Look('config', str(error), 'problem')
-    try: yield Look('model', f'{config.model_name}: {"here" if _is_here(find_model(config.model_name)) else "to be downloaded"}')
+    try: yield Look('model', f'{config.model_name}: {"here" if _is_here(resolve_model(config.model_name)) else "to be downloaded"}')
     except FinetuneError as error: yield Look('model', str(error), 'problem', 'config.model_name = "tiny"')
     for name in ('data_path', 'eval_path'):
         if name == 'data_path' or config.eval_path: yield from _data(config, name)
@@ -450,7 +450,7 @@ def _run_folder(config: TrainingConfig) -> Iterator[Look]:
 
 def _memory(config: TrainingConfig) -> Iterator[Look]:
     "Whether the run fits"
-    from sage_finetune.memory import estimate_memory, fits, free_memory, size_text
+    from sage_finetune.memory import estimate_memory, fits, free_memory, format_bytes
     if any(one.startswith('model') for one in from_hub(config)):
         yield Look('run memory', "what the run needs is known when the model's config.json is here", 'note')
         return
@@ -459,7 +459,7 @@ def _memory(config: TrainingConfig) -> Iterator[Look]:
         yield Look('run memory', str(error), 'note' if model_code(config.model_name) else 'problem')
         return
     there, place = free_memory(needed.device), 'the card' if needed.device == 'cuda' else 'this machine'
-    said = f'the run needs about {size_text(needed.total)} for rows of max_length={config.max_length}, {place} has {size_text(there)} free'
+    said = f'the run needs about {format_bytes(needed.total)} for rows of max_length={config.max_length}, {place} has {format_bytes(there)} free'
     if fits(needed, there): yield Look('run memory', said)
     else: yield Look('run memory', said, 'problem', _way_out(config, there))
 
@@ -470,7 +470,7 @@ def _way_out(config: TrainingConfig, there: int, seconds: float = 3.) -> str:
     for fix in advice(config):
         if fits(fix.estimate, there): return '; '.join(f'config.{name} = {value!r}' for name, value in fix.changes.items()) + f'  # {fix.price}'
         if time.monotonic() > until: break
-    return 'smaller batches, a shorter max_length or a smaller model: sage_finetune.memory.cheapest_fix(config, free_bytes) looks longer'
+    return 'smaller batches, a shorter max_length or a smaller model: sage_finetune.memory.cheapest_reduction(config, free_bytes) looks longer'
 
 # %% ../nbs/21_diagnosis.ipynb #0eda2815
 _SIGNS = dict(ok=('✓', '#d3f9d8', '#1b4332'), note=('·', '#d0ebff', '#0b3d66'), problem=('✗', '#ffc9c9', '#6b0f0f'))  # sign, colour behind, colour of the letters
@@ -623,8 +623,8 @@ def free(
     gc.collect()
     if 'torch' in sys.modules:
         import torch
-        from sage_finetune.engine import hand_back
+        from sage_finetune.engine import trim_memory
         from sage_finetune.model import free as free_card
         free_card()
-        hand_back(torch.device('cpu'))
+        trim_memory(torch.device('cpu'))
     return Freed(before, _sizes(), gone, _holders())

@@ -22,7 +22,7 @@ from .config import TrainingConfig, as_folder
 from .core.errors import DataError, ModelError, RunError
 from .core.secrets import redact_object
 from .core.places import PART_MANIFEST, claim_links, content_hash, is_plain_name, name_some, note_folder, why_protected
-from .core.storage import expand_home, folder_atomic, write_json
+from .core.storage import expand_home, atomic_directory, write_json
 from .core.text import html_table, text_table
 from .data import Sample, iter_rows, read_row
 from .model import adapter_tokenizer, check_identity, check_vocabulary, first_line, generation_settings, load_adapter, load_base, quiet, refusing, run_tokenizer, warn_of
@@ -231,7 +231,7 @@ def merge(
     with refusing(lambda error: f'the adapter in {config.lora_dir} cannot be merged ({first_line(error)}). Train it anew, or use it beside its base.'):
         merged = tuned.merge_and_unload(safe_merge=True)
     merged.generation_config = generation_settings(merged, tokenizer)
-    with folder_atomic(out, old, through_link=True) as temp:
+    with atomic_directory(out, old, through_link=True) as temp:
         with quiet(bars=base.num_parameters() > 100_000_000): merged.save_pretrained(temp)
         tokenizer.save_pretrained(temp)
         config.model_name = str(temp)

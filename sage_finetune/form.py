@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import ipywidgets as W
 
-from .config import PRESETS, LoRAConfig, PresetConfigs, TrainingConfig, accepted, help_phrases, model_code, preset, suggest_preset
+from .config import PRESETS, LoRAConfig, PresetConfigs, TrainingConfig, accepted, field_help, model_code, preset, suggest_preset
 from .core.errors import ConfigError, DataError, FinetuneError, RunError
 from .core.limits import open_regular, parse_json
 from .core.processes import FORKS, detached
@@ -122,7 +122,7 @@ STOPS = {'lora.r': _POWERS[:9], 'lora.lora_alpha': _POWERS[:10], 'learning_rate'
          'num_train_epochs': (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30), 'per_device_train_batch_size': _POWERS[:8], 'gradient_accumulation_steps': _POWERS[:8],
          'max_length': _POWERS[6:], 'eval_ratio': (0., 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)}
 
-_phrases = functools.cache(help_phrases) # reading a class's source takes a tenth of a second
+_phrases = functools.cache(field_help) # reading a class's source takes a tenth of a second
 
 class Dial:
     "One field as a control with its help; `row` is what is shown."
@@ -404,11 +404,11 @@ def memory_bar(
     free: float # bytes there are
 ) -> str: # HTML
     "Parts as a bar with names and sizes, and below it how much of what there is they are."
-    from sage_finetune.memory import size_text  # only where memory is counted: it imports torch
+    from sage_finetune.memory import format_bytes  # only where memory is counted: it imports torch
     need = max(1, sum(size for size, _ in parts.values()))
     piece = '<div title="{}" style="width:{:.3f}%;background:{}"></div>'
-    pieces = ''.join(piece.format(f'{name}: {size_text(size)}', 100 * size / need, colour) for name, (size, colour) in parts.items())
-    legend = ''.join(f'<span style="white-space:nowrap;margin-right:12px"><span style="display:inline-block;width:10px;height:10px;background:{colour}"></span> {name} {size_text(size)}</span> '
+    pieces = ''.join(piece.format(f'{name}: {format_bytes(size)}', 100 * size / need, colour) for name, (size, colour) in parts.items())
+    legend = ''.join(f'<span style="white-space:nowrap;margin-right:12px"><span style="display:inline-block;width:10px;height:10px;background:{colour}"></span> {name} {format_bytes(size)}</span> '
                      for name, (size, colour) in parts.items() if size >= 0.001 * need)
     share, frame = need / max(free, 1), 'display:flex;max-width:760px;border:1px solid #888;margin:4px 0;height'
     colour = 'var(--jp-success-color1,#2e7d32)' if share <= 1 else 'var(--jp-error-color1,#d32f2f)'
@@ -422,8 +422,8 @@ def memory_line(
     measured: bool = False # or predicted
 ) -> str: # HTML
     "Whether it fits, in a sentence."
-    from sage_finetune.memory import size_text  # as above
-    said = f'{"measured" if measured else "about"} {size_text(need)}, and {where} has {size_text(free)} free.'
+    from sage_finetune.memory import format_bytes  # as above
+    said = f'{"measured" if measured else "about"} {format_bytes(need)}, and {where} has {format_bytes(free)} free.'
     return line_html('good', f'this fits: {said}') if need <= free else line_html('error', f'this does not fit: {said}')
 
 def memory_answers(
@@ -431,7 +431,7 @@ def memory_answers(
 ) -> Iterator[dict]: # html and text of the bar; then a fix where it does not fit; or error
     "What a form wants to know about memory, one thing after the other."
     try:
-        from sage_finetune.memory import PARTS, cheapest_fix, estimate_memory, fits, free_memory  # only in the process that counts
+        from sage_finetune.memory import PARTS, cheapest_reduction, estimate_memory, fits, free_memory  # only in the process that counts
         os.chdir(question['folder'])
         if question.get('card'): yield dict(suggested=suggest_preset())
         config = TrainingConfig(**question['config'])
@@ -440,7 +440,7 @@ def memory_answers(
         bar = memory_bar({name: (size, PARTS[name][0]) for name, size in estimate.parts.items()}, free)
         what = f'<div style="font-size:90%;opacity:.8">{sanitize_html(estimate.what)}</div>'
         yield dict(html=memory_line(estimate.total, free, where) + bar + what, text=str(estimate), fits=fits(estimate, free), free=free, where=where)
-        if not fits(estimate, free): yield dict(zip(('fix', 'changes'), cheapest_fix(config, free)))
+        if not fits(estimate, free): yield dict(zip(('fix', 'changes'), cheapest_reduction(config, free)))
     except FinetuneError as error: yield dict(error=str(error))
     except Exception as error: yield dict(error=f'{type(error).__name__}: {error}')  # an unknown model's code may raise anything
 
@@ -632,11 +632,11 @@ class MemoryView:
         measurement: Any # a `memory.Measurement`
     ):
         "A measured step instead of the predicted one."
-        from sage_finetune.memory import PARTS, free_memory, size_text  # whoever measured has it loaded
+        from sage_finetune.memory import PARTS, free_memory, format_bytes  # whoever measured has it loaded
         predicted, step = measurement.predicted, ('a step, measured', measurement.growth, '#888888')
         kept = {name: (predicted.parts[name], PARTS[name][0]) for name in ('weights', 'adapter', 'runtime')}
         need, (free, where) = predicted.total - predicted.step + measurement.growth, self.there or (free_memory(predicted.device), 'this machine' if predicted.device == 'cpu' else 'the card')
-        said = f'a step was predicted to take {size_text(predicted.step)} and took {size_text(measurement.growth)}: the prediction was off by {measurement.off:+.0%}'
+        said = f'a step was predicted to take {format_bytes(predicted.step)} and took {format_bytes(measurement.growth)}: the prediction was off by {measurement.off:+.0%}'
         self.bar, self.text, self.fix, self.counting = memory_line(need, free, where, True) + memory_bar(kept | {step[0]: step[1:]}, free) + line_html('note', said), str(measurement), None, False
         self.off = line_html('note', f'measured before: {said}')
         self.draw()

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LOADING', 'ROWS', 'NEAR_TIE', 'IDENTITY', 'pick_device', 'Precision', 'plan_precision', 'check_model', 'refusing',
            'load_tokenizer', 'first_line', 'code_needed', 'read_config', 'refuse_kernels', 'NewTokens', 'add_tokens',
-           'adapter_folder', 'inherited_tokens', 'trained_tokens', 'run_tokenizer', 'generation_settings', 'quiet',
-           'takes_long', 'load_base', 'make_room', 'attach_lora', 'checkpoint_layers', 'ParameterCount',
+           'adapter_folder', 'inherited_tokens', 'new_token_ids', 'run_tokenizer', 'generation_settings', 'quiet',
+           'takes_long', 'load_base', 'resize_embeddings', 'attach_lora', 'checkpoint_layers', 'ParameterCount',
            'count_parameters', 'Coverage', 'adapter_coverage', 'WeightBytes', 'weight_bytes', 'save_adapter',
-           'load_adapter', 'restore_adapter', 'continue_adapter', 'make_optimizer', 'make_schedule', 'neftune',
+           'load_adapter', 'restore_adapter', 'continue_adapter', 'make_optimizer', 'make_lr_scheduler', 'neftune',
            'generation_arguments', 'contiguous_head_input', 'Said', 'likeliest_tokens', 'free', 'base_fingerprint',
            'note_identity', 'Mismatch', 'find_mismatches', 'check_identity', 'warn_of', 'adapter_tokenizer',
            'check_vocabulary']
@@ -38,7 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.utils import logging as transformers_logging
 
-from .config import LoRAConfig, TrainingConfig, as_config, changed, find_model, model_code
+from .config import LoRAConfig, TrainingConfig, as_config, changed, resolve_model, model_code
 from .core.errors import ConfigError, FinetuneError, ModelError
 from .core.fingerprint import fingerprint_weights
 from .core.limits import check_patterns, open_regular, parse_json, read_regular, shorten
@@ -143,14 +143,14 @@ def check_model(
     model_name: str # "tiny", a folder, or a name on the Hub
 ):
     "Look at a model's folder before any library does. Raises `ModelError` for pipes and devices, for texts of more than 128 MB, and for a config.json of numbers no model has."
-    folder = Path(find_model(model_name))
+    folder = Path(resolve_model(model_name))
     if not folder.is_dir(): return
     _check_files(folder)
     if (folder/'config.json').exists(): _check_numbers(folder/'config.json', _cannot_read(model_name))
 
 def _check_weights(model_name: str):
     "Refuse a folder whose config.json describes far more than its weights hold: the rest would be filled with random numbers"
-    folder = Path(find_model(model_name))
+    folder = Path(resolve_model(model_name))
     if not folder.is_dir() or not (folder/'config.json').exists(): return
     content, held = _check_numbers(folder/'config.json', _cannot_read(model_name)), sum(path.stat().st_size for path in folder.glob('*.safetensors'))
     content = content | (content.get('text_config') if isinstance(content.get('text_config'), dict) else {})
@@ -187,7 +187,7 @@ def load_tokenizer(
     "The tokenizer of a model. Raises `ModelError` when it cannot be loaded."
     check_model(model_name)
     with refusing(lambda error: _cannot_load('tokenizer', model_name, error, trust_remote_code)):
-        with _silent_config(): tokenizer = AutoTokenizer.from_pretrained(find_model(model_name), trust_remote_code=trust_remote_code)
+        with _silent_config(): tokenizer = AutoTokenizer.from_pretrained(resolve_model(model_name), trust_remote_code=trust_remote_code)
     if len(tokenizer) < 16: raise ModelError(_cannot_load('tokenizer', model_name, 'it has no vocabulary'))  # the library makes an empty one from nothing
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, so sharing the id is harmless
     return tokenizer
@@ -204,7 +204,7 @@ def first_line(
 def _cannot_load(what: str, model_name: str, error: Any, trusted: bool = True) -> str:
     "One sentence for all that can go wrong on the way from a name to a model"
     if not trusted and (code := model_code(model_name)): return code_needed(f'the {what} of model_name={model_name!r} cannot be loaded', code)
-    first, place = first_line(error), Path(find_model(model_name))
+    first, place = first_line(error), Path(resolve_model(model_name))
     pickled = next(iter(sorted(place.glob('*.bin'))), None) if not any(place.glob('*.safetensors')) else None
     here = 'the folder lacks its files' if isinstance(error, (str, OSError, ValueError)) else 'a file of the folder is broken, or of another version'
     where = here if place.is_dir() else 'check the spelling and the network; HF_ENDPOINT sets a mirror, HF_TOKEN opens gated models'
@@ -226,7 +226,7 @@ def read_config(
     "A model's config.json, without a word: who loads the model says what is wrong with it."
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    try: return AutoConfig.from_pretrained(find_model(model_name), trust_remote_code=trust_remote_code)
+    try: return AutoConfig.from_pretrained(resolve_model(model_name), trust_remote_code=trust_remote_code)
     finally: transformers_logging.set_verbosity(before)
 
 def refuse_kernels(
@@ -254,7 +254,7 @@ class NewTokens(NamedTuple):
 def add_tokens(
     tokenizer: 'PreTrainedTokenizerBase', # it gets the tokens
     tokens: list[str] # strings that are to be one token each, in the order of their ids
-) -> NewTokens: # what `make_room` and `attach_lora` need
+) -> NewTokens: # what `resize_embeddings` and `attach_lora` need
     "Teach a tokenizer new tokens. Raises `ConfigError` for one that is empty, there twice, a single token already, around a control token, or that would be written wrongly."
     pieces = [_pieces(tokenizer, text) for text in tokens]
     if twice := sorted({text for text in tokens if tokens.count(text) > 1}): raise ConfigError(f'new_tokens names {twice[0]!r} twice. Name it once.')
@@ -299,14 +299,14 @@ def inherited_tokens(
 ) -> list[str]: # in the order of their ids; none where the adapter was trained without
     "The new tokens an adapter was trained with. Raises `ModelError` when the tokenizer that knows them is not there."
     folder = adapter_folder(source)
-    if not trained_tokens(folder): return []
+    if not new_token_ids(folder): return []
     if not (folder/'tokenizer_config.json').exists(): raise ModelError(f'the adapter in {folder} was trained with new tokens, and the tokenizer that knows them is not beside it. Copy it there.')
     with refusing(lambda error: _tokenizer_beside(folder, error)):
         own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    texts = {token_id: text for text, token_id in own.get_vocab().items() if token_id in trained_tokens(folder)}
+    texts = {token_id: text for text, token_id in own.get_vocab().items() if token_id in new_token_ids(folder)}
     return [texts[token_id] for token_id in sorted(texts) if texts[token_id] not in tokenizer.get_vocab()]
 
-def trained_tokens(
+def new_token_ids(
     source: str | Path # an adapter's folder
 ) -> list[int]: # sorted; empty where it was trained without
     "The ids of the new tokens an adapter was trained with."
@@ -406,7 +406,7 @@ def _base_ends(
     model_name: str # where its files are
 ) -> GenerationConfig:
     "The end tokens a base names, in generation_config.json or else in config.json"
-    try: content, _ = PreTrainedConfig.get_config_dict(find_model(model_name), _configuration_file='generation_config.json')
+    try: content, _ = PreTrainedConfig.get_config_dict(resolve_model(model_name), _configuration_file='generation_config.json')
     except Exception: content = {}  # a broken file fails in many ways
     named = content.get('eos_token_id') if isinstance(content, dict) else None
     ends = _listed(named if named is not None else getattr(shape.get_text_config(), 'eos_token_id', None))
@@ -432,7 +432,7 @@ def quiet(
         if had_bars: transformers_logging.enable_progress_bar()
 
 def takes_long(
-    model: str # what `find_model` found
+    model: str # what `resolve_model` found
 ) -> bool:     # worth a progress bar
     "Whether a model has to be downloaded or is larger than 200 MB."
     return not Path(model).is_dir() or sum(file.stat().st_size for file in Path(model).glob('*.safetensors')) > 200e6
@@ -458,15 +458,15 @@ def load_base(
     quantisation = _quantisation(config, precision)
     extra = dict(quantization_config=quantisation, device_map={'': device}) if quantisation else {}
     failed = lambda error: _cannot_load('model', config.model_name, error, config.trust_remote_code)
-    with LOADING, refusing(failed), quiet(bars=takes_long(find_model(config.model_name))):
+    with LOADING, refusing(failed), quiet(bars=takes_long(resolve_model(config.model_name))):
         shape = read_config(config.model_name, config.trust_remote_code)
         if not config.trust_remote_code: refuse_kernels(shape, config.model_name)
-        model, loading = AutoModelForCausalLM.from_pretrained(find_model(config.model_name), dtype=precision.dtype, use_safetensors=True,
+        model, loading = AutoModelForCausalLM.from_pretrained(resolve_model(config.model_name), dtype=precision.dtype, use_safetensors=True,
             trust_remote_code=config.trust_remote_code, output_loading_info=True, **extra,
             generation_config=_base_ends(shape, config.model_name))
     if loading['missing_keys']:
         raise ModelError(f'model_name={config.model_name!r} lacks weights for {", ".join(sorted(loading["missing_keys"])[:3])}. Its files are incomplete or of another model.')
-    if new.ids: make_room(model, new)
+    if new.ids: resize_embeddings(model, new)
     model.generation_config = generation_settings(model, tokenizer)
     return (model if quantisation else model.to(device)), tokenizer
 
@@ -490,7 +490,7 @@ def _grow(model: torch.nn.Module, highest: int):
     for table in _tables(model).values(): table.weight[before:] = table.weight[:before].float().mean(0).to(table.weight.dtype)
 
 @torch.no_grad()
-def make_room(
+def resize_embeddings(
     model: 'PreTrainedModel', # its embeddings may grow; its config then says so
     new: NewTokens # what `add_tokens` gave
 ):
@@ -729,7 +729,7 @@ def attach_lora(
     model: 'PreTrainedModel', # the base; it is frozen
     lora: LoRAConfig, # the dials of the adapter
     seed: int = 42, # where the adapter's starting values come from
-    new_tokens: list[int] | None = None # ids of new tokens, for which `make_room` has made room; their rows are trained too
+    new_tokens: list[int] | None = None # ids of new tokens, for which `resize_embeddings` has made room; their rows are trained too
 ) -> PeftModel: # the base with a fresh adapter in 32 bits
     "Freeze the base and put a seeded adapter beside its layers. Raises `ModelError` when no layer matches `target_modules`."
     if not isinstance(model, torch.nn.Module):
@@ -913,7 +913,7 @@ def _too_much(base: torch.nn.Module, settings: PeftConfig, folder: Path) -> str:
     except (SafetensorError, OSError) as error: return f'its weights cannot be read: {error}'
     asked = [number for number in (getattr(settings, 'r', 0), *(getattr(settings, 'rank_pattern', None) or {}).values()) if isinstance(number, (int, float))]
     if max(asked, default=0) > max([1024, *ranks]): return f'its adapter_config.json says rank {max(asked):,}, its weights have {max(ranks, default=0):,}'
-    ids, table = trained_tokens(folder), base.get_input_embeddings().weight.shape[0]
+    ids, table = new_token_ids(folder), base.get_input_embeddings().weight.shape[0]
     return f'it trains the token {ids[-1]:,} of {table:,}' if ids and ids[-1] > table + len(ids) + 2**16 else ''
 
 def load_adapter(
@@ -930,7 +930,7 @@ def load_adapter(
     if wrong := _too_much(base, settings, folder): raise ModelError(misfit.format(wrong))
     with LOADING, refusing(lambda error: misfit.format(first_line(error))):
         if dropout is not None: settings.lora_dropout = dropout
-        if ids := trained_tokens(folder): _grow(base, ids[-1])
+        if ids := new_token_ids(folder): _grow(base, ids[-1])
         with quiet(), warnings.catch_warnings(), torch.random.fork_rng():
             warnings.filterwarnings('ignore', message='.*missing adapter keys.*')  # checked below
             model = PeftModel.from_pretrained(base, folder, is_trainable=trainable, config=settings)
@@ -1001,7 +1001,7 @@ def continue_adapter(
         raise ConfigError(f'continue_from={str(source)!r} has an adapter that contradicts the config: {"; ".join(wrong)}. Leave these dials at their defaults, or start a fresh adapter without continue_from.')
     _check_parameters(lora, sorted(settings.target_parameters or []))
     model = load_adapter(base, folder, trainable=True, dropout=lora.lora_dropout if 'lora_dropout' in changed(lora) else None)
-    return model, _inheritance(settings, folder, base, len(trained_tokens(folder)))
+    return model, _inheritance(settings, folder, base, len(new_token_ids(folder)))
 
 # %% ../nbs/08_model.ipynb #28880eab
 def _groups(model: torch.nn.Module, config: TrainingConfig) -> list[dict]:
@@ -1041,7 +1041,7 @@ def make_optimizer(
     return _from_bitsandbytes(config.optim, groups[0]['params'][0].device)(groups, lr=rate)
 
 # %% ../nbs/08_model.ipynb #2fcf085f
-def make_schedule(
+def make_lr_scheduler(
     optimizer: torch.optim.Optimizer, # whose learning rate is moved
     config: TrainingConfig, # `lr_scheduler_type`, `warmup_ratio`
     total: int # optimizer steps of the whole run
@@ -1151,7 +1151,7 @@ def base_fingerprint(
     model_name: str # "tiny", a folder, or a name on the Hub
 ) -> str: # 32 hexadecimal digits; empty where its files are not on this machine
     "A name for every number of a base model, read from its files. Raises `ModelError` for a broken one."
-    place = find_model(model_name)
+    place = resolve_model(model_name)
     if not Path(place).is_dir():
         from huggingface_hub import try_to_load_from_cache  # only for models of the Hub
         config = try_to_load_from_cache(place, 'config.json')

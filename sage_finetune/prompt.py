@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from .core.errors import ConfigError, DataError, ModelError
 from .core.text import sanitize_html, sanitize_line
-from .template import (ANSWER_SIGN, ChatFormat, EMPTY_THINKING, PLAIN_TEMPLATE, PRIVATE_USE, REASONING_KEYS, StandIns, TEMPLATE_ERRORS, THINKING, THINKING_TAGS, Talk,
-    adds_bos, closing_tokens, end_of_turn, is_learnt, make_talk, mended, named_templates, opening_tokens, probe, put_back, readable,
+from .template import (ANSWER_SIGN, ChatFormat, EMPTY_THINKING, PLAIN_TEMPLATE, PRIVATE_USE, REASONING_KEYS, Placeholders, TEMPLATE_ERRORS, THINKING, THINKING_TAGS, Talk,
+    adds_bos, closing_tokens, end_of_turn, is_trained_on, prepare_conversation, mended, named_templates, opening_tokens, probe, restore_placeholders, readable,
     split_thinking, template_of, template_text)
 from .tokens import TokenLine, tokens_html
 
@@ -289,11 +289,11 @@ def _behind(coder: _Coder, anchors: list[str], texts: list[str]) -> list[list[in
 # %% ../nbs/03_prompt.ipynb #f3fc4cb9
 def _guarded(coder: _Coder, before: str, piece: str, marks: dict[str, str], allowed: bool) -> list[int]:
     "Ids of a piece with stand-ins: what they stand for becomes text, or when `allowed` whatever the tokenizer makes of it"
-    if allowed or not any(sign in piece for sign in marks): return coder([(before, put_back(piece, marks))])[0]
+    if allowed or not any(sign in piece for sign in marks): return coder([(before, restore_placeholders(piece, marks))])[0]
     ids, edges = [], [0, *(edge for match in coder.form.pattern.finditer(piece) for edge in match.span()), len(piece)]
     for left, right in pairwise(edges):
         part, front = piece[left:right], before + piece[:left]
-        ids += _as_text(coder, front, put_back(part, marks)) if any(sign in part for sign in marks) else coder([(front, part)])[0]
+        ids += _as_text(coder, front, restore_placeholders(part, marks)) if any(sign in part for sign in marks) else coder([(front, part)])[0]
     return ids
 
 def _as_text(coder: _Coder, before: str, text: str) -> list[int]:
@@ -422,7 +422,7 @@ def _made_ready(renderer: Renderer, messages: list[dict], tools: list | None) ->
     if isinstance(messages, str):
         raise DataError('an example needs a question and its answer, and messages is one text. '
                         'Give turns with "role" and "content"; plain text is rendered by render_text.')
-    return make_talk(as_turns(messages), renderer.form_with_tools if tools else renderer.form, tools, renderer.thinking)
+    return prepare_conversation(as_turns(messages), renderer.form_with_tools if tools else renderer.form, tools, renderer.thinking)
 
 def _finished(renderer: Renderer, plans: list[_Plan], messages: list[list[dict]]) -> list[Rendered]:
     "Examples tokenised and labelled"
@@ -507,7 +507,7 @@ def stop_ids(
 def _stops(form: ChatFormat) -> set[int]:
     "The tokens that end an answer and a turn that calls a tool"
     call = dict(type='function', id='call_1', function=dict(name='look', arguments=dict(place='here')))
-    try: last = _answer(make_talk([*probe('question'), dict(role='assistant', tool_calls=[call])], form), 1)
+    try: last = _answer(prepare_conversation([*probe('question'), dict(role='assistant', tool_calls=[call])], form), 1)
     except DataError: return {form.special[form.stop]}
     return {form.special[form.stop], *(form.special[end[0]] for end in closing_tokens(form, last.text[:last.end], last.start)[-1:] if 'look' in last.text)}
 
@@ -538,7 +538,7 @@ def _system_notes(form: ChatFormat) -> Iterator[str]:
 # %% ../nbs/03_prompt.ipynb #526a8f99
 def _answer_notes(form: ChatFormat) -> Iterator[str]:
     "What becomes of answers"
-    text, talk = _signs(form, 'user', 'assistant'), make_talk(probe('question', 'answer', 'more', 'answer'), form)
+    text, talk = _signs(form, 'user', 'assistant'), prepare_conversation(probe('question', 'answer', 'more', 'answer'), form)
     if ' \n \U0010FFF1 \n ' not in text: yield 'strips blanks and line breaks at the edges of messages'
     if form.in_parts: yield 'takes the text of a message only as a list of parts, which is made for it'
     if form.stop not in form.fill(probe()).partition(ANSWER_SIGN)[2]: yield f'writes nothing behind an answer: the token that opens the next turn, {form.stop}, is learnt as its end'
@@ -549,7 +549,7 @@ def _answer_notes(form: ChatFormat) -> Iterator[str]:
 def _thinking_notes(form: ChatFormat) -> Iterator[str]:
     "What becomes of thinking"
     messages = [message | dict(reasoning_content=f'because {at}') if at % 2 else message for at, message in enumerate(probe('question', 'answer', 'more', 'answer'))]
-    text = make_talk(messages, form).text()
+    text = prepare_conversation(messages, form).text()
     if 'because 3' not in text: yield 'leaves thinking (reasoning_content) out'
     elif 'because 1' not in text: yield 'drops the thinking of earlier answers'
 
@@ -600,7 +600,7 @@ def _shape(renderer: Renderer, messages: list[dict]) -> tuple | None:
         content = message.get('content')
         if type(content) is not str or not content or content.isspace() or type(message.get('role')) is not str: return None
         if not _SIMPLE.issuperset(message) or not _plain(content, tricky, letters): return None
-        key.append((message['role'], is_learnt(message)))
+        key.append((message['role'], is_trained_on(message)))
     return tuple(key)
 
 def _moulds(renderer: Renderer, shape: tuple) -> list[_Mould]:
@@ -644,7 +644,7 @@ def render_texts(
     "Documents of which every token is learnt, the end of sequence too. Raises `ModelError` when the tokenizer has no such token."
     if tokenizer.eos_token_id is None: raise ModelError(f'the tokenizer of {tokenizer.name_or_path!r} has no eos_token. Set tokenizer.eos_token before training on plain text.')
     form, first = ChatFormat(tokenizer), [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    plans = [_Plan(marks(text), [], 0, marks, marks.notes()) for text in texts for marks in [StandIns(form)]]
+    plans = [_Plan(marks(text), [], 0, marks, marks.notes()) for text in texts for marks in [Placeholders(form)]]
     found = [[*first, *(o for ids in coded for o in ids), tokenizer.eos_token_id] for _, coded in _coded(plans, _Coder(form), allow_special_tokens)]
     return [Rendered(ids, list(ids), [Turn(0, len(ids), 0, True)], tokenizer, notes=plan.notes) for ids, plan in zip(found, plans)]
 

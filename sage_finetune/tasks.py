@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import TrainingConfig, as_config, as_folder, find_model, preset, suggest_preset
+from .config import TrainingConfig, as_config, as_folder, resolve_model, preset, suggest_preset
 from .core.errors import ConfigError, DataError, RunError
 from .core.secrets import describe_secrets, row_text, scan_texts
 from .core.processes import is_locked
 from .core.places import MANIFEST, PART_MANIFEST, bring_back, check_links, note_files, put_aside
-from .core.storage import expand_home, why_unwritable, write_json
+from .core.storage import expand_home, describe_write_error, write_json
 from .corpus import code_rows
 from .files import BadRow, iter_rows
 from .rows import UntrainedRow, detect_data_format, read_row
@@ -152,7 +152,7 @@ def replacing(
                 raise
     except BaseException as error:
         if new_folder and folder.exists(): folder.rmdir()
-        if isinstance(error, OSError): raise RunError(why_unwritable(folder, error)) from error
+        if isinstance(error, OSError): raise RunError(describe_write_error(folder, error)) from error
         raise
 
 
@@ -216,7 +216,7 @@ def prepare_run(
     if overwrite and folder.is_dir(): bring_back(folder, is_rewritten)
     refuse_taken(folder, overwrite)
     dials = recipe(model, config, **overrides)
-    find_model(model)
+    resolve_model(model)
     rows, held_out, row_format, source = task_rows(kind, data, code_root, max_facts, max_answer, dials.seed, show, skip_secrets)
     dials.output_dir, dials.data_path = folder, folder/f'training_data_{task}_{row_format}.json'
     if held_out: dials.eval_path = folder/f'eval_data_{task}_{row_format}.json'

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'ANSWER_SIGN', 'TEMPLATE_ERRORS', 'REASONING_KEYS', 'PRIVATE_USE', 'THINKING', 'THINKING_TAGS',
            'EMPTY_THINKING', 'adds_bos', 'named_templates', 'template_of', 'probe', 'ChatFormat', 'closing_tokens',
-           'opening_tokens', 'end_of_turn', 'mended', 'put_back', 'readable', 'StandIns', 'split_thinking', 'Talk',
-           'is_learnt', 'make_talk', 'template_text']
+           'opening_tokens', 'end_of_turn', 'mended', 'restore_placeholders', 'readable', 'Placeholders',
+           'split_thinking', 'Talk', 'is_trained_on', 'prepare_conversation', 'template_text']
 
 # %% ../nbs/02_template.ipynb #54d25f69
 import json
@@ -210,7 +210,7 @@ def mended(
     if text.isascii() or not re.search('[\ud800-\udfff]', text): return text
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
-def put_back(
+def restore_placeholders(
     text: str, # with stand-ins
     marks: dict[str, str] # the stand-ins and what they stand for
 ) -> str:
@@ -222,16 +222,16 @@ def readable(
     marks: dict[str, str] # the stand-ins in it
 ) -> str: # without any private character
     "Text to be shown: stand-ins are put back, and signs that stand for content become …"
-    return re.sub(f'(?:{PRIVATE_USE})+', '…', put_back(text, {sign: re.sub(PRIVATE_USE, '\ufffd', piece) for sign, piece in marks.items()}))
+    return re.sub(f'(?:{PRIVATE_USE})+', '…', restore_placeholders(text, {sign: re.sub(PRIVATE_USE, '\ufffd', piece) for sign, piece in marks.items()}))
 
-def _stand_in(marks: 'StandIns', piece: str) -> str:
+def _stand_in(marks: 'Placeholders', piece: str) -> str:
     "The character that stands for a piece in one conversation, always the same"
     sign = marks.given.setdefault(piece, chr(0xF0000 + len(marks.given)))
     marks[sign] = piece
     return sign
 
 # %% ../nbs/02_template.ipynb #22bc1c33
-class StandIns(dict):
+class Placeholders(dict):
     "Stand-ins (keys) for pieces of the data (values) that must stay text."
     def __init__(
         self,
@@ -296,7 +296,7 @@ def split_thinking(
         if found and head.lstrip().startswith(opened): return head.partition(opened)[2], rest
     return '', content
 
-def _thought(message: dict, marks: StandIns) -> dict:
+def _thought(message: dict, marks: Placeholders) -> dict:
     "The message with stand-ins; the tags of a thinking block at its head stay what they are"
     content, marked = message.get('content'), marks(message)
     if message.get('role') != 'assistant' or not isinstance(content, str): return marked
@@ -326,7 +326,7 @@ class Talk(NamedTuple):
         "The rendered text of some of its messages."
         return self.form.fill([*self.messages[:count], *more], self.tools, asked, **switches)
 
-def is_learnt(
+def is_trained_on(
     message: dict # a turn; `weight` 0 or `train` false ask for not learning it
 ) -> bool:
     "Whether a message is an answer that may be learnt."
@@ -334,17 +334,17 @@ def is_learnt(
     return message.get('role') == 'assistant' and (weight is None or bool(weight)) and (train is None or bool(train))
 
 # %% ../nbs/02_template.ipynb #351aaa4d
-def make_talk(
+def prepare_conversation(
     messages: list[dict], # turns with `role` and `content`
     form: ChatFormat, # the template
     tools: list | None = None, # tool descriptions for templates that know them
     thinking: str = 'ignore_empty' # what to do with thinking blocks, one of `THINKING`
 ) -> Talk:
     "Make a conversation ready. Raises `DataError` when the template refuses it."
-    marks = StandIns(form)
+    marks = Placeholders(form)
     bare = [_joined({key: value for key, value in message.items() if key not in ('weight', 'train')}) for message in messages]
     if thinking == 'strip': bare = [_stripped(message) if message.get('role') == 'assistant' else message for message in bare]
-    try: learnt, ready, tools, failure = list(map(is_learnt, messages)), [_thought(message, marks) for message in bare], marks(tools or None), None
+    try: learnt, ready, tools, failure = list(map(is_trained_on, messages)), [_thought(message, marks) for message in bare], marks(tools or None), None
     except RecursionError as error: raise DataError('a message or the description of a tool is nested too deeply. Write it flatter, or remove it.') from error
     for tried in _forms(ready):
         talk = Talk(form, tried, tools, learnt, dict(marks), marks.notes(), thinking == 'ignore_empty')
@@ -418,5 +418,5 @@ def template_text(
     add_generation_prompt: bool = False # also open the assistant's next turn
 ) -> str:
     "The conversation as the one text the model sees. Raises `DataError` when the template refuses the messages, `ModelError` when there is no template to use."
-    talk = make_talk(messages, ChatFormat(tokenizer, tools or None), tools)
-    return put_back(talk.text(asked=add_generation_prompt), talk.marks)
+    talk = prepare_conversation(messages, ChatFormat(tokenizer, tools or None), tools)
+    return restore_placeholders(talk.text(asked=add_generation_prompt), talk.marks)

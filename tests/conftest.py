@@ -43,7 +43,7 @@ def arithmetic():
     if torch is None: return None
     found = dict(threads=torch.get_num_threads(), dtype=torch.get_default_dtype(), gradients=torch.is_grad_enabled(), onednn=torch.backends.mkldnn.enabled,
                  deterministic=torch.are_deterministic_algorithms_enabled(), precision=torch.get_float32_matmul_precision(), autocast=torch.is_autocast_enabled("cpu"))
-    return found | dict(attention=engine is None or engine.ALL_ATTENTION_FUNCTIONS[engine.SAMPLES] is engine._samples_apart)
+    return found | dict(attention=engine is None or engine.ALL_ATTENTION_FUNCTIONS[engine.VARLEN] is engine._varlen_sdpa)
 
 
 @pytest.fixture(autouse=True)

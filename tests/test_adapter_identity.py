@@ -200,11 +200,11 @@ def test_templates_with_names_keep_them_all(thinker, tmp_path):
     "The one for tools stays, and asks without thinking too"
     from sage_finetune.data import prepare_dataset
     from sage_finetune.model import load_tokenizer
-    from sage_finetune.trainer import answers_directly
+    from sage_finetune.trainer import disable_thinking_by_default
     tokenizer = load_tokenizer(str(thinker))
     other = "{# without a switch #}{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.chat_template = {"default": THINKER, "tool_use": THINKER + "{# tools #}", "rag": other}
-    answers_directly(tokenizer, prepare_dataset([dict(instruction=f"Question {n}?", output=f"Answer {n}.") for n in range(4)], tokenizer).report)
+    disable_thinking_by_default(tokenizer, prepare_dataset([dict(instruction=f"Question {n}?", output=f"Answer {n}.") for n in range(4)], tokenizer).report)
     templates = tokenizer.chat_template
     assert list(templates) == ["default", "tool_use", "rag"] and templates["rag"] == other
     assert all("set enable_thinking = false" in templates[name] and templates[name].endswith(text) for name, text in (("default", THINKER), ("tool_use", "{# tools #}")))

@@ -14,7 +14,7 @@ from sage_finetune import LoRAConfig, PresetConfigs, load_training_data, merge, 
 from sage_finetune.chat import Chat, Sampling, SideBySide, adapter_strength, answers, compare, forget_models, generate, shared_model, token_shift
 from sage_finetune.core.errors import ConfigError, DataError, RunError
 from sage_finetune.export import open_run
-from sage_finetune.model import NewTokens, attach_lora, load_base, make_room
+from sage_finetune.model import NewTokens, attach_lora, load_base, resize_embeddings
 
 HELLO = [dict(role="user", content="Which colour has lamp 2?")]
 NASTY = "<img src=x onerror=alert(1)>\x1b[31m & שלום, 色 \"ü\" 🙂\nsecond line"
@@ -66,7 +66,7 @@ def test_strength_goes_from_the_very_base_to_the_very_tuned_model(kind, base):
     ids = []
     if kind == "tokens":
         new = NewTokens(["⟦a⟧", "⟦b⟧"], [40, 1600], [[3], [4]])
-        make_room(base, new)
+        resize_embeddings(base, new)
         fresh, ids = logits(base), new.ids
     model = attach_lora(base, LoRAConfig(**KINDS[kind]), new_tokens=ids or None).eval()
     with torch.no_grad():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sage_finetune import LoRATrainer, merge
 from sage_finetune.config import LoRAConfig, PresetConfigs, tiny_path
 from sage_finetune.core.errors import ConfigError, DataError, ModelError
-from sage_finetune.memory import empty_model
+from sage_finetune.memory import build_meta_model
 from sage_finetune.model import adapter_coverage, attach_lora, continue_adapter, load_adapter, load_base, restore_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*mamba|.*fast path|.*causal_conv1d|.*selective_state|.*falling back")
@@ -274,7 +274,7 @@ def test_a_run_on_a_mixture(name, tmp_path, capsys):
 def test_the_estimate_attaches_what_the_run_attaches(tmp_path):
     "A model without numbers gets the adapters the real one gets"
     config = recipe(tmp_path, model_name=on_disk(tmp_path/"model", "qwen2_moe"), lora=dict(r=2))
-    assert adapter_coverage(empty_model(config)) == adapter_coverage(attach_lora(load_base(config)[0], config.lora))
+    assert adapter_coverage(build_meta_model(config)) == adapter_coverage(attach_lora(load_base(config)[0], config.lora))
 
 
 def test_experts_that_stay_in_sixteen_bits_are_named(tmp_path):

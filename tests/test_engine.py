@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sage_finetune import LoRATrainer, engine as room
 from sage_finetune.batches import collate
 from sage_finetune.config import TrainingConfig, tiny_path
-from sage_finetune.engine import CompileGain, chunked_loss, compile_decision, compile_layers, make_lean, one_line, pick_engine, try_engine
+from sage_finetune.engine import CompileGain, chunked_cross_entropy, compile_decision, compile_layers, apply_fused_forwards, flatten_batch, pick_engine, check_equivalence
 from sage_finetune.model import plan_precision
 
 COMMON = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, max_position_embeddings=512)
@@ -96,7 +96,7 @@ def test_the_asked_families_use_every_part(folder_of, tmp_path):
 @pytest.mark.parametrize("family", ("Gemma2", "Mixtral", "GPTNeoX"))
 def test_what_cannot_be_had_is_said(tmp_path, folder_of, family):
     engine = trainer_of(tmp_path, folder_of(family))[0].engine
-    assert try_engine(engine).equal
+    assert check_equivalence(engine).equal
     if family == "Gemma2": assert engine.packing.name != "samples" and "no attention sample by sample: its attention is 'eager', which knows no borders" in str(engine)
 
 
@@ -116,10 +116,10 @@ def small(folder_of, family="Qwen2", **lora):
 
 
 FAULTS = {
-    "a loss that is a little off": ("_loss_and_slopes", lambda own: lambda *given: own(*given) * 1.001, "no chunked cross-entropy"),
-    "slopes of the wrong size": ("_loss_and_slopes", lambda own: lambda logits, *given: (own(logits, *given), logits.mul_(1.01))[0], "no chunked cross-entropy"),
-    "samples that see each other": ("_each_sample", lambda own: lambda query, key, value, borders, *given: own(query, key, value, [borders[0], borders[-1]], *given), "no attention sample by sample"),
-    "an adapter without its strength": ("_lean_adapter", lambda own: lambda self, x: self.base_layer(x), "no lean layers")}
+    "a loss that is a little off": ("_loss_and_grad_logits", lambda own: lambda *given: own(*given) * 1.001, "no chunked cross-entropy"),
+    "slopes of the wrong size": ("_loss_and_grad_logits", lambda own: lambda logits, *given: (own(logits, *given), logits.mul_(1.01))[0], "no chunked cross-entropy"),
+    "samples that see each other": ("_varlen_attention", lambda own: lambda query, key, value, borders, *given: own(query, key, value, [borders[0], borders[-1]], *given), "no attention sample by sample"),
+    "an adapter without its strength": ("_fused_lora_forward", lambda own: lambda self, x: self.base_layer(x), "no lean layers")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -130,14 +130,14 @@ def test_a_fault_in_a_fast_path_is_found_and_the_path_left_out(folder_of, monkey
     model = small(folder_of)
     engine = pick_engine(model)
     assert [remark.split(":")[0] for remark in engine.remarks] == [said], str(engine)
-    assert try_engine(engine).equal
+    assert check_equivalence(engine).equal
 
 
 def test_a_fault_in_the_way_back_of_sixteen_bit_attention_is_found(folder_of, monkeypatch):
     def half(): return small(folder_of).to(torch.bfloat16)
     assert not pick_engine(half(), dtype=torch.bfloat16).remarks
-    own = room._sample_slopes
-    monkeypatch.setattr(room, "_sample_slopes", lambda query, *given: own(query * 3, *given))  # a gradient 30 % off; below 10 % is the band of 16 bits
+    own = room._attention_backward
+    monkeypatch.setattr(room, "_attention_backward", lambda query, *given: own(query * 3, *given))  # a gradient 30 % off; below 10 % is the band of 16 bits
     assert [remark.split(":")[0] for remark in pick_engine(half(), dtype=torch.bfloat16).remarks] == ["no attention sample by sample"]
 
 
@@ -163,7 +163,7 @@ def test_the_trial_leaves_the_model_as_it_was(folder_of):
                          ids=("dora", "lora bias", "rslora", "dropout", "trained head"))
 def test_adapters_of_other_kinds_are_left_to_peft(folder_of, fields, lean):
     engine = pick_engine(small(folder_of, **fields))
-    assert engine.lean.get("adapters", 0) == lean and try_engine(engine).equal
+    assert engine.lean.get("adapters", 0) == lean and check_equivalence(engine).equal
     assert bool(engine.head) == ("modules_to_save" not in fields)
 
 
@@ -173,7 +173,7 @@ def test_a_lean_model_still_merges_and_switches_adapters_off(folder_of):
         for name, weights in model.named_parameters():
             if "lora_B" in name: weights.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
         tuned = model(ids).logits
-        make_lean(model)
+        apply_fused_forwards(model)
         assert torch.allclose(model(ids).logits, tuned, atol=1e-5)
         with model.disable_adapter(): base = model(ids).logits
         assert not torch.allclose(base, tuned, atol=1e-2)
@@ -186,7 +186,7 @@ def test_dropout_gives_the_gradient_of_what_was_kept(folder_of):
     for lean in (False, True):
         model = small(folder_of, lora_dropout=0.3).train()
         with torch.no_grad(): [weights.normal_(0, 0.05, generator=torch.Generator().manual_seed(1)) for name, weights in model.named_parameters() if "lora_" in name]
-        if lean: assert make_lean(model)["adapters"] == 14
+        if lean: assert apply_fused_forwards(model)["adapters"] == 14
         torch.manual_seed(5)
         model(torch.arange(10, 30)[None]).logits.logsumexp(-1).sum().backward()
         gradients.append(torch.cat([weights.grad.flatten() for weights in model.parameters() if weights.requires_grad]))
@@ -206,7 +206,7 @@ def test_the_chunked_loss_is_the_loss(count, vocabulary, chunk, softcap, scale, 
     logits = torch.nn.functional.linear(hidden.double(), weight.double(), shift.double() if bias else None) * scale
     if softcap: logits = softcap * torch.tanh(logits / softcap)
     plain = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    chunked = chunked_loss(hidden, weight, labels, shift, softcap, scale, chunk)
+    chunked = chunked_cross_entropy(hidden, weight, labels, shift, softcap, scale, chunk)
     assert chunked.item() == pytest.approx(plain.item(), rel=1e-5, abs=1e-4 * size)
     ours, theirs = torch.autograd.grad(chunked * 0.5, hidden)[0], torch.autograd.grad(plain * 0.5, hidden)[0]
     assert torch.isfinite(ours).all()
@@ -223,7 +223,7 @@ def test_sixteen_bit_attention_goes_back_as_torch_does_in_thirty_two(lengths, he
     def gradients(attention, dtype):
         parts = [x.detach().to(dtype).requires_grad_() for x in line]
         return torch.autograd.grad(attention(*parts, borders, width**-0.5), parts, upstream.to(dtype))
-    for own, plain in zip(gradients(room._ShortAttention.apply, torch.bfloat16), gradients(room._each_sample, torch.float32)):
+    for own, plain in zip(gradients(room._VarlenAttention.apply, torch.bfloat16), gradients(room._varlen_attention, torch.float32)):
         # Of one token alone only the value has a gradient; 32 bits leave some rounding where zero belongs, as much as there are numbers.
         assert (own.float() - plain).norm() <= 8e-3 * plain.norm() + 1e-7 * plain.numel()**0.5
 
@@ -241,12 +241,12 @@ def test_a_product_in_pieces_is_the_product(rows_, columns, pieces):
 def test_memory_is_kept_while_a_run_lasts_and_handed_back_after():
     code = """
 import resource, torch
-from sage_finetune.engine import hand_back, keep_memory
+from sage_finetune.engine import trim_memory, retain_freed_memory
 pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 held = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 / 2**20
 def work(): return [torch.ones(2**22) for _ in range(16)] and None  # 256 MB
-start = held(); keep_memory(torch.device('cpu')); work(); work(); before = pages(); work(); again = pages() - before
-kept = held() - start; hand_back(torch.device('cpu')); print(again, kept, held() - start)"""
+start = held(); retain_freed_memory(torch.device('cpu')); work(); work(); before = pages(); work(); again = pages() - before
+kept = held() - start; trim_memory(torch.device('cpu')); print(again, kept, held() - start)"""
     again, kept, left = map(float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert again < 10_000 and kept > 200 and left < 60, (again, kept, left)  # 65,536 pages without
 
@@ -254,7 +254,7 @@ kept = held() - start; hand_back(torch.device('cpu')); print(again, kept, held()
 def test_a_line_without_padding_holds_every_token_once():
     samples = [dict(input_ids=list(range(10, 10 + size)), labels=list(range(10, 10 + size))) for size in (5, 3, 9, 4)]
     batch = collate([samples[:2], samples[2:]], 0, packed=True)
-    line = one_line(batch, round_to=32)
+    line = flatten_batch(batch, pad_to_multiple_of=32)
     assert line["borders"].tolist() == [0, 5, 8, 17, 21, 32] and line["input_ids"].shape == (1, 32)
     assert line["input_ids"][0, :21].tolist() == sum((one["input_ids"] for one in samples), [])
     assert (line["labels"][0, [0, 5, 8, 17]] == -100).all() and (line["labels"][0, 21:] == -100).all() and int((line["labels"] != -100).sum()) == 17
@@ -289,7 +289,7 @@ def test_evaluation_is_the_plain_loss(tmp_path, folder_of):
     trainer, _ = trainer_of(tmp_path, folder_of("Llama"), eval_ratio=0.3)
     model, total, learnt = trainer.model, 0., 0
     lean = trainer.evaluate()
-    room.make_plain(model)
+    room.restore_forwards(model)
     with torch.no_grad():
         for at in range(len(trainer.eval_dataset)):
             row = trainer.eval_dataset[at]
@@ -375,7 +375,7 @@ def test_a_compiler_that_fails_is_said_and_left_out(folder_of, monkeypatch):
     engine = pick_engine(model)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: setattr(self, "_compiled_call_impl", MethodType(lambda self, *a, **k: 1 / 0, self)))
     compile_layers(engine)
-    assert engine.remarks == ["not compiled: division by zero"] and try_engine(engine).equal and engine.lean["norms"] == 5
+    assert engine.remarks == ["not compiled: division by zero"] and check_equivalence(engine).equal and engine.lean["norms"] == 5
 
 
 # ---- what a process shares --------------------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ def test_a_compiler_that_fails_is_said_and_left_out(folder_of, monkeypatch):
 @pytest.mark.parametrize("name", ("sage_finetune.engine_again", "__main__", "sage_finetune.deeper.engine"))
 def test_a_page_that_defines_the_engine_again_leaves_the_packages_alone(name, tmp_path):
     "A notebook's cells register functions with transformers, too: a run of the package in the same kernel has the bytes it had before"
-    before = room.ALL_ATTENTION_FUNCTIONS[room.SAMPLES], room.ALL_MASK_ATTENTION_FUNCTIONS[room.SAMPLES]
+    before = room.ALL_ATTENTION_FUNCTIONS[room.VARLEN], room.ALL_MASK_ATTENTION_FUNCTIONS[room.VARLEN]
     def bytes_of(folder):
         LoRATrainer(recipe(folder, max_steps=3, eval_ratio=0.)).train(show=False)
         return adapter(folder/"run")
@@ -391,8 +391,8 @@ def test_a_page_that_defines_the_engine_again_leaves_the_packages_alone(name, tm
     again = importlib.util.module_from_spec(importlib.util.spec_from_file_location("sage_finetune.engine_again", room.__file__))
     again.__name__ = name
     exec(compile(Path(room.__file__).read_text(encoding="utf-8").replace("from .", "from sage_finetune."), room.__file__, "exec"), again.__dict__)
-    assert again.SAMPLES in room.ALL_ATTENTION_FUNCTIONS.valid_keys() and again._samples_apart is not room._samples_apart
-    assert (room.ALL_ATTENTION_FUNCTIONS[room.SAMPLES], room.ALL_MASK_ATTENTION_FUNCTIONS[room.SAMPLES]) == before
+    assert again.VARLEN in room.ALL_ATTENTION_FUNCTIONS.valid_keys() and again._varlen_sdpa is not room._varlen_sdpa
+    assert (room.ALL_ATTENTION_FUNCTIONS[room.VARLEN], room.ALL_MASK_ATTENTION_FUNCTIONS[room.VARLEN]) == before
     assert bytes_of(tmp_path/"two") == one
 
 
@@ -401,12 +401,12 @@ def test_a_thread_that_chats_keeps_its_masks():
     found, inside, asked = [], threading.Event(), threading.Event()
     def chats():
         assert inside.wait(60)
-        found.append(room._apart.get())
+        found.append(room._varlen_enabled.get())
         asked.set()
     other = threading.Thread(target=chats)
     other.start()
-    with room._reading_samples():
+    with room._varlen_mode():
         inside.set()
-        assert asked.wait(60) and room._apart.get()
+        assert asked.wait(60) and room._varlen_enabled.get()
     other.join(60)
-    assert found == [False] and not room._apart.get()
+    assert found == [False] and not room._varlen_enabled.get()

@@ -90,8 +90,8 @@ def test_every_preset_there_and_back(still, name):
 
 
 def test_every_field_has_a_control_with_its_phrase(still, monkeypatch):
-    from sage_finetune.config import help_phrases
-    phrases = help_phrases(TrainingConfig) | {f'lora.{name}': phrase for name, phrase in help_phrases(LoRAConfig).items()}
+    from sage_finetune.config import field_help
+    phrases = field_help(TrainingConfig) | {f'lora.{name}': phrase for name, phrase in field_help(LoRAConfig).items()}
     assert {*still.fields} == {*all_keys()} - {'load_in_4bit'}
     for key, dial in still.dials.dials.items():
         css = {name for name in dial.row._dom_classes if name.startswith('sage-field-')}

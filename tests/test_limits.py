@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage_finetune import LoRATrainer, batches, engine as room
-from sage_finetune.batches import collate, find_limits, forget_lengths, long_trials, packing_path, rope_limit, rope_mixes
+from sage_finetune.batches import collate, find_limits, forget_lengths, long_trials, detect_packing_mode, rope_limit, rope_mixes
 from sage_finetune.config import tiny_path
-from sage_finetune.engine import compile_layers, pick_engine, try_engine
+from sage_finetune.engine import compile_layers, pick_engine, check_equivalence
 
 COMMON = dict(vocab_size=160, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
     max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -132,11 +132,11 @@ def test_sixteen_bits_do_not_hide_what_is_lost(name, limit, longest, expected):
 @pytest.mark.parametrize("name", ("phimoe", "qwen2_moe"))
 def test_a_short_trial_is_blind_for_a_window(name):
     model = make(name, 16)
-    room.keep_samples_apart(model)
+    room.enable_varlen(model)
     engine = room.Engine(model, room.SAMPLE_BY_SAMPLE)
-    assert try_engine(engine).equal
-    engine.trials = long_trials(model, max_length=70, one_line=True)
-    assert not try_engine(engine).equal and "beyond sliding_window=16" in str(try_engine(engine))
+    assert check_equivalence(engine).equal
+    engine.trials = long_trials(model, max_length=70, flatten_batch=True)
+    assert not check_equivalence(engine).equal and "beyond sliding_window=16" in str(check_equivalence(engine))
 
 
 def test_the_rows_decide_where_they_are_known():
@@ -214,12 +214,12 @@ def test_a_model_without_limits_is_tried_as_before(family, deep):
 
 
 def test_compiled_layers_are_tried_beyond_the_limit(monkeypatch):
-    model, own = make("mistral", 16), room._each_sample
+    model, own = make("mistral", 16), room._varlen_attention
     engine = pick_engine(model, max_length=70)
     assert way(engine) == "samples"
     def compiled(self, **given):  # a compiler that forgets the window
         self._compiled_call_impl = MethodType(lambda self, *args, **named: type(self).forward(self, *args, **named), self)
-        monkeypatch.setattr(room, "_each_sample", lambda *given: own(*given[:6]))
+        monkeypatch.setattr(room, "_varlen_attention", lambda *given: own(*given[:6]))
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
     compile_layers(engine)
     remark, = engine.remarks
@@ -272,7 +272,7 @@ def test_a_table_tells_whether_rows_change_each_other():
         model, mixing = make(name, 16), name in ("longrope", "dynamic rope")
         before = {part: values.clone() for part, values in model.named_buffers()}
         assert rope_mixes(model, 64) == mixing and not rope_mixes(model, 16)
-        assert (rope_limit(model, 64) is not None) == mixing == ("changes shorter rows" in packing_path(model, 64).reason)
+        assert (rope_limit(model, 64) is not None) == mixing == ("changes shorter rows" in detect_packing_mode(model, 64).reason)
         assert all(torch.equal(values, before[part]) for part, values in model.named_buffers())
 
 
@@ -309,12 +309,12 @@ def test_a_run_evaluates_every_row_as_if_it_were_alone(tmp_path, name, packing):
     trainer = LoRATrainer(recipe(tmp_path, **fields, eval_ratio=0.3, packing=packing, max_length=128)).setup()
     assert way(trainer.engine) == {"dynamic rope": "alone", "phimoe": "positions", "mistral": "samples"}[name] or not packing
     lean, total, count = trainer.evaluate(), 0., 0
-    room.make_plain(trainer.model)
-    room._mix_samples(trainer.model)
+    room.restore_forwards(trainer.model)
+    room.disable_varlen(trainer.model)
     for at in range(len(trainer.eval_dataset)):
         row = trainer.eval_dataset[at]
         ids, labels = torch.tensor([list(row["input_ids"])]), torch.tensor([list(row["labels"])])
-        with torch.no_grad(), batches.at_rest(trainer.model):
+        with torch.no_grad(), batches.dropout_disabled(trainer.model):
             forget_lengths(trainer.model)
             total += float(cross_entropy(trainer.model(input_ids=ids).logits[0, :-1], labels[0, 1:], reduction="sum", ignore_index=-100))
         count += int((labels[:, 1:] != -100).sum())

@@ -14,7 +14,7 @@ from sage_finetune.batches import plan_batches
 from sage_finetune.config import TrainingConfig
 from sage_finetune.core.errors import ConfigError, ModelError
 from sage_finetune.engine import _ChunkedLoss, pick_engine
-from sage_finetune.memory import MemoryCount, _HeadSteps, _state_bytes, advice, cheapest_fix, empty_model, estimate_memory, fits, fitting, longest_lines, measure_memory, size_text
+from sage_finetune.memory import MemoryTracker, _HeadSteps, _state_bytes, advice, cheapest_reduction, build_meta_model, estimate_memory, fits, fitting, longest_lines, measure_memory, format_bytes
 from sage_finetune.model import attach_lora, load_base, make_optimizer
 from sage_finetune.trainer import LoRATrainer, memory_error
 
@@ -68,7 +68,7 @@ def test_a_rehearsed_step_takes_what_a_real_one_takes(tmp_path, dials):
     trainer = LoRATrainer(recipe(tmp_path, data_path="example", max_length=256, gradient_accumulation_steps=1, max_steps=3, **dials)).setup()
     batch, = trainer._batches(trainer.dataset, [trainer.plan.longest])
     trainer.model.train()
-    with MemoryCount() as count:
+    with MemoryTracker() as count:
         for one in (*trainer.model.parameters(), *trainer.model.buffers(), *batch.values()): count.add(one, "model")
         before = count.now
         (trainer.loss(batch) / 3).backward()
@@ -82,7 +82,7 @@ def test_the_head_takes_what_the_chunked_loss_takes():
     hidden, weight, labels = torch.randn(700, 64, requires_grad=True), torch.randn(90_000, 64), torch.randint(9, (700,))
     peaks = []
     for loss in (lambda: _ChunkedLoss.apply(hidden, weight, None, labels, None, 1., 256, None), lambda: _HeadSteps.apply(hidden, weight, 4)):
-        with MemoryCount() as count:
+        with MemoryTracker() as count:
             for one in (hidden, weight, labels): count.add(one, "given")
             before = count.now
             loss()
@@ -112,12 +112,12 @@ def test_the_cheapest_fix_fits_and_is_the_first_that_does(tmp_path):
     config = TrainingConfig(model_name=folder(tmp_path/"model"), per_device_train_batch_size=8, packing=False, bf16=True, max_length=512)
     whole = estimate_memory(config, device="cuda").total
     for share in (0.99, 0.93, 0.85):
-        sentence, changes = cheapest_fix(config, share * whole, device="cuda")
+        sentence, changes = cheapest_reduction(config, share * whole, device="cuda")
         first = next(fix for fix in advice(config, device="cuda") if fits(fix.estimate, share * whole))
         assert changes == first.changes and fits(estimate_memory(config, device="cuda", **changes), share * whole) and all(name in sentence for name in changes)
-    halved = cheapest_fix(config, 0.99 * whole, device="cuda")[1]
+    halved = cheapest_reduction(config, 0.99 * whole, device="cuda")[1]
     assert halved == dict(per_device_train_batch_size=4, gradient_accumulation_steps=32)
-    sentence, changes = cheapest_fix(config, 1e6, device="cuda")
+    sentence, changes = cheapest_reduction(config, 1e6, device="cuda")
     assert not changes and "smaller model" in sentence
 
 
@@ -129,8 +129,8 @@ def test_lengths_decide_when_they_are_known(tmp_path):
 
 def test_wrong_dials_and_models_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="max_length"): estimate_memory(recipe(tmp_path), max_lenght=3)
-    with pytest.raises(ModelError, match="config.json"): empty_model(recipe(tmp_path, model_name=str(tmp_path)))
-    assert size_text(2.5e9) == "2.50 GB" and size_text(2.5e6) == "2.5 MB"
+    with pytest.raises(ModelError, match="config.json"): build_meta_model(recipe(tmp_path, model_name=str(tmp_path)))
+    assert format_bytes(2.5e9) == "2.50 GB" and format_bytes(2.5e6) == "2.5 MB"
 
 
 CHILD = """
@@ -228,7 +228,7 @@ def test_fixes_are_looked_for_within_their_time(tmp_path):
     whole = estimate_memory(config, device="cuda").total
     assert fitting(config, 2 * whole, device="cuda") == []  # it should have fitted: the estimate knows nothing of what happened
     fixes = fitting(config, 0.85 * whole, seconds=300, device="cuda")
-    assert fixes and all(fits(fix.estimate, 0.85 * whole) for fix in fixes) and fixes[0].changes == cheapest_fix(config, 0.85 * whole, device="cuda")[1]
+    assert fixes and all(fits(fix.estimate, 0.85 * whole) for fix in fixes) and fixes[0].changes == cheapest_reduction(config, 0.85 * whole, device="cuda")[1]
 
 
 def test_out_of_memory_names_what_would_have_fitted(tmp_path):
@@ -260,7 +260,7 @@ def test_attention_in_blocks_after_an_estimate(tokens):
     "Also where blocks are longer than the samples of the trial, which would not notice"
     estimate_memory(TrainingConfig(model_name="tiny", bf16=True, max_length=tokens), device="cpu")
     q, k, v = (torch.randn(1, 4, tokens, 16, generator=torch.Generator().manual_seed(seed)).bfloat16().requires_grad_() for seed in range(3))
-    blocks, usual = engine._ShortAttention.apply(q, k, v, [0, tokens], 0.25).transpose(1, 2), torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    blocks, usual = engine._VarlenAttention.apply(q, k, v, [0, tokens], 0.25).transpose(1, 2), torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     for one, other in zip((blocks, *torch.autograd.grad(blocks.float().square().sum(), (q, k, v))), (usual, *torch.autograd.grad(usual.float().square().sum(), (q, k, v)))):
         assert type(one) is torch.Tensor and ((one - other).detach().float().norm() / other.detach().float().norm()).item() < 2e-2
 
@@ -271,7 +271,7 @@ def test_packed_weights_are_counted_where_they_are_asked_for():
     trainer.load_model_and_tokenizer()
     trainer.apply_lora()
     most = pick_engine(trainer.model, dtype=torch.bfloat16)
-    weights = {layer.base_layer.weight.data_ptr(): layer.base_layer.weight for layer in trainer.model.modules() if getattr(layer.__dict__.get("forward"), "__func__", None) is engine._lean_adapter}
+    weights = {layer.base_layer.weight.data_ptr(): layer.base_layer.weight for layer in trainer.model.modules() if getattr(layer.__dict__.get("forward"), "__func__", None) is engine._fused_lora_forward}
     weights[most.head.output.weight.data_ptr()] = most.head.output.weight
     assert sizes == {None: None, False: None, True: sum(2 * weight.nbytes for weight in weights.values())} and sizes[True] > 5e6
     assert estimate_memory(TrainingConfig(model_name="tiny", bf16=False, pack_weights=True), device="cpu").parts["packed"] == 0

@@ -23,9 +23,9 @@ from sage_finetune.chat import forget_models, shared_model
 from sage_finetune.config import LoRAConfig, PresetConfigs, TrainingConfig
 from sage_finetune.core.errors import ConfigError, ModelError
 from sage_finetune.engine import pick_engine
-from sage_finetune.memory import empty_model
-from sage_finetune.model import (LOADING, add_tokens, attach_lora, continue_adapter, count_parameters, inherited_tokens, load_adapter, load_base, load_tokenizer, make_optimizer, make_room, make_schedule, neftune,
-    restore_adapter, run_tokenizer, save_adapter, trained_tokens, weight_bytes)
+from sage_finetune.memory import build_meta_model
+from sage_finetune.model import (LOADING, add_tokens, attach_lora, continue_adapter, count_parameters, inherited_tokens, load_adapter, load_base, load_tokenizer, make_optimizer, resize_embeddings, make_lr_scheduler, neftune,
+    restore_adapter, run_tokenizer, save_adapter, new_token_ids, weight_bytes)
 
 pytestmark = [pytest.mark.filterwarnings("ignore:optim='paged"), pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")]
 CHOICES = {name: TrainingConfig.__dataclass_fields__[name].metadata["choices"] for name in ("optim", "lr_scheduler_type")}
@@ -279,7 +279,7 @@ def test_only_the_rows_of_new_tokens_are_trained(kind, tied, spare, dtype, tmp_p
     size, make = len(tokenizer), lambda: small(kind, tied=tied, vocabulary=len(load_tokenizer("tiny")) + spare, dtype=dtype)
     new, model = add_tokens(tokenizer, ["<|alpha|>", "<|beta|>", "<|gamma|>"]), make()
     old, chance = model.get_input_embeddings().weight.clone(), torch.get_rng_state()
-    make_room(model, new)
+    resize_embeddings(model, new)
     table = model.get_input_embeddings().weight
     assert torch.equal(torch.get_rng_state(), chance) and len(table) == (size + spare if spare else -(-(size + 3) // 64) * 64) == model.config.vocab_size
     assert torch.equal(table[:size], old[:size])
@@ -303,7 +303,7 @@ def test_only_the_rows_of_new_tokens_are_trained(kind, tied, spare, dtype, tmp_p
     room = 1e-4 if dtype == torch.float32 else 0.05
     assert torch.allclose(logits(fresh, ids), logits(tuned, ids), atol=room) and fresh.get_base_model().config.vocab_size == len(table)
     assert torch.allclose(logits(fresh.merge_and_unload(safe_merge=True), ids), logits(tuned, ids), atol=room if dtype == torch.float32 else 0.2)
-    assert trained_tokens(tmp_path/"new") == new.ids and trained_tokens(tmp_path/"plain") == []
+    assert new_token_ids(tmp_path/"new") == new.ids and new_token_ids(tmp_path/"plain") == []
 
 
 def test_checkpoints_with_new_tokens(tmp_path):
@@ -313,7 +313,7 @@ def test_checkpoints_with_new_tokens(tmp_path):
     def make():
         model = small(vocabulary=1536)
         model.config._name_or_path = model.name_or_path = str(tmp_path/"base")
-        make_room(model, new)
+        resize_embeddings(model, new)
         return attach_lora(model, LoRAConfig(), new_tokens=new.ids)
     small(vocabulary=1536).save_pretrained(tmp_path/"base")
     first = make()
@@ -422,7 +422,7 @@ def test_every_optimizer_goes_on_to_the_byte(name, ratio):
         return losses
     def make(model):
         optimizer = make_optimizer(model, config)
-        return model, optimizer, make_schedule(optimizer, config, 8)
+        return model, optimizer, make_lr_scheduler(optimizer, config, 8)
     straight = make(attach_lora(small(width=64), config.lora, seed=1))
     assert len(run(*straight, 3)) == 3
     resumed = make(copy.deepcopy(straight[0]))
@@ -443,7 +443,7 @@ def test_loraplus_is_peft_s(tmp_path):
     by_parameter = lambda optimizer: {p: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     ours = make_optimizer(model, config)
     assert by_parameter(ours) == by_parameter(theirs) and len(by_parameter(ours)) == sum(p.requires_grad for p in model.parameters())
-    schedule = make_schedule(ours, config, 10)
+    schedule = make_lr_scheduler(ours, config, 10)
     for _ in range(10):
         first, second = (group["lr"] for group in ours.param_groups)
         assert second == pytest.approx(8 * first) and schedule.get_last_lr()[0] == first
@@ -482,7 +482,7 @@ def test_every_schedule_is_transformers_own(name):
         weights = [torch.nn.Parameter(torch.zeros(1))]
         ours, theirs = torch.optim.AdamW(weights, lr=3e-4), torch.optim.AdamW(weights, lr=3e-4)
         extra = dict(scheduler_specific_kwargs=dict(num_cycles=3)) if name == "cosine_with_restarts" else {}
-        schedules = make_schedule(ours, config, total), get_scheduler(name, theirs, num_warmup_steps=round(total * warmup), num_training_steps=total, **extra)
+        schedules = make_lr_scheduler(ours, config, total), get_scheduler(name, theirs, num_warmup_steps=round(total * warmup), num_training_steps=total, **extra)
         rates = []
         for _ in range(total):
             assert schedules[0].get_last_lr() == schedules[1].get_last_lr()
@@ -496,7 +496,7 @@ def test_every_schedule_is_transformers_own(name):
 
 def test_a_rate_below_the_end_of_polynomial():
     config = PresetConfigs.tiny(lr_scheduler_type="polynomial", learning_rate=1e-8)
-    with pytest.raises(ConfigError, match="learning_rate=1e-08 is not above 1e-07"): make_schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-8), config, 5)
+    with pytest.raises(ConfigError, match="learning_rate=1e-08 is not above 1e-07"): make_lr_scheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-8), config, 5)
 
 
 # ---- noise ------------------------------------------------------------------------------------------------------------
@@ -663,7 +663,7 @@ def test_models_can_be_loaded_in_several_threads(tmp_path):
     def attach():
         weights = [p for name, p in attach_lora(bases.pop(), LoRAConfig(r=2), seed=7).named_parameters() if ".lora_A." in name]
         assert all(0 < p.abs().max() < 1 and p.dtype == torch.float32 for p in weights)
-    def imagine(): assert empty_model(PresetConfigs.tiny(), torch.bfloat16).get_input_embeddings().weight.dtype == torch.bfloat16
+    def imagine(): assert build_meta_model(PresetConfigs.tiny(), torch.bfloat16).get_input_embeddings().weight.dtype == torch.bfloat16
     assert not in_threads(load, lambda: load(new_tokens=["<|tool|>"]), lambda: load(bf16=True), attach, lambda: load_adapter(load(), tmp_path), imagine)
     assert before == (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, torch.nn.init.kaiming_uniform_, torch.get_default_dtype())
     assert len(loaded) == 16 and all(is_whole(model) for model in loaded)

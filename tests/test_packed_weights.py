@@ -5,7 +5,7 @@ from helpers import metrics, recipe, rows, write_rows
 from test_engine import folder_of  # noqa: F401
 
 from sage_finetune import LoRATrainer, engine as room
-from sage_finetune.engine import chunked_loss, pack_weights, pick_engine, unpack_weights
+from sage_finetune.engine import chunked_cross_entropy, pack_weights, pick_engine, unpack_weights
 from sage_finetune.modeling import packed_weights
 from sage_finetune.modeling.packed_weights import PackedWeight, can_pack, packing_gain
 
@@ -114,7 +114,7 @@ def test_the_head_of_every_kind(softcap, scale, bias):
     hidden, labels = torch.randn(130, 64, generator=draw).bfloat16().requires_grad_(), torch.randint(0, 700, (130,), generator=draw)
     outcomes = []
     for packed in (None, PackedWeight(weight)):
-        loss = chunked_loss(hidden, weight, labels, offset, softcap, scale, chunk=32, packed=packed)
+        loss = chunked_cross_entropy(hidden, weight, labels, offset, softcap, scale, chunk=32, packed=packed)
         outcomes.append((loss.item(), *torch.autograd.grad(loss, hidden)))
     assert outcomes[0][0] == pytest.approx(outcomes[1][0], rel=1e-3 if bias else 0) and torch.allclose(outcomes[0][1], outcomes[1][1], atol=2e-2 if bias else 0)
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer
 
-from sage_finetune.batches import (BatchPlan, attention_inputs, collate, find_leak, learnt_tokens, pack, packing_path, plan_batches, show_batch)
+from sage_finetune.batches import (BatchPlan, attention_inputs, collate, check_cross_contamination, learnt_tokens, pack, detect_packing_mode, plan_batches, show_batch)
 from sage_finetune.config import tiny_path
 from sage_finetune.core.errors import ConfigError, DataError
 from sage_finetune.prompt import render
@@ -138,17 +138,17 @@ def run_on(lines, pad_id, packed):
 @pytest.mark.parametrize("name", CONFINED)
 def test_positions_that_are_not_reset_are_caught(name):
     model = make(name)
-    assert find_leak(model, "positions").tight
-    assert not find_leak(model, "positions", make_batch=run_on).tight
+    assert check_cross_contamination(model, "positions").tight
+    assert not check_cross_contamination(model, "positions", make_batch=run_on).tight
 
 
 def test_wrong_positions_are_caught_where_the_mask_is_right():
-    leak = find_leak(make("gpt2"), "mask", make_batch=run_on)  # GPT-2 adds its positions to the tokens
+    leak = check_cross_contamination(make("gpt2"), "mask", make_batch=run_on)  # GPT-2 adds its positions to the tokens
     assert leak.moved == 0 and leak.apart > .01 and not leak.tight
 
 
 def test_a_mask_that_opens_a_window_is_caught():
-    leak = find_leak(make("mistral-narrow"), "mask")
+    leak = check_cross_contamination(make("mistral-narrow"), "mask")
     assert leak.moved == 0 and leak.apart > .01 and not leak.tight
 
 
@@ -165,7 +165,7 @@ class Deaf(nn.Module):
 
 @pytest.mark.parametrize("name", CONFINED)
 def test_positions_are_enough_for_most_models(name):
-    way = packing_path(make(name), max_length=128)
+    way = detect_packing_mode(make(name), max_length=128)
     assert way.name == "positions" and "do not see each other" in way.reason
 
 
@@ -173,16 +173,16 @@ def test_positions_are_enough_for_most_models(name):
     ("opt", "mask", "written-out mask"), ("falcon", "mask", "written-out mask"), ("bloom", "none", "the model fails"),
     ("mamba", "none", "cannot be packed"), ("lfm2", "none", "a packed sample moves")])
 def test_models_that_do_not_look_at_positions(name, path, reason):
-    way = packing_path(make(name), max_length=128)
+    way = detect_packing_mode(make(name), max_length=128)
     assert way.name == path and reason in way.reason and "\n" not in way.reason
 
 
 def test_a_deaf_model_needs_the_mask_and_a_deaf_one_with_a_window_is_not_packed():
-    assert packing_path(Deaf(make("llama"))).name == "mask"
-    way = packing_path(Deaf(make("mistral-narrow")), max_length=128)
+    assert detect_packing_mode(Deaf(make("llama"))).name == "mask"
+    way = detect_packing_mode(Deaf(make("mistral-narrow")), max_length=128)
     assert way.name == "none" and "attention window of 5 tokens" in way.reason
-    assert packing_path(Deaf(make("mistral-wide")), max_length=1024).name == "mask"
-    assert packing_path(Deaf(make("mistral-wide")), max_length=None).name == "none"  # lines may be longer than the window
+    assert detect_packing_mode(Deaf(make("mistral-wide")), max_length=1024).name == "mask"
+    assert detect_packing_mode(Deaf(make("mistral-wide")), max_length=None).name == "none"  # lines may be longer than the window
 
 
 def test_looking_leaves_the_model_as_it_was():
@@ -190,7 +190,7 @@ def test_looking_leaves_the_model_as_it_was():
     model.train()
     model.base_model.model.lm_head.eval()
     modes, chance = [module.training for module in model.modules()], torch.get_rng_state()
-    assert packing_path(model).name == "positions"  # dropout would have moved everything
+    assert detect_packing_mode(model).name == "positions"  # dropout would have moved everything
     assert modes == [module.training for module in model.modules()]
     assert torch.equal(chance, torch.get_rng_state()) and torch.is_grad_enabled()
     assert all(weights.grad is None for weights in model.parameters())
@@ -204,16 +204,16 @@ def test_an_adapter_learns_nothing_from_the_neighbour():
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "gemma3", "mixtral"])
 def test_half_precision_is_no_leak(name):
-    leak = find_leak(make(name, "sdpa").to(torch.bfloat16))
+    leak = check_cross_contamination(make(name, "sdpa").to(torch.bfloat16))
     assert leak.tight and leak.moved == 0 and leak.rounding > 1e-3
-    assert not find_leak(make(name, "sdpa").to(torch.bfloat16), make_batch=run_on).tight
-    assert name == "gemma3" or find_leak(make(name, "sdpa").to(torch.bfloat16), "mask").tight
+    assert not check_cross_contamination(make(name, "sdpa").to(torch.bfloat16), make_batch=run_on).tight
+    assert name == "gemma3" or check_cross_contamination(make(name, "sdpa").to(torch.bfloat16), "mask").tight
 
 
 def test_the_packaged_model_is_packed_by_positions():
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_path(), dtype=torch.float32)
     began = time.perf_counter()
-    assert packing_path(model, 1024).name == "positions"
+    assert detect_packing_mode(model, 1024).name == "positions"
     assert time.perf_counter() - began < 2
 
 

@@ -17,7 +17,7 @@ from helpers import adapter, change, copy, ended, file_limit, leftovers, metrics
 
 from sage_finetune.checkpoint import Progress, RunWriter, checkpoints, newest_checkpoint
 from sage_finetune.core.errors import ConfigError, RunError
-from sage_finetune.core.storage import folder_atomic, write_atomic
+from sage_finetune.core.storage import atomic_directory, write_atomic
 from sage_finetune.runs import read_meta
 from sage_finetune.trainer import LoRATrainer
 
@@ -604,7 +604,7 @@ def test_a_new_name_reaches_the_disk_too(tmp_path, events):
     write_atomic(tmp_path/"run"/"status.json", "{}")
     assert [what for what, _ in events] == ["sync", "replace", "sync"] and events[-1] == ("sync", "run")
     for _ in range(2):
-        with folder_atomic(tmp_path/"run"/"model") as temp:
+        with atomic_directory(tmp_path/"run"/"model") as temp:
             (temp/"part").mkdir()
             (temp/"part"/"weights").write_text("all")
             events.clear()

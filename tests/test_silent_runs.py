@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import metrics, recipe, rows, status, write_rows
 
-from sage_finetune.config import PresetConfigs, find_model
+from sage_finetune.config import PresetConfigs, resolve_model
 from sage_finetune.core import run_checks
 from sage_finetune.core.run_checks import RunWarning
 from sage_finetune.model import adapter_folder
@@ -130,7 +130,7 @@ def test_nothing_is_left_to_learn(tmp_path):
 
 def model_with_other_ids(folder):
     "The packaged model beside a tokenizer that gives every word another's number"
-    shutil.copytree(find_model("tiny"), folder)
+    shutil.copytree(resolve_model("tiny"), folder)
     content = json.loads((folder/"tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = content["model"]["vocab"]
     special = {token["id"] for token in content["added_tokens"]}

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import RunError
-from .storage import why_unwritable, write_json
+from .storage import describe_write_error, write_json
 
 # %% ../../nbs/core/04_places.ipynb #90ba6412
 def is_inside(
@@ -258,7 +258,7 @@ def _return(path: Path, file: Path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, path)
-    except OSError as error: raise RunError(why_unwritable(path, error)) from error
+    except OSError as error: raise RunError(describe_write_error(path, error)) from error
 
 def bring_back(
     run_dir: str | Path, # a run folder nobody else writes to

@@ -14,7 +14,7 @@ from sage_finetune import LoRATrainer, TrainingConfig, merge
 from sage_finetune.checkpoint import RunWriter, check_folder, tidy
 from sage_finetune.core.errors import FinetuneError, RunError
 from sage_finetune.core.places import MANIFEST, bring_back, is_own_name, note_files, own_files, put_aside, read_manifest, remove_own, why_protected
-from sage_finetune.core.storage import folder_atomic
+from sage_finetune.core.storage import atomic_directory
 from sage_finetune.demo import demo_example
 from sage_finetune.runs import is_run, other_files, run_files
 from sage_finetune.tasks import prepare_run
@@ -345,7 +345,7 @@ def test_tidying_leaves_an_editors_files(tmp_path):
 def test_a_folder_is_not_replaced_with_what_others_put_there(tmp_path):
     put(tmp_path/"model", "old.bin", "notes.txt", "deep/mine.txt")
     (tmp_path/"model"/"link").symlink_to(tmp_path)
-    with folder_atomic(tmp_path/"model", ours=["old.bin"]) as temp: put(temp, "new.bin")
+    with atomic_directory(tmp_path/"model", ours=["old.bin"]) as temp: put(temp, "new.bin")
     assert sorted(path.name for path in (tmp_path/"model").iterdir()) == ["deep", "link", "new.bin", "notes.txt"] and (tmp_path/"model"/"link").is_symlink()
 
 

@@ -27,7 +27,7 @@ from sage_finetune.model import adapter_tokenizer, attach_lora, load_adapter, lo
 from sage_finetune.prompt import Renderer, end_of_turn, template_notes, template_text
 from sage_finetune.rows import read_row
 from sage_finetune.runs import list_runs, read_meta, read_metrics, read_status, run_info, text_table
-from sage_finetune.template import ChatFormat, make_talk
+from sage_finetune.template import ChatFormat, prepare_conversation
 from sage_finetune.train_panel import RunControl, standing_line
 
 pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
@@ -165,7 +165,7 @@ def test_a_long_conversation_is_no_endless_one(tokenizer):
     text = "a" * 1_000_000
     assert len(many(messages=[dict(role="user", content=text)] * 60)) == 2 * 60 * len(text)
     talk = [dict(role="assistant" if at % 2 else "user", content=f"word {at}") for at in range(4000)]
-    assert make_talk(talk, ChatFormat(tokenizer)).text().count("word") == 4000
+    assert prepare_conversation(talk, ChatFormat(tokenizer)).text().count("word") == 4000
 
 
 def test_a_refusal_of_many_turns_is_found_by_halves(with_template):

@@ -13,7 +13,7 @@ import sage_finetune as sf
 from sage_finetune import LoRATrainer, PresetConfigs, TrainingConfig
 from sage_finetune.cli import main
 from sage_finetune.core.errors import ConfigError, DataError, FinetuneError
-from sage_finetune.core.storage import why_unwritable, write_atomic
+from sage_finetune.core.storage import describe_write_error, write_atomic
 from sage_finetune.model import load_base, load_tokenizer
 from sage_finetune.prompt import render_prompt
 
@@ -392,7 +392,7 @@ def test_every_reason_not_to_write_has_a_sentence(number, expected):
     import errno
     import os
     code = getattr(errno, number)
-    assert expected in why_unwritable("run/x.json", OSError(code, os.strerror(code)))
+    assert expected in describe_write_error("run/x.json", OSError(code, os.strerror(code)))
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------------

@@ -539,7 +539,7 @@ MERGED = dict(layers=edit(MODEL, num_hidden_layers=10**9, layer_types=...), wide
     words=edit(MODEL, vocab_size=10**9), heads=edit(MODEL, num_attention_heads=10**6), no_heads=edit(MODEL, num_key_value_heads=0),
     text=edit(MODEL, hidden_size="wide"), kind=edit(MODEL, model_type="evil"),
     kind_list=edit(MODEL, model_type=[1]), no_kind=edit(MODEL, model_type=..., architectures=...), other=edit(MODEL, model_type="gpt2"),
-    number_format=edit(MODEL, dtype="float99"), ends=edit("merged_model/generation_config.json", eos_token_id={}),
+    autocast=edit(MODEL, dtype="float99"), ends=edit("merged_model/generation_config.json", eos_token_id={}),
     ends_text=edit("merged_model/generation_config.json", eos_token_id=["x"]),
     places=edit(MODEL, max_position_embeddings=-1), quantised=edit(MODEL, quantization_config=dict(quant_method="gptq")),
     code=edit(MODEL, auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}),

@@ -14,7 +14,7 @@ from sage_finetune.checkpoint import RunWriter, check_folder
 from sage_finetune.cli import main
 from sage_finetune.core.errors import FinetuneError, RunError
 from sage_finetune.core.places import check_links, is_inside, own_files
-from sage_finetune.core.storage import copy_atomic, expand_home, folder_atomic, open_append, write_atomic
+from sage_finetune.core.storage import copy_atomic, expand_home, atomic_directory, open_append, write_atomic
 from sage_finetune.data import prepare
 from sage_finetune.diagnosis import doctor
 from sage_finetune.export import run_config
@@ -324,7 +324,7 @@ def test_who_writes_a_folder_asks_by_himself(gift):
     with pytest.raises(RunError, match="it is a link"): prepare(run.parent/"rows.jsonl", load_tokenizer("tiny"), show=False, cache_dir=cache)
     put_link(run.parent/"model", run.parent/"behind")
     put_link(run.parent/"behind"/"deep", victim)
-    with pytest.raises(RunError, match="it is a link"), folder_atomic(run.parent/"model", through_link=True) as temp:
+    with pytest.raises(RunError, match="it is a link"), atomic_directory(run.parent/"model", through_link=True) as temp:
         (temp/"deep").mkdir()
         (temp/"deep"/"README.md").write_text("evil")
     assert tree(victim) == before
@@ -454,7 +454,7 @@ def test_helpers_do_not_follow_links(tmp_path, victim):
     with pytest.raises(RunError, match="cannot write"): open_append(tmp_path/"pipe")
     for temporary in (".status.json.part", ".status.json.tmp", "status.json.part"): (tmp_path/temporary).symlink_to(victim/".bashrc")
     write_atomic(tmp_path/"status.json", "{}")
-    with pytest.raises(RunError): said_by(folder_atomic(tmp_path/"status.json").__enter__) and folder_atomic(tmp_path/"status.json"/"x").__enter__()
+    with pytest.raises(RunError): said_by(atomic_directory(tmp_path/"status.json").__enter__) and atomic_directory(tmp_path/"status.json"/"x").__enter__()
     assert tree(victim) == before
 
 

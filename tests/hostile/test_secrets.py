@@ -228,7 +228,7 @@ def test_prose_that_is_none(text): assert find_secrets(text) == []
 
 
 HARMLESS = ["ghp_" + "x" * 36, "AKIA" + "IOSFODNN7EXAMPLE", "hf_hub_download", "sk-learn-is-a-library-for-machine-learning-2", "https://user:password@host", "https://example.com/?page=2&sort=key",
-            "Gemma4TextScaledWordEmbedding", "DPMSolverMultistepScheduler2OutputForV2", "sage_finetune.core.storage.folder_atomic", "models/m2m_100/modeling_m2m_100", "sha256:" + "0" * 64,
+            "Gemma4TextScaledWordEmbedding", "DPMSolverMultistepScheduler2OutputForV2", "sage_finetune.core.storage.atomic_directory", "models/m2m_100/modeling_m2m_100", "sha256:" + "0" * 64,
             "publicKeyToken=\"b03f5f7f11d50a3a\"", "The password is checked.", "secret_key: str | None = None", "token_ids = self.tokens[0]", "password=os.environ['PASSWORD1']", "key = keys[12]",
             "-----BEGIN CERTIFICATE-----", "-----BEGIN PUBLIC KEY-----", "3.14159265358979323846264338327950288", "Authorization: Bearer <token>", "machine %s login %s password %s", "$1 and $2b of it"]
 

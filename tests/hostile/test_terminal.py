@@ -307,12 +307,12 @@ FACTORIES = {
     "Comparison": lambda: of("chat").Comparison([(PAYLOAD, PAYLOAD, PAYLOAD)]), "Report": demo_report, "Checked": config,
     "PreparedDataset": dataset, "Prepared": lambda: of("data").Prepared(dataset(), None, report()), "DataReport": report,
     "Engine": in_panel("engine", "Engine", head=None, lean={PAYLOAD: 1}, packing=types.SimpleNamespace(name=""), remarks=[PAYLOAD]),
-    "Trial": lambda: of("engine").Trial(0.1, 0.1, 0.1, 0.1, PAYLOAD, (of("engine").Trial(0.1, 0.1, 0.1, 0.1, PAYLOAD),)), "HealthReport": health, "Survey": survey, "CodeCorpus": code_corpus,
+    "EquivalenceCheck": lambda: of("engine").EquivalenceCheck(0.1, 0.1, 0.1, 0.1, PAYLOAD, (of("engine").EquivalenceCheck(0.1, 0.1, 0.1, 0.1, PAYLOAD),)), "HealthReport": health, "Survey": survey, "CodeCorpus": code_corpus,
     "MemoryEstimate": estimate, "Fix": lambda: of("memory").Fix({PAYLOAD: PAYLOAD}, PAYLOAD, estimate()),
     "Measurement": lambda: of("memory").Measurement(estimate(), 10), "Curve": lambda: of("plot").Curve(),
     "Picture": lambda: of("plot").Picture(b"", PAYLOAD),
     "Runs": lambda: of("runs").Runs([filled(of("runs").RunInfo)]), "Tasks": tasks,
-    "Batching": lambda: of("trainer").Batching(PresetConfigs.tiny(), [3, 4]),
+    "BatchPlanner": lambda: of("trainer").BatchPlanner(PresetConfigs.tiny(), [3, 4]),
     "Again": lambda: of("train_panel").Again(),
     "Diagnosis": lambda: of("diagnosis").Diagnosis([filled(of("diagnosis").Look, state="problem")]),
     "RunSummary": lambda: filled(of("train_panel").RunSummary, losses=(1., 2.), eval_losses=(1., 2.), best=(1., 2)),
@@ -379,11 +379,11 @@ def test_a_picture_names_its_runs_harmlessly(tmp_path):
 
 def test_nobody_forges_the_last_word_of_a_log(tmp_path):
     "What the model says to eval_prompts, a note and a folder's name are in the log; the sentence of its end is looked for there"
-    from sage_finetune.trainer import Audience, Step
+    from sage_finetune.trainer import CallbackHandler, Step
     said = io.StringIO()
     step = filled(Step, step=1, total=1, eval_loss=1., answers=[PAYLOAD])
     out, sys.stdout = sys.stdout, said
-    try: Audience(questions=[PAYLOAD]).see(step)
+    try: CallbackHandler(questions=[PAYLOAD]).see(step)
     finally: sys.stdout = out
     assert not faults(said.getvalue()) and len(said.getvalue().splitlines()) == 2
 

@@ -13,7 +13,7 @@ from helpers import metrics, prepared, status
 from sage_finetune.checkpoint import RunWriter, Stop
 from sage_finetune.core.errors import RunError
 from sage_finetune.core.processes import STOP_REQUEST, ask_to_stop, detached, holds_lock, request_stop, stop_requested, stop_signals, wait_for, was_killed
-from sage_finetune.core.storage import folder_atomic, replace_path, write_atomic
+from sage_finetune.core.storage import atomic_directory, replace_path, write_atomic
 from sage_finetune.launch import start_run, stop_run
 from sage_finetune.runs import read_meta, read_status, trainer_process
 from sage_finetune.trainer import LoRATrainer
@@ -63,7 +63,7 @@ def test_a_folder_in_which_somebody_reads_is_replaced_a_moment_later(tmp_path, w
     (tmp_path/"model"/"old").touch()
     seen = []
     busy(monkeypatch, "rename", 3, seen)
-    with folder_atomic(tmp_path/"model", ours=["old"]) as temp: (temp/"weights").write_text("all")
+    with atomic_directory(tmp_path/"model", ours=["old"]) as temp: (temp/"weights").write_text("all")
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "weights"] and len(seen) == 5
 
 
@@ -91,7 +91,7 @@ def test_files_are_synced_by_a_handle_that_may_write(tmp_path, windows, monkeypa
         if not os.path.isdir(f"/proc/self/fd/{handle}") and fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY: raise OSError(9, "Bad file descriptor")
         sync(handle)
     monkeypatch.setattr(os, "fsync", strict)
-    with folder_atomic(tmp_path/"model", ours=["old"]) as temp: (temp/"weights").write_text("all")
+    with atomic_directory(tmp_path/"model", ours=["old"]) as temp: (temp/"weights").write_text("all")
     assert (tmp_path/"model"/"weights").read_text() == "all"
 
 
