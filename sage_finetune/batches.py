@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATIC_ROPE', 'TRIAL_WORK', 'FASTER', 'pack', 'PlannedStep', 'BatchPlan', 'plan_batches', 'Shard', 'collate',
-           'learnt_tokens', 'BatchView', 'show_batch', 'attention_inputs', 'Limit', 'find_limits', 'forget_lengths',
-           'rope_mixes', 'LongTrial', 'long_trials', 'rope_limit', 'ContaminationCheck', 'dropout_disabled', 'planted',
-           'check_cross_contamination', 'PackingMode', 'detect_packing_mode']
+           'count_target_tokens', 'BatchView', 'show_batch', 'attention_inputs', 'Limit', 'find_limits',
+           'forget_lengths', 'rope_mixes', 'LongTrial', 'long_trials', 'rope_limit', 'ContaminationCheck',
+           'dropout_disabled', 'planted', 'check_cross_contamination', 'PackingMode', 'detect_packing_mode']
 
 # %% ../nbs/07_batches.ipynb #ee0f86af
 import heapq
@@ -89,7 +89,7 @@ def _draw_rows(count: int, per_step: int, seed: int, epoch: int) -> _Epoch:
     random.Random(f'{seed}/{epoch}').shuffle(order)
     return _Epoch(np.array(order, dtype=np.int64), None, np.array([*range(0, count, per_step), count]))
 
-def _frozen_chance(seed: int, epoch: int) -> np.random.RandomState:
+def _legacy_rng(seed: int, epoch: int) -> np.random.RandomState:
     "A generator whose numbers no later version of numpy changes"
     return np.random.RandomState(random.Random(f'{seed}/{epoch}').getrandbits(32))
 
@@ -112,7 +112,7 @@ def _pattern(lengths: np.ndarray, max_length: int) -> _Pattern:
 
 def _draw_packed(lengths: np.ndarray, pattern: _Pattern, lines_per_step: int, seed: int, epoch: int) -> _Epoch:
     "An epoch of packed lines: rows of one length change places, lines come in any order"
-    chance = _frozen_chance(seed, epoch)
+    chance = _legacy_rng(seed, epoch)
     longest_first = np.lexsort((chance.random_sample(len(lengths)), -lengths))
     count = len(pattern.starts) - 1
     rows, starts = _regrouped(longest_first[pattern.places], pattern.starts, chance.permutation(count))
@@ -120,7 +120,7 @@ def _draw_packed(lengths: np.ndarray, pattern: _Pattern, lines_per_step: int, se
 
 def _draw_grouped(lengths: np.ndarray, batch_tokens: int, step_tokens: int, seed: int, epoch: int) -> _Epoch:
     "An epoch of single rows, those of similar length near each other"
-    chance, window = _frozen_chance(seed, epoch), max(1, int(50 * batch_tokens / max(lengths.mean(), 1)))
+    chance, window = _legacy_rng(seed, epoch), max(1, int(50 * batch_tokens / max(lengths.mean(), 1)))
     order = chance.permutation(len(lengths))
     order = order[np.lexsort((-lengths[order], np.arange(len(order)) // window))]
     sizes, starts = lengths[order].tolist(), [0]
@@ -147,7 +147,7 @@ def _micro_batches(
         order = order[count:]
     return batches
 
-def _dealt(lines: list, widths: list, world: int) -> list:
+def _assign_to_ranks(lines: list, widths: list, world: int) -> list:
     "Lines given out to `world` hands, the widest first, each to the hand that holds the fewest tokens"
     hands, held = [[] for _ in range(world)], [0] * world
     for at in sorted(range(len(lines)), key=lambda at: (-widths[at], lines[at])):
@@ -157,7 +157,7 @@ def _dealt(lines: list, widths: list, world: int) -> list:
     return hands
 
 # %% ../nbs/07_batches.ipynb #67771513
-class _Recipe(NamedTuple):
+class _BatchArgs(NamedTuple):
     "What `plan_batches` was asked for, with what follows from it filled in"
     batch_size: int
     accumulation: int
@@ -169,9 +169,9 @@ class _Recipe(NamedTuple):
     step_tokens: int | None
     max_steps: int | None
 
-class _Chance:
+class _EpochShuffler:
     "How chance falls in each epoch of a recipe"
-    def __init__(self, lengths: np.ndarray, recipe: _Recipe):
+    def __init__(self, lengths: np.ndarray, recipe: _BatchArgs):
         self.lengths, self.recipe, self.last = lengths, recipe, (None, None)
         self.pattern = _pattern(lengths, recipe.max_length) if recipe.packing and recipe.step_tokens else None
 
@@ -195,7 +195,7 @@ class _Chance:
         return ends[1:]
 
 # %% ../nbs/07_batches.ipynb #d16bd65b
-def _checked(lengths: np.ndarray, recipe: _Recipe) -> _Recipe:
+def _checked(lengths: np.ndarray, recipe: _BatchArgs) -> _BatchArgs:
     "The recipe with what follows from it filled in. Raises `ConfigError` or `DataError` naming the field that cannot work"
     for name, value in recipe._asdict().items():
         if name not in ('seed', 'packing') and value is not None and value < 1: raise ConfigError(f'{name}={value} cannot work. Choose 1 or more.')
@@ -228,7 +228,7 @@ class _Steps(Sequence):
         "The micro-batches of all steps from `start` on, one after the other."
         return (lines for number in range(start, len(self)) for lines in self._step(number).micro_batches)
 
-def _lines(drawn: _Epoch, number: int, lengths: np.ndarray, recipe: _Recipe) -> list[list[int]]:
+def _lines(drawn: _Epoch, number: int, lengths: np.ndarray, recipe: _BatchArgs) -> list[list[int]]:
     "The lines of a step; where steps are counted in rows, packing looks no further than the step"
     first, last = drawn.steps[number:number + 2]
     if drawn.lines is not None: return [rows.tolist() for rows in np.split(drawn.rows[drawn.lines[first]:drawn.lines[last]], drawn.lines[first + 1:last] - drawn.lines[first])]
@@ -240,8 +240,8 @@ class BatchPlan(_Steps):
     "Every step of a run; `plan[k]` needs none of the steps before it. `plan_batches` makes one."
     def __init__(self,
         lengths: np.ndarray, # int64, tokens of each row
-        recipe: _Recipe # as it was checked
-    ): self.lengths, self.recipe, self._chance = lengths, recipe, _Chance(lengths, recipe)
+        recipe: _BatchArgs # as it was checked
+    ): self.lengths, self.recipe, self._chance = lengths, recipe, _EpochShuffler(lengths, recipe)
 
     def __len__(self): return min(self._ends[-1], self.recipe.max_steps or self._ends[-1]) if self._ends else 0
     def __eq__(self,
@@ -357,7 +357,7 @@ def plan_batches(
     """Every step of a run: every row once an epoch, by chance from (seed, epoch).
     In rows, a step is the same rows whether they are packed or not. In tokens, the rows of a whole epoch are packed together, or grouped by length.
     Raises `ConfigError` for numbers that contradict each other, `DataError` for a row longer than a packed line."""
-    recipe = _Recipe(batch_size, accumulation, epochs, seed, bool(packing), max_length, batch_tokens, step_tokens, max_steps)
+    recipe = _BatchArgs(batch_size, accumulation, epochs, seed, bool(packing), max_length, batch_tokens, step_tokens, max_steps)
     lengths = np.asarray(lengths, dtype=np.int64)
     return BatchPlan(lengths, _checked(lengths, recipe))
 
@@ -381,7 +381,7 @@ class Shard(_Steps):
         step, recipe = self.plan[number], self.plan.recipe
         lines = [line for micro_batch in step.micro_batches for line in micro_batch]
         widths = self.plan.widths(lines)
-        hands = [_micro_batches([lines[at] for at in hand], [widths[at] for at in hand], recipe.batch_size, recipe.batch_tokens) for hand in _dealt(lines, widths, self.world)]
+        hands = [_micro_batches([lines[at] for at in hand], [widths[at] for at in hand], recipe.batch_size, recipe.batch_tokens) for hand in _assign_to_ranks(lines, widths, self.world)]
         mine = hands[self.rank]
         return step._replace(micro_batches=mine + [[] for _ in range(max(map(len, hands)) - len(mine))])
 
@@ -412,7 +412,7 @@ def collate(
     return {name: torch.from_numpy(values) for name, values in tensors.items()}
 
 # %% ../nbs/07_batches.ipynb #5c5efabc
-def learnt_tokens(
+def count_target_tokens(
     labels: Tensor # int64 (lines, longest), -100 where not learnt
 ) -> int: # how many labels a causal model is trained on
     "The number of predicted labels: all but the first column's."

@@ -36,7 +36,7 @@ from .model import restore_adapter, save_adapter
 from .runs import LOCK, describe_trainer, is_number, printable, typed
 from .runs import (
     CONFIG, META, METRICS, MODEL_FILE, STATUS, is_own_state, is_rewritten, is_run,
-    old_files, process_gone, read_metrics, read_status, refuse_replacing, run_files, still_works, write_status)
+    old_files, is_stale, read_metrics, read_status, refuse_replacing, run_files, is_running, write_status)
 
 # %% ../nbs/11_checkpoint.ipynb #853643f7
 def write_state(
@@ -64,17 +64,17 @@ def read_state(
     "Read a tree of tensors and plain values back. Raises `RunError` for a file that holds none."
     try:
         open_regular(path).close()  # safe_open would wait for a pipe
-        with safe_open(path, 'pt') as file: return _together(parse_json((file.metadata() or {})['state']), file.get_tensor)
+        with safe_open(path, 'pt') as file: return _unflatten_state(parse_json((file.metadata() or {})['state']), file.get_tensor)
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
         raise RunError(f'{path} cannot be read ({type(error).__name__}: {str(error).strip()[:150]}). Restore it from a copy.') from error
 
-def _together(told: Any, tensor: Any) -> Any:
+def _unflatten_state(told: Any, tensor: Any) -> Any:
     "The value that `_apart` took apart"
     if not isinstance(told, dict): return told
     (kind, parts), = told.items()
     if kind == 'tensor': return tensor(parts)
-    if kind == 'dict': return {_together(name, tensor): _together(part, tensor) for name, part in parts}
-    return dict(list=list, tuple=tuple)[kind](_together(part, tensor) for part in parts)
+    if kind == 'dict': return {_unflatten_state(name, tensor): _unflatten_state(part, tensor) for name, part in parts}
+    return dict(list=list, tuple=tuple)[kind](_unflatten_state(part, tensor) for part in parts)
 
 # %% ../nbs/11_checkpoint.ipynb #1e5dad0c
 def random_state() -> dict:
@@ -216,7 +216,7 @@ def check_folder(
 ) -> list[str]: # names an earlier run left there
     "Refuse a run folder that is in use, holds another run, or cannot be written to. Raises `RunError`."
     folder, status = config.output_dir, read_status(config.output_dir)
-    if not locked and still_works(status, folder) and status.pid != os.getpid(): raise RunError(_in_use(folder))
+    if not locked and is_running(status, folder) and status.pid != os.getpid(): raise RunError(_in_use(folder))
     check_links(folder)
     left = [name for name in (METRICS, 'checkpoints', 'lora_weights', 'merged_model') if _holds_anything(folder/name)]
     if left and not resume and not config.overwrite_output_dir:
@@ -271,7 +271,7 @@ def _take(folder: Path, writer: 'RunWriter') -> FileLock | None:
     lock = FileLock(folder/LOCK, thread_local=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        patience = 10 if process_gone(read_status(folder), folder) else 0.05  # helpers of a killed process may outlive it; who only looks takes a moment
+        patience = 10 if is_stale(read_status(folder), folder) else 0.05  # helpers of a killed process may outlive it; who only looks takes a moment
         lock.acquire(timeout=patience, poll_interval=0.02)
     except Timeout: raise RunError(_in_use(folder)) from None
     except NotImplementedError: lock = None
@@ -419,9 +419,9 @@ class CheckpointManager:
     ):
         self.config, self.total, self.model, self.optimizer, self.schedule, self.accelerator, self.about = config, total, model, optimizer, schedule, accelerator, about
         self.progress, self.saved = Progress(), None
-        self.remember()
+        self.mark_step_done()
 
-    def remember(self,
+    def mark_step_done(self,
         **changes: Any # of the progress
     ):
         "A step is whole."
@@ -434,11 +434,11 @@ class CheckpointManager:
         return sum(p._version for p in self.model.parameters() if p.requires_grad) + sum(value._version for value in memory)
 
     @property
-    def untouched(self) -> bool:
+    def is_unmodified(self) -> bool:
         "Whether adapter and optimizer are still those of the last whole step."
         return self._written() == self._versions
 
-    def back_to_the_start_of_the_step(self):
+    def rewind_rng(self):
         "Let chance draw once more what it drew since the last whole step."
         set_random_state(self._chance)
 
@@ -469,7 +469,7 @@ class CheckpointManager:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
             raise RunError(f'{path/STATE} does not hold what this run needs to go on ({type(error).__name__}: {str(error).strip()[:150]}). Restore it from a copy, or start anew with overwrite_output_dir=True.') from error
         self.saved = path
-        self.remember(**vars(progress))
+        self.mark_step_done(**vars(progress))
 
     def _take_back(self, state: dict, path: Path) -> Progress:
         "Optimizer, learning rate and chance as they were; what the config says of them stays as the config says it"
@@ -489,7 +489,7 @@ class CheckpointManager:
         return _checked_progress(state['progress'], path/STATE)
 
     @property
-    def wants_best(self) -> bool:
+    def tracks_best(self) -> bool:
         "Whether the best adapter is to be kept."
         return self.config.load_best_model_at_end or self.config.early_stopping_patience is not None
 
@@ -505,7 +505,7 @@ class CheckpointManager:
         best, waited = self.progress.best, self.progress.waited + 1
         if not best or loss < best[0]:
             best, waited = (loss, self.progress.step), 0
-            if self.wants_best and self.accelerator.is_main_process:
+            if self.tracks_best and self.accelerator.is_main_process:
                 place = f'checkpoints/best-{self.progress.step}'
                 with atomic_directory(self.config.output_dir/place, own_names(self.config.output_dir, place)) as temp:
                     save_adapter(self.model, temp, for_resume=True)
@@ -520,14 +520,14 @@ class CheckpointManager:
         then, best = self.progress.held_out, self.progress.best
         self.progress = replace(self.progress, held_out=held_out)
         changed = then not in ('', held_out)
-        if not best or not changed and (self.has_best_adapter or not self.wants_best): return ''
+        if not best or not changed and (self.has_best_adapter or not self.tracks_best): return ''
         why = f'the held-out rows are others than those whose loss was lowest at step {best[1]} ({best[0]:.3f})'
         if not changed: why = f'the adapter of step {best[1]}, where the held-out loss was lowest, was not kept'
-        loss = self._loss_of_best(evaluate) if changed and self.wants_best and self.has_best_adapter else math.nan
+        loss = self._loss_of_best(evaluate) if changed and self.tracks_best and self.has_best_adapter else math.nan
         self.progress = replace(self.progress, best=(loss, best[1]) if math.isfinite(loss) else None, waited=0)
         if not self.progress.best: return f'{why}, so the lowest is looked for anew'
         if self.progress.step > best[1] and not self.progress.pending: self.judge(evaluate())
-        self.remember()
+        self.mark_step_done()
         return f'{why}; on the new rows that adapter has {loss:.3f}, and this counts from here on'
 
     def _loss_of_best(self, evaluate: Callable[[], float]) -> float:
@@ -548,7 +548,7 @@ class CheckpointManager:
         return bool(self.progress.best) and (self.best_adapter/'adapter_model.safetensors').is_file()
 
     @property
-    def patience_is_over(self) -> bool:
+    def should_stop_early(self) -> bool:
         "Whether the held-out loss has not fallen for too many evaluations."
         return self.config.early_stopping_patience is not None and self.progress.waited >= self.config.early_stopping_patience
 
@@ -559,10 +559,10 @@ class CheckpointManager:
         done, said, trouble = self.progress.step, [], None
         try: self.save()
         except RunError as error: trouble = error  # the adapter is smaller and may still find room
-        ended = done == self.total or self.patience_is_over
+        ended = done == self.total or self.should_stop_early
         if not ended: said.append(f'{why} after step {done} of {self.total}; resume=True goes on')
         elif done < self.total: said.append(f'stopped early at step {done} of {self.total}: {self.config.early_stopping_patience} evaluations without a lower held-out loss')
-        if ended and self.wants_best and self.progress.best and self.progress.best[1] < done:
+        if ended and self.tracks_best and self.progress.best and self.progress.best[1] < done:
             restore_adapter(self.model, self.best_adapter)
             said.append(BEST_KEPT.format(self.progress.best[1]))
         return ended, '; '.join([*said, *[f'{trouble}'] * bool(trouble)])
@@ -574,7 +574,7 @@ class CheckpointManager:
         "Save the last whole step of a run that ends in an unforeseen way, if that can be done."
         done = f'{why} after step {self.progress.step} of {self.total}'
         if isinstance(writer, RunWriter) and not writer.is_open or not self.progress.step: return done
-        if self.accelerator.num_processes > 1 and why != 'left' or not self.untouched: return f'{done}; resume=True goes on from the last checkpoint'
+        if self.accelerator.num_processes > 1 and why != 'left' or not self.is_unmodified: return f'{done}; resume=True goes on from the last checkpoint'
         try: self.save()
         except RunError: return f'{done}; it could not be saved, so resume=True goes on from the checkpoint before'
         return f'{done}, which is saved; resume=True goes on'

@@ -147,12 +147,12 @@ def run_command(
     report_to: Annotated[Optional[ReportTo], typer.Option(help='also send the curves to this tool; wandb sends them under your account')] = None
 ):
     "Train a prepared run folder. Ctrl-C ends it after the step that is being made, saved."
-    from sage_finetune.launch import run_here
+    from sage_finetune.launch import run_in_foreground
     from sage_finetune.runs import read_status
     from sage_finetune.trainer import train_from_meta
     allowed = dict(trust_remote_code=trust_remote_code, allow_special_tokens=allow_special_tokens, report_to=report_to and report_to.value)
     if num_processes == 1: print(f'\n{train_from_meta(run_dir, overwrite, resume=resume, **allowed)}')
-    elif run_here(run_dir, num_processes, resume, overwrite, **allowed): raise typer.Exit(2)
+    elif run_in_foreground(run_dir, num_processes, resume, overwrite, **allowed): raise typer.Exit(2)
     if read_status(run_dir).state == 'cancelled': raise typer.Exit(130)
     print('\n' + sanitize_line(f'Next: sage-finetune merge {run_dir}'))
 
@@ -193,8 +193,8 @@ def chat_command(
 ):
     "Talk to what a run has made."
     from sage_finetune.chat import Chat, compare
-    from sage_finetune.export import open_run
-    model, tokenizer = open_run(run_dir, merged, trust_remote_code=trust_remote_code)
+    from sage_finetune.export import load_run
+    model, tokenizer = load_run(run_dir, merged, trust_remote_code=trust_remote_code)
     chat = Chat(model, tokenizer, system, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens)
     if prompt is None and not with_base: print('Type what you want to say; an empty line ends, Ctrl-C stops an answer.')
     for text in [prompt] if prompt is not None else _typed():

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OVERLONG', 'ON_BAD_ROW', 'SCHEMA', 'CHUNK_ROWS', 'CHUNK_SIZE', 'TRAIN', 'EVALUATION', 'BAD_ROWS', 'REPORT',
-           'BATCH_BYTES', 'CACHE_VERSION', 'PROBES', 'DataSettings', 'Fitted', 'fit', 'prompt_key', 'split', 'Counts',
-           'Note', 'LongRow', 'DataReport', 'add_report', 'report_line', 'report_parts', 'Columns', 'chunks', 'Made',
-           'Maker', 'in_order', 'one_pass', 'PreparedDataset', 'open_prepared', 'cache_key', 'checksum',
-           'report_to_dict', 'report_from_dict', 'read_prepared', 'Prepared', 'prepare', 'prepare_dataset',
+           'BATCH_BYTES', 'CACHE_VERSION', 'PROBES', 'DataSettings', 'TruncationResult', 'fit', 'prompt_key', 'split',
+           'Counts', 'Note', 'LongRow', 'DataReport', 'add_report', 'report_line', 'report_parts', 'Columns', 'chunks',
+           'Made', 'Preprocessor', 'ordered_map', 'preprocess', 'PreparedDataset', 'open_prepared', 'cache_key',
+           'checksum', 'report_to_dict', 'report_from_dict', 'read_prepared', 'Prepared', 'prepare', 'prepare_dataset',
            'check_rows', 'encode']
 
 # %% ../nbs/06_data.ipynb #6bb1e45a
@@ -34,7 +34,7 @@ from .core.secrets import redact_object
 from .core.storage import PART, copy_atomic, expand_home, atomic_directory, replace_path, describe_write_error
 from .core.text import sanitize_html, sanitize_line
 from .files import BadRow, RawRow, iter_rows, load_training_data, packaged, packaged_held_out, source_key, source_name, source_size
-from .prompt import THINKING, Rendered, Renderer, render_texts, template_notes
+from .prompt import THINKING, RenderedExample, Renderer, render_texts, template_notes
 from .rows import (FORMATS, RowError, Sample, UntrainedRow, detect_data_format, format_alpaca_sample, format_conversation_sample, format_prompt_sample,
                                 format_qa_sample, format_text_sample, read_row, to_messages)
 from .tokens import TokenLine, tokens_html, tokens_text, visible
@@ -68,66 +68,66 @@ class DataSettings:
     def _refuse(self, name: str, takes: str): raise ConfigError(f'{name}={getattr(self, name)!r} cannot be used: it takes {takes}.')
 
 # %% ../nbs/06_data.ipynb #3be3e260
-class Fitted(NamedTuple):
+class TruncationResult(NamedTuple):
     "What was made of a row that was too long"
-    examples: list[Rendered] # none when it was left out
+    examples: list[RenderedExample] # none when it was left out
     what: str # "shortened", "left out", "cut" or "in pieces"
     turns: int = 0 # whole turns that went
 
-def _fits(examples: list[Rendered], max_length: int) -> bool: return all(len(example.ids) <= max_length for example in examples)
+def _fits(examples: list[RenderedExample], max_length: int) -> bool: return all(len(example.ids) <= max_length for example in examples)
 
-def _up_to(example: Rendered, end: int, start: int = 0) -> Rendered:
+def _up_to(example: RenderedExample, end: int, start: int = 0) -> RenderedExample:
     "A part of an example: its tokens from `start` to before `end`"
     turns = [turn._replace(start=max(turn.start, start) - start, end=min(turn.end, end) - start) for turn in example.turns if turn.start < end and turn.end > start]
     return replace(example, ids=example.ids[start:end], labels=example.labels[start:end], turns=turns)
 
-def _without_tail(example: Rendered, max_length: int) -> Rendered:
+def _without_tail(example: RenderedExample, max_length: int) -> RenderedExample:
     "The example without what stands behind its last learnt token, when that alone is too much"
     end = max((turn.end for turn in example.turns if turn.learnt), default=0)
     return _up_to(example, end) if end <= max_length < len(example.ids) and end else example
 
-def _pieces(example: Rendered, max_length: int) -> list[Rendered]:
+def _pieces(example: RenderedExample, max_length: int) -> list[RenderedExample]:
     "A text in consecutive pieces; the last one has at least two tokens, for a single one teaches nothing"
     starts = list(range(0, len(example.ids), max_length))
     if len(example.ids) - starts[-1] < 2: starts[-1] -= 1
     return [_up_to(example, end, start) for start, end in zip(starts, [*starts[1:], len(example.ids)])]
 
 # %% ../nbs/06_data.ipynb #4ceafc63
-def _stops(examples: list[Rendered], max_length: int) -> list[int]:
+def _stops(examples: list[RenderedExample], max_length: int) -> list[int]:
     "How many messages to keep, largest first: up to each learnt answer that stands within max_length, as do all before it"
     turns = sorted({(turn.message, turn.end) for example in examples for turn in example.turns if turn.learnt})
     return [message + 1 for message, _ in itertools.takewhile(lambda turn: turn[1] <= max_length, turns)][::-1]
 
-def _shortened(sample: Sample, examples: list[Rendered], max_length: int, renderer: Renderer) -> Fitted:
+def _shortened(sample: Sample, examples: list[RenderedExample], max_length: int, renderer: Renderer) -> TruncationResult:
     "The conversation without its last turns"
     for keep in _stops(examples, max_length):
         shorter = renderer.batch([(sample.messages[:keep], sample.tools)])[0]
         if isinstance(shorter, DataError): continue
         shorter = [_without_tail(example, max_length) for example in shorter]
-        if _fits(shorter, max_length): return Fitted(shorter, 'shortened', len(sample.messages) - keep)
-    return Fitted([], 'left out', len(sample.messages))
+        if _fits(shorter, max_length): return TruncationResult(shorter, 'shortened', len(sample.messages) - keep)
+    return TruncationResult([], 'left out', len(sample.messages))
 
-def _cut(examples: list[Rendered], max_length: int) -> Fitted:
+def _cut(examples: list[RenderedExample], max_length: int) -> TruncationResult:
     "The examples cut off, those of which something learnt remains"
     found = [_up_to(example, max_length) for example in examples]
     found = [example for example in found if any(label != -100 for label in example.labels)]
-    return Fitted(found, 'cut' if found else 'left out')
+    return TruncationResult(found, 'cut' if found else 'left out')
 
 # %% ../nbs/06_data.ipynb #69ccf207
 def fit(
     sample: Sample, # the row
-    examples: list[Rendered], # what was made of it
+    examples: list[RenderedExample], # what was made of it
     renderer: Renderer, # made them
     max_length: int = 1024, # longest example in tokens
     overlong: str = 'drop_turns' # one of `OVERLONG`
-) -> Fitted: # what it is to be, and `what` was done: '' for nothing
+) -> TruncationResult: # what it is to be, and `what` was done: '' for nothing
     "Make a row fit. Raises `RowError` when it does not and overlong is 'error'."
     examples = [_without_tail(example, max_length) for example in examples]
-    if _fits(examples, max_length): return Fitted(examples, '')
-    if sample.messages is None: return Fitted([piece for example in examples for piece in _pieces(example, max_length)], 'in pieces')
+    if _fits(examples, max_length): return TruncationResult(examples, '')
+    if sample.messages is None: return TruncationResult([piece for example in examples for piece in _pieces(example, max_length)], 'in pieces')
     longest = max(len(example.ids) for example in examples)
     if overlong == 'error': raise RowError(f'the row has {longest:,} tokens, more than max_length={max_length:,}', 'Raise max_length, shorten the row, or choose overlong="drop_turns".')
-    if overlong == 'drop': return Fitted([], 'left out', len(sample.messages))
+    if overlong == 'drop': return TruncationResult([], 'left out', len(sample.messages))
     return _cut(examples, max_length) if overlong == 'truncate' else _shortened(sample, examples, max_length, renderer)
 
 # %% ../nbs/06_data.ipynb #8195a273
@@ -208,7 +208,7 @@ def _head(sample: Sample, letters: int = 60) -> str:
     short = ' '.join(text[:4 * letters].split())
     return short[:letters] + '…' * (len(short) > letters)
 
-def _long_row(raw: RawRow, sample: Sample, before: list[Rendered], fitted: Fitted) -> LongRow:
+def _long_row(raw: RawRow, sample: Sample, before: list[RenderedExample], fitted: TruncationResult) -> LongRow:
     "What there is to say about a row that was too long"
     whole, kept = max(before, key=lambda example: len(example.ids)), 0
     if fitted.examples: kept = len(whole.ids) if fitted.what == 'in pieces' else len(fitted.examples[-1].ids)
@@ -343,7 +343,7 @@ class Columns:
     def __init__(self): self.ids, self.labels, self.ends, self.rows, self.counts = array('i'), array('i'), array('i', [0]), array('q'), Counts()
 
     def add(self,
-        example: Rendered, # ids and labels
+        example: RenderedExample, # ids and labels
         row: int # line or row number it comes from
     ):
         "Append an example."
@@ -400,13 +400,13 @@ class Made:
         self.batches, self.columns = [columns.batch() for columns in self.columns], None
         return self
 
-def _check_stops(raw: RawRow, example: Rendered, stops: set[int]):
+def _check_stops(raw: RawRow, example: RenderedExample, stops: set[int]):
     "Each learnt turn must end in a token that ends it"
     for turn in example.turns:
         if turn.learnt and (turn.end == turn.start or example.labels[turn.end - 1] not in stops):
             raise DataError(f'{raw.place()}: an answer does not end in a stop token, so a model tuned on it would never stop. Mend the chat template.')
 
-def _fit_in(report: DataReport, raw: RawRow, sample: Sample, examples: list[Rendered], maker: 'Maker') -> list[Rendered]:
+def _fit_in(report: DataReport, raw: RawRow, sample: Sample, examples: list[RenderedExample], maker: 'Preprocessor') -> list[RenderedExample]:
     "What fits of a row that is too long; it goes into the report"
     try: fitted = fit(sample, examples, maker.renderer, maker.settings.max_length, maker.settings.overlong)
     except RowError as error: raise DataError(str(BadRow.of(raw, error))) from error
@@ -417,7 +417,7 @@ def _fit_in(report: DataReport, raw: RawRow, sample: Sample, examples: list[Rend
     return fitted.examples
 
 # %% ../nbs/06_data.ipynb #6d2db926
-class Maker:
+class Preprocessor:
     "Makes examples of rows. Raises `DataError` naming the first bad row, unless bad rows are to be skipped."
     def __init__(self,
         tokenizer: 'PreTrainedTokenizerBase', # carries the chat template
@@ -440,7 +440,7 @@ class Maker:
             _take(made, raw, sample, found, self)
         return made.close()
 
-    def _texts(self, texts: list[str]) -> list[Rendered]: return render_texts(texts, self.tokenizer, self.settings.allow_special_tokens) if texts else []
+    def _texts(self, texts: list[str]) -> list[RenderedExample]: return render_texts(texts, self.tokenizer, self.settings.allow_special_tokens) if texts else []
 
     def _read(self, raw: Any, report: DataReport) -> Any:
         "A row as a Sample, or what is wrong with it; what is not read of it goes into the report"
@@ -453,7 +453,7 @@ class Maker:
         return sample
 
 # %% ../nbs/06_data.ipynb #29a1e4bf
-def _take(made: Made, raw: Any, sample: Any, found: Any, maker: Maker):
+def _take(made: Made, raw: Any, sample: Any, found: Any, maker: Preprocessor):
     "One row's examples, or what is wrong with it, into a chunk"
     if not isinstance(raw, (RawRow, BadRow)) or (found is sample and isinstance(found, DataError) and not isinstance(found, RowError)): raise found  # of no single row
     made.report.rows, made.done = made.report.rows + 1, getattr(raw, 'done', made.done)
@@ -465,7 +465,7 @@ def _take(made: Made, raw: Any, sample: Any, found: Any, maker: Maker):
     if maker.settings.on_bad_row == 'error': raise DataError(str(bad))
     made.bad.append(bad)
 
-def _take_examples(made: Made, raw: RawRow, sample: Sample, examples: list[Rendered], maker: Maker):
+def _take_examples(made: Made, raw: RawRow, sample: Sample, examples: list[RenderedExample], maker: Preprocessor):
     "Fit the examples of a row in, and count"
     settings, report = maker.settings, made.report
     for example in examples: _check_stops(raw, example, maker.stops)
@@ -478,7 +478,7 @@ def _take_examples(made: Made, raw: RawRow, sample: Sample, examples: list[Rende
         else: report.silent += 1
 
 # %% ../nbs/06_data.ipynb #f52b64fc
-def in_order(
+def ordered_map(
     work: Any, # called with each chunk, in a thread
     parts: Iterable, # chunks
     threads: int = 2 # that work at the same time
@@ -537,9 +537,9 @@ class _Side:
         self.waiting, self.bytes = [], 0
 
 # %% ../nbs/06_data.ipynb #8ba2f732
-def one_pass(
+def preprocess(
     source: Any, # what `iter_rows` takes
-    maker: Maker, # of examples
+    maker: Preprocessor, # of examples
     folder: Path, # takes the files
     show: bool = True # draw a bar when it takes long
 ) -> DataReport:
@@ -549,7 +549,7 @@ def one_pass(
         with ExitStack() as stack:
             sides = [_Side(folder/name, stack) for name in (TRAIN, EVALUATION)]
             lost = stack.enter_context(open(folder/BAD_ROWS, 'w', encoding='utf-8', errors='backslashreplace'))
-            for made in in_order(maker, chunks(source), min(4, core_count())):
+            for made in ordered_map(maker, chunks(source), min(4, core_count())):
                 for side, batch in zip(sides, made.batches): side.add(batch)
                 lost.writelines(json.dumps(bad.to_dict(), ensure_ascii=False) + '\n' for bad in made.bad)
                 add_report(report, made.report)
@@ -561,7 +561,7 @@ def one_pass(
     return _judge(report, maker, folder)
 
 # %% ../nbs/06_data.ipynb #47a1f601
-def _judge(report: DataReport, maker: Maker, folder: Path) -> DataReport:
+def _judge(report: DataReport, maker: Preprocessor, folder: Path) -> DataReport:
     "Refuse data without anything to learn, and say what else concerns the whole"
     ratio, held = maker.settings.eval_ratio, report.held_out
     if not report.examples and held.examples:
@@ -663,7 +663,7 @@ def _check_table(table: pa.Table, vocabulary: int):
             if values.null_count or low is None or low < lowest or high >= vocabulary: raise ValueError(f'{low} to {high} are not ids below {vocabulary}')
 
 def open_prepared(
-    path: Path, # a file `one_pass` wrote
+    path: Path, # a file `preprocess` wrote
     report: DataReport, # on it
     tokenizer: Any, # made the ids
     key: str = '', # names the content; '' for none
@@ -689,7 +689,7 @@ PROBES = [([_ASK, _TELL], None), ([dict(role='system', content='Be brief.'), _AS
 
 def cache_key(
     content: str, # `source_key` of the rows
-    maker: Maker # of examples
+    maker: Preprocessor # of examples
 ) -> str: # 16 letters
     "What prepared data depend on: rows, template, tokenizer, settings, and how a few conversations are rendered today."
     tokenizer, backend = maker.tokenizer, getattr(maker.tokenizer, 'backend_tokenizer', None)
@@ -763,11 +763,11 @@ def _remove_unfinished(cache: Path):
         if time.time() - old.stat().st_mtime < 86_400 or {path.name for path in old.iterdir()} - {TRAIN, EVALUATION, BAD_ROWS, REPORT}: continue
         shutil.rmtree(old, ignore_errors=True)
 
-def _make(source: Any, content: str, maker: Maker, folder: Path, show: bool) -> DataReport:
+def _make(source: Any, content: str, maker: Preprocessor, folder: Path, show: bool) -> DataReport:
     "Prepare into a folder that appears when it is complete"
     _remove_unfinished(folder.parent)
     with _no_empty_folders(folder.parent), atomic_directory(folder, (TRAIN, EVALUATION, BAD_ROWS, REPORT)) as temp:
-        report = one_pass(source, maker, temp, show)
+        report = preprocess(source, maker, temp, show)
         if source_key(source) != content: raise DataError(f'{report.source} has changed while it was read. Start again when it is complete.')
         files = {path.name: checksum(path) for path in temp.iterdir()}
         (temp/REPORT).write_text(json.dumps(dict(files=files, report=report_to_dict(report))), encoding='utf-8')
@@ -775,7 +775,7 @@ def _make(source: Any, content: str, maker: Maker, folder: Path, show: bool) -> 
     return report
 
 # %% ../nbs/06_data.ipynb #56b437ef
-def _cached(source: Any, maker: Maker, cache_dir: Path, show: bool) -> tuple[Path, DataReport, str]:
+def _cached(source: Any, maker: Preprocessor, cache_dir: Path, show: bool) -> tuple[Path, DataReport, str]:
     "Folder, report and key of the prepared data, made now if need be"
     content, said, report = source_key(source), [], None
     key = cache_key(content, maker)
@@ -801,18 +801,18 @@ class Prepared(NamedTuple):
     def _repr_html_(self): return self.report._repr_html_() + self.train._repr_html_()
 
 # %% ../nbs/06_data.ipynb #e59c84ce
-def _made(source: Any, maker: Maker, cache_dir: Any, show: bool) -> tuple[Path, DataReport, str, Any]:
+def _made(source: Any, maker: Preprocessor, cache_dir: Any, show: bool) -> tuple[Path, DataReport, str, Any]:
     "Folder, report, key and keeper of the files: in the cache, or in a temporary folder"
     with _no_threads_of_its_own():
         if cache_dir is not None: return *_cached(source, maker, expand_home(cache_dir), show), None
         folder = Path(tempfile.mkdtemp(prefix='sage_finetune_'))
         keeper = _Keeper(folder)
-        try: return folder, one_pass(source, maker, folder, show), '', keeper
+        try: return folder, preprocess(source, maker, folder, show), '', keeper
         except BaseException:
             keeper.gone()
             raise
 
-def _opened(source: Any, maker: Maker, cache_dir: Any, show: bool, bad_rows_path: Any) -> Prepared:
+def _opened(source: Any, maker: Preprocessor, cache_dir: Any, show: bool, bad_rows_path: Any) -> Prepared:
     "Make or find the files, open them, say what became of the rows"
     folder, report, key, keeper = _made(source, maker, cache_dir, show)
     report.bad_rows_path = str(folder/BAD_ROWS) if report.bad and cache_dir is not None else None
@@ -839,7 +839,7 @@ def prepare(
 ) -> Prepared: # training and held-out examples, on disk; and the report
     "From data of any shape to examples with masks, in one pass and in bounded memory. Raises `DataError` for what cannot be learnt from, `ConfigError` for a wrong setting, `RunError` when the disk is full."
     settings = DataSettings(max_length, format_type, column_map, on_bad_row, overlong, thinking, allow_special_tokens, eval_ratio)
-    return _opened(source, Maker(tokenizer, settings), cache_dir, show, bad_rows_path)
+    return _opened(source, Preprocessor(tokenizer, settings), cache_dir, show, bad_rows_path)
 
 # %% ../nbs/06_data.ipynb #f48e5360
 def prepare_dataset(

@@ -23,12 +23,12 @@ from .files import iter_rows, packaged_held_out
 from .health import HealthReport, decoded, health_html, health_report, histogram
 from .memory import format_bytes
 from .model import run_tokenizer
-from .panel import Panel, fields_row, heading, image, marked, shown_text
+from .panel import Panel, flex_row, heading, image, marked, escape_text
 from .plot import Picture, draw_lengths
 from .prompt import Renderer
 from .rows import Sample, read_row
 from .tokens import tokens_html, tokens_text
-from .trainer import lengths_of, prepare_run_data
+from .trainer import token_lengths, prepare_run_data
 
 if TYPE_CHECKING: from datasets import Dataset
 
@@ -54,7 +54,7 @@ def messages_html(
     if sample.tools: turns = [dict(role='tools', content=json.dumps(sample.tools, ensure_ascii=False, indent=1, default=str)), *turns]
     for turn in turns[:MOST_MESSAGES]:
         text, learnt = message_text(turn), '' if turn.get('weight', 1) else ' <i>(not learnt)</i>'
-        parts.append(_turn_html(f'{sanitize_html(turn["role"])}{learnt}', shown_text(text, max(left, 100))))
+        parts.append(_turn_html(f'{sanitize_html(turn["role"])}{learnt}', escape_text(text, max(left, 100))))
         left -= len(text)
     more = len(turns) - MOST_MESSAGES
     return ''.join(parts) + (f'<div><i>… {more:,} more messages</i></div>' if more > 0 else '')
@@ -115,7 +115,7 @@ def lengths_picture(
     max_length: int # longest row that is learnt
 ) -> Picture:
     "How many rows have how many tokens."
-    lengths = lengths_of(dataset)
+    lengths = token_lengths(dataset)
     return draw_lengths(**histogram(lengths, max_length), max_length=max_length, title=f'{len(lengths):,} rows by their length')
 
 # %% ../nbs/24_data_panel.ipynb #949b54e9
@@ -147,7 +147,7 @@ class DataPanel(Panel):
         self._row.observe(lambda change: self.guarded(self.show, change['new'] - 1), 'value')
         self._side.observe(lambda change: self.guarded(self._turn_to), 'value')
         step = lambda label, by, hint, css: self.button(label, by, hint, css=css)
-        self._controls = fields_row(step('◀ previous', self.previous, 'the row before', 'sage-previous'), step('next ▶', self.next, 'the row after', 'sage-next'), self._row, self._where, self._side,
+        self._controls = flex_row(step('◀ previous', self.previous, 'the row before', 'sage-previous'), step('next ▶', self.next, 'the row after', 'sage-next'), self._row, self._where, self._side,
             step('random', self.random, 'any row', 'sage-random'), step('longest', self.longest, 'the longest row; again: the next longest', 'sage-longest'),
             step('read again', self.read_again, 'when the file was changed', 'sage-read'))
 
@@ -178,7 +178,7 @@ class DataPanel(Panel):
         while True:
             with self._lock:
                 if not self._due:
-                    self.thread, self._progress.value = None, shown_text(report_line(self.report)) if self.report else ''
+                    self.thread, self._progress.value = None, escape_text(report_line(self.report)) if self.report else ''
                     break
                 self._due = False
             self.guarded(self._prepare, self._config)
@@ -190,7 +190,7 @@ class DataPanel(Panel):
         with self._lock:
             if not self.thread: return False
             written = sum(path.stat().st_size for path in (self._config.data_cache or self._config.output_dir/'prepared').glob('.prepared-*/*.arrow'))
-            self._progress.value = shown_text(f'{self._doing} {time.monotonic() - self._began:.0f} s' + f', {format_bytes(written)} of tokens written' * bool(written))
+            self._progress.value = escape_text(f'{self._doing} {time.monotonic() - self._began:.0f} s' + f', {format_bytes(written)} of tokens written' * bool(written))
         return True
 
     def _prepare(self, config: TrainingConfig):
@@ -220,7 +220,7 @@ class DataPanel(Panel):
     def _health_html(self) -> str:
         "The findings, and which rows were looked at"
         looked = ' '.join(f'Of {len(rows):,} {name} rows {HEALTH_ROWS:,}, evenly spread, were looked at.' for name, rows in self.sets.items() if len(rows) > HEALTH_ROWS)
-        return (shown_text(looked) if looked else '') + health_html(self.health.findings)
+        return (escape_text(looked) if looked else '') + health_html(self.health.findings)
 
     @property
     def dataset(self) -> Any:
@@ -272,7 +272,7 @@ class DataPanel(Panel):
     def longest(self):
         "The longest row; when it is shown already, the next longest."
         if not self._there(): return
-        if self._order is None: self._order = np.argsort(-lengths_of(self.dataset), kind='stable').tolist()
+        if self._order is None: self._order = np.argsort(-token_lengths(self.dataset), kind='stable').tolist()
         again = self._long >= 0 and self._order[self._long] == self.number
         self._long = min(self._long + 1, len(self._order) - 1) if again else 0
         self.show(self._order[self._long])

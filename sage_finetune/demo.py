@@ -14,7 +14,7 @@ from typing import Any
 from .chat import Chat, Comparison, Score, accuracy, compare
 from .config import PERMISSIONS, PresetConfigs, TrainingConfig, permissions
 from .data import load_training_data, packaged_held_out, prompt_key
-from .export import merge, open_run, readable_rows
+from .export import merge, load_run, iter_valid_rows
 from .core.text import html_table, sanitize_line, text_table
 from .runs import read_meta, write_meta
 from .tasks import find_task, prepare_run
@@ -57,7 +57,7 @@ def held_out_rows(
     "The first rows that a run does not train on. Tool calls are not among them: they cannot be compared word by word."
     apart = config.eval_path or packaged_held_out(config.data_path)
     share = 1. if apart else config.eval_ratio
-    found = (sample for sample in readable_rows(apart or config.data_path, config.column_map) if sample.messages and not sample.tools and prompt_key(sample) < share)
+    found = (sample for sample in iter_valid_rows(apart or config.data_path, config.column_map) if sample.messages and not sample.tools and prompt_key(sample) < share)
     return [dict(messages=sample.messages) for sample in islice((o for o in found if o.messages[-1]['role'] == 'assistant' and o.messages[-1]['content']), most)]
 
 # %% ../nbs/32_demo.ipynb #04179609
@@ -103,7 +103,7 @@ def demo_example(
     write_meta(run_dir, 'custom', 'tiny', config.data_path, run_dir/'training_config.json')
     print(f'\n{report.examples}\n\n{report}\nOf the old skills {report.kept:.0%} are left.\n')
     print(f'{merge(run_dir)}\n\nAnd the merged model says:')
-    chat = Chat(*open_run(run_dir, merged=True))
+    chat = Chat(*load_run(run_dir, merged=True))
     for row in load_training_data('example_unseen')[4::20]:
         print(f"  you:   {sanitize_line(row['instruction'])}\n  model: {sanitize_line(chat(row['instruction']))}")
         chat.reset()

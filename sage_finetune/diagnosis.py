@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'without_secrets', 'LIBRARIES', 'PACKAGE', 'RESTART', 'MODULE', 'SOURCE', 'TORCHAO', 'LITTLE', 'FULL',
            'BITS', 'SECONDS', 'Look', 'looked', 'requirements', 'in_notebook', 'installed', 'check_version',
            'other_owners', 'damaged_files', 'check_folder_writable', 'trial_step', 'from_hub', 'Diagnosis', 'doctor',
-           'released', 'Freed', 'free']
+           'without_traceback_locals', 'Freed', 'free']
 
 # %% ../nbs/21_diagnosis.ipynb #f39ca2fa
 import base64, csv, gc, hashlib, importlib.util, os, platform, re, shutil, sys, tempfile, textwrap, threading, time, traceback, warnings
@@ -450,7 +450,7 @@ def _run_folder(config: TrainingConfig) -> Iterator[Look]:
 
 def _memory(config: TrainingConfig) -> Iterator[Look]:
     "Whether the run fits"
-    from sage_finetune.memory import estimate_memory, fits, free_memory, format_bytes
+    from sage_finetune.memory import estimate_memory, fits, available_memory, format_bytes
     if any(one.startswith('model') for one in from_hub(config)):
         yield Look('run memory', "what the run needs is known when the model's config.json is here", 'note')
         return
@@ -458,7 +458,7 @@ def _memory(config: TrainingConfig) -> Iterator[Look]:
     except FinetuneError as error:  # the run would end with it; only a model that brings code may work nevertheless
         yield Look('run memory', str(error), 'note' if model_code(config.model_name) else 'problem')
         return
-    there, place = free_memory(needed.device), 'the card' if needed.device == 'cuda' else 'this machine'
+    there, place = available_memory(needed.device), 'the card' if needed.device == 'cuda' else 'this machine'
     said = f'the run needs about {format_bytes(needed.total)} for rows of max_length={config.max_length}, {place} has {format_bytes(there)} free'
     if fits(needed, there): yield Look('run memory', said)
     else: yield Look('run memory', said, 'problem', _way_out(config, there))
@@ -554,7 +554,7 @@ def _config_of(given: Any) -> tuple[TrainingConfig | None, list[Look]]:
     except (FinetuneError, TypeError) as error: return None, [Look('config', _reason(error, 400), 'problem')]
 
 # %% ../nbs/21_diagnosis.ipynb #9954a86e
-def released(
+def without_traceback_locals(
     error: BaseException | None # any
 ) -> BaseException | None: # the same, and those behind it, without what they passed by
     "An exception that no longer holds the variables of the functions it passed; functions that still run keep theirs."
@@ -580,7 +580,7 @@ def _forget_error() -> bool:
     "Drop the last uncaught exception, in Python and in IPython; whether there was one"
     names, shell = ('last_exc', 'last_value', 'last_type', 'last_traceback'), getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
     told = [getattr(sys, name) for name in names if getattr(sys, name, None) is not None]
-    for error in filter(lambda one: isinstance(one, BaseException), told): released(error)
+    for error in filter(lambda one: isinstance(one, BaseException), told): without_traceback_locals(error)
     for name in names: vars(sys).pop(name, None)
     for keeper in filter(None, (getattr(shell, name, None) for name in ('InteractiveTB', 'SyntaxTB'))): vars(keeper).pop('tb', None)
     return bool(told)
@@ -614,7 +614,7 @@ def free(
 ) -> Freed: # memory before and after; shows itself
     "Give memory back: what the last error held, shared models of chats, unused memory of the card and of this process. `%debug` has nothing to look at afterwards."
     before, gone = _sizes(), ['the last error'] * _forget_error()
-    forget = getattr(sys.modules.get('sage_finetune.chat'), 'forget_models', None)
+    forget = getattr(sys.modules.get('sage_finetune.chat'), 'clear_model_cache', None)
     if forget and forget(): gone.append('models shared by chats')
     shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
     if outputs and shell:

@@ -8,7 +8,7 @@ __all__ = ['AT_ONCE', 'NO_SPACES', 'UNCLEAR', 'NO_LETTERS', 'HEAD_AND_TAIL', 'SI
            'MANY', 'MOST', 'SMALL_TALK', 'CHECKS', 'frame_of', 'TurnMarks', 'turn_marks', 'Example', 'read_examples',
            'decoded', 'uniform', 'text_key', 'opening', 'odd_characters', 'has_markup', 'guess_language',
            'is_placeholder', 'bare_words', 'only_thinking', 'ending', 'Measured', 'measure', 'token_codes', 'shingles',
-           'alike', 'signatures', 'without_common', 'near_pairs', 'words_of', 'Change', 'changes', 'another_question',
+           'alike', 'signatures', 'without_common', 'near_pairs', 'alt_text', 'Change', 'changes', 'another_question',
            'same_answer', 'words_changed', 'same_question', 'closest_questions', 'Question', 'questions_of', 'Survey',
            'survey', 'Finding', 'preparation', 'learnt_share', 'longest_rows', 'histogram', 'lengths', 'stop_tokens',
            'empty_answers', 'hollow_answers', 'cut_off_answers', 'one_word_answers', 'answer_lengths', 'same_answers',
@@ -477,7 +477,7 @@ def without_common(
 # %% ../nbs/17_health.ipynb #4320c07d
 ALIKE, MOST_PAIRS = 0.8, 20_000  # from here on rows count as nearly the same; pairs that are looked at closely
 
-def _meetings(marks: np.ndarray) -> np.ndarray:
+def _lsh_candidates(marks: np.ndarray) -> np.ndarray:
     "Pairs (pairs, 2) of rows whose signatures agree in a band; in each drawer a row is paired with the first and with the one before it"
     total, found, width = len(marks), [np.zeros(0, np.int64)], SIGNATURE // BANDS
     for band in range(BANDS):
@@ -497,7 +497,7 @@ def near_pairs(
     "Rows that are nearly the same, without comparing each with each. At most `MOST_PAIRS` are looked at, those that seem most alike."
     full = np.array([at for at, one in enumerate(sets) if len(one)], np.int64)
     marks = signatures([sets[at] for at in full])
-    pairs = _meetings(marks)
+    pairs = _lsh_candidates(marks)
     if second: pairs = pairs[(full[pairs[:, 0]] < second) & (full[pairs[:, 1]] >= second)]
     parts = np.array_split(pairs, len(pairs) // 100_000 + 1)
     estimates = np.concatenate([(marks[part[:, 0]] == marks[part[:, 1]]).mean(axis=1) for part in parts])
@@ -510,7 +510,7 @@ _WIDE = '\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff'  # scripts withou
 _WORD = re.compile(rf"[{_WIDE}]|[^\W{_WIDE}]+(?:'[^\W{_WIDE}]+)*|[+%/#=<>$€£]|(?<![^\W\d])-(?=\s?\d)")  # signs of sums count, too
 KEPT_WORDS = 256  # of a longer question, so many words of the beginning and of the end are compared
 
-def words_of(
+def alt_text(
     text: str # a question or an answer
 ) -> list[str]: # as written; compare them in lower case
     "The words of a text, at most twice `KEPT_WORDS`."
@@ -566,7 +566,7 @@ def same_answer(
     other: str # another
 ) -> bool: # True when the words of the short one are in the other, or most words of two longer ones are the same
     "Whether two answers say the same, as far as their words tell."
-    left, right = ({word.casefold() for word in words_of(text)} for text in (one, other))
+    left, right = ({word.casefold() for word in alt_text(text)} for text in (one, other))
     if not left or not right: return one.strip() == other.strip()
     common, shorter = len(left & right), min(len(left), len(right))
     return common == shorter or shorter >= 12 and common >= 0.7 * len(left | right)
@@ -657,7 +657,7 @@ def questions_of(
         before, line, rest = question.partition('\n\n') if glued else ('', '', '')
         for text, part in ((question, False), (rest, True)) if line and rest.strip() else ((question, False),):
             texts = (_clip(text), _clip(answer)) if kept else ('', '')
-            found.append(Question(place, not at, len(turns) == 1, len(turns) > 1 and len(words_of(text[:200])), text_key(text), text_key(answer),
+            found.append(Question(place, not at, len(turns) == 1, len(turns) > 1 and len(alt_text(text[:200])), text_key(text), text_key(answer),
                 text_key(before) if part else system, context, part, *texts))
     return found
 
@@ -1090,7 +1090,7 @@ class NearQuestions(NamedTuple):
 
 def _near_questions(lessons: pd.DataFrame, exam: pd.DataFrame) -> Iterator[NearQuestions]:
     "Candidates, compared word by word"
-    known, asked = ([words_of(text) for text in one.text] for one in (lessons, exam))
+    known, asked = ([alt_text(text) for text in one.text] for one in (lessons, exam))
     labels = lessons.answer.value_counts()
     labels = set(labels.index[(labels >= 3) & (labels > 0.05 * len(lessons))].tolist()) - {0}  # frequent: the same by chance
     left, right = (list(zip(one.index.tolist(), one.key.tolist(), one['first'].tolist(), one.answer.tolist(), one.reply.tolist())) for one in (lessons, exam))

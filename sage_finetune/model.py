@@ -471,7 +471,7 @@ def load_base(
     return (model if quantisation else model.to(device)), tokenizer
 
 # %% ../nbs/08_model.ipynb #f85167bf
-def _tables(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def _embedding_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     "The tables with a row for each token, by name: the embeddings and, where it is not tied to them, the head"
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and getattr(head, 'bias', None) is not None: raise ModelError('this model\'s head has a bias, with which PEFT cannot train single rows. Leave new_tokens at None.')
@@ -487,7 +487,7 @@ def _grow(model: torch.nn.Module, highest: int):
     before = model.get_input_embeddings().weight.shape[0]
     if highest < before: return
     with LOADING, torch.random.fork_rng(): model.resize_token_embeddings(highest + 1, pad_to_multiple_of=ROWS, mean_resizing=False)
-    for table in _tables(model).values(): table.weight[before:] = table.weight[:before].float().mean(0).to(table.weight.dtype)
+    for table in _embedding_modules(model).values(): table.weight[before:] = table.weight[:before].float().mean(0).to(table.weight.dtype)
 
 @torch.no_grad()
 def resize_embeddings(
@@ -495,10 +495,10 @@ def resize_embeddings(
     new: NewTokens # what `add_tokens` gave
 ):
     "Give each new token a row that begins as the mean of its pieces' rows. Raises `ModelError` for a head with a bias."
-    for table in _tables(model).values():
+    for table in _embedding_modules(model).values():
         if not table.weight.is_floating_point(): raise ModelError('the embeddings of this model are quantised, so no rows can be added. Load it in 16 bits.')
     _grow(model, max(new.ids))
-    for table in _tables(model).values():
+    for table in _embedding_modules(model).values():
         for token_id, pieces in zip(new.ids, new.pieces): table.weight[token_id] = table.weight[pieces].float().mean(0).to(table.weight.dtype)
 
 # %% ../nbs/08_model.ipynb #f8be99a1
@@ -723,7 +723,7 @@ def _peft_settings(model: torch.nn.Module, lora: LoRAConfig, token_ids: list[int
     return LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha, target_modules=listed(modules), target_parameters=parameters, lora_dropout=lora.lora_dropout, bias=lora.bias, task_type=lora.task_type,
         use_rslora=lora.use_rslora, use_dora=lora.use_dora, init_lora_weights=True if lora.init_lora_weights == 'default' else lora.init_lora_weights,
         modules_to_save=listed(lora.modules_to_save) or None, fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        trainable_token_indices={name: sorted(token_ids) for name in _tables(model)} if token_ids else None, ensure_weight_tying=tied)
+        trainable_token_indices={name: sorted(token_ids) for name in _embedding_modules(model)} if token_ids else None, ensure_weight_tying=tied)
 
 def attach_lora(
     model: 'PreTrainedModel', # the base; it is frozen
@@ -747,7 +747,7 @@ def attach_lora(
         except ImportError as error:  # seen in Colab, whose torchao is older than what peft accepts
             raise ModelError(f'peft cannot attach the adapter ({str(error).strip()}). Run this, then restart: pip install --no-deps -U "torchao>=0.16"') from error
         except ValueError as error: raise ModelError(_why_unattached(model, lora, error)) from error
-    return _ready_to_learn(tuned)
+    return _prepare_for_training(tuned)
 
 def _why_unattached(model: torch.nn.Module, lora: LoRAConfig, error: ValueError) -> str:
     "One sentence for what PEFT refuses"
@@ -758,10 +758,10 @@ def _why_unattached(model: torch.nn.Module, lora: LoRAConfig, error: ValueError)
     return f'peft cannot attach this adapter: {first}'
 
 # %% ../nbs/08_model.ipynb #7391d426
-def _ready_to_learn(model: PeftModel) -> PeftModel:
+def _prepare_for_training(model: PeftModel) -> PeftModel:
     "Everything that is trained in 32 bits, 4-bit layers in a form that can learn, and PiSSA's start kept"
     for layer in _mended(model).modules():
-        if isinstance(layer, ModulesToSaveWrapper): _widen(layer)
+        if isinstance(layer, ModulesToSaveWrapper): _upcast_to_fp32(layer)
         if hasattr(layer, 'support_avx512bf16_for_cpu'): layer.support_avx512bf16_for_cpu = False  # else bitsandbytes repacks a resting layer for good, and it learns nothing afterwards
     settings = model.peft_config['default']
     if settings.bias != 'none': _check_biases(model, settings.bias)
@@ -785,7 +785,7 @@ def _mended(model: PeftModel) -> PeftModel:
         if hasattr(layer, 'init_8bit_state'): layer.register_forward_pre_hook(recall)
     return model
 
-def _widen(wrapper: ModulesToSaveWrapper):
+def _upcast_to_fp32(wrapper: ModulesToSaveWrapper):
     "A layer that is trained whole gets 32 bits; what goes in and comes out keeps the base's format"
     kind = next(wrapper.original_module.parameters()).dtype
     if kind not in (torch.float16, torch.bfloat16): return
@@ -895,12 +895,12 @@ def _doubled(settings: LoraConfig) -> LoraConfig:
     return settings
 
 # %% ../nbs/08_model.ipynb #0ca430c5
-def _strangers(model: PeftModel, weights: set[str]) -> set[str]:
+def _mismatched_keys(model: PeftModel, weights: set[str]) -> set[str]:
     "Names of saved weights without a place in the model, and the other way round; tables that were saved beside an adapter have their place"
     own, known = set(get_peft_model_state_dict(model, save_embedding_layers=False)), {name.replace('.default', '') for name in model.state_dict()}
     return (weights - own - known) | (own - weights)
 
-def _can_go_on(folder: Path):
+def _check_continuable(folder: Path):
     "Refuse adapters that cannot be trained any further"
     settings = _saved_settings(folder)
     if str(settings.init_lora_weights).startswith('pissa'): raise ModelError(f'the adapter in {folder} is PiSSA as it stands in a checkpoint, which fits no other base. Name the lora_weights of that run, or resume it.')
@@ -925,7 +925,7 @@ def load_adapter(
     "Put a saved adapter beside a base. Raises `ModelError` when there is none or when any of its weights finds no place in the model."
     folder = adapter_folder(folder)
     settings = _saved_settings(folder)
-    if trainable: _can_go_on(folder)
+    if trainable: _check_continuable(folder)
     misfit = f'the adapter in {folder} does not fit this base model ({{}}). Use the model it was trained on.'
     if wrong := _too_much(base, settings, folder): raise ModelError(misfit.format(wrong))
     with LOADING, refusing(lambda error: misfit.format(first_line(error))):
@@ -934,9 +934,9 @@ def load_adapter(
         with quiet(), warnings.catch_warnings(), torch.random.fork_rng():
             warnings.filterwarnings('ignore', message='.*missing adapter keys.*')  # checked below
             model = PeftModel.from_pretrained(base, folder, is_trainable=trainable, config=settings)
-        with safe_open(folder/'adapter_model.safetensors', 'pt') as file: astray = _strangers(model, set(file.keys()))
+        with safe_open(folder/'adapter_model.safetensors', 'pt') as file: astray = _mismatched_keys(model, set(file.keys()))
     if astray: raise ModelError(misfit.format(f'{len(astray)} weights have no counterpart, among them {min(astray)}'))
-    if trainable: restore_adapter(_ready_to_learn(model), folder)  # once more, where layers have become 32 bits wide
+    if trainable: restore_adapter(_prepare_for_training(model), folder)  # once more, where layers have become 32 bits wide
     _check_weights_of_adapter(model, folder, trainable)
     return model if trainable else _mended(model)
 
@@ -957,7 +957,7 @@ def restore_adapter(
     if not (Path(folder)/'adapter_model.safetensors').is_file(): raise ModelError(f'there is no adapter_model.safetensors in {folder}. Restore it from a copy.')  # PEFT would take a pickle
     with refusing(lambda error: f'the adapter in {folder} cannot be read ({first_line(error)}). Restore it from a copy.'):
         weights = load_peft_weights(str(folder), device='cpu')
-    if _strangers(model, set(weights)): raise ModelError(f'the adapter in {folder} has other weights than this one. Use the config it was trained with.')
+    if _mismatched_keys(model, set(weights)): raise ModelError(f'the adapter in {folder} has other weights than this one. Use the config it was trained with.')
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     if any(weights[name].shape != p.shape for name, p in own.items()): raise ModelError(f'the adapter in {folder} has another shape than this one. Use the config it was trained with.')
     set_peft_model_state_dict(model, {name: weights[name] for name in own})
@@ -996,7 +996,7 @@ def continue_adapter(
     "Go on training an old adapter. Raises `ConfigError` for dials that contradict it and `ModelError` when it does not fit the base."
     folder = adapter_folder(source)
     settings = _saved_settings(folder)
-    _can_go_on(folder)
+    _check_continuable(folder)
     if wrong := _disagreements(_in_short(base, lora), settings):
         raise ConfigError(f'continue_from={str(source)!r} has an adapter that contradicts the config: {"; ".join(wrong)}. Leave these dials at their defaults, or start a fresh adapter without continue_from.')
     _check_parameters(lora, sorted(settings.target_parameters or []))
@@ -1004,7 +1004,7 @@ def continue_adapter(
     return model, _inheritance(settings, folder, base, len(new_token_ids(folder)))
 
 # %% ../nbs/08_model.ipynb #28880eab
-def _groups(model: torch.nn.Module, config: TrainingConfig) -> list[dict]:
+def _param_groups(model: torch.nn.Module, config: TrainingConfig) -> list[dict]:
     "Trainable parameters by weight decay and learning rate; the first group has the config's own rate"
     decayed, ratio = set(get_parameter_names(model, [torch.nn.LayerNorm], ['bias', 'norm', 'magnitude'])), config.loraplus_lr_ratio or 1.
     groups = {(fast, decay): [] for fast in (False, True) for decay in (True, False)}
@@ -1034,7 +1034,7 @@ def make_optimizer(
     config: TrainingConfig # `optim`, `learning_rate`, `weight_decay`, `loraplus_lr_ratio`
 ) -> torch.optim.Optimizer: # of torch, transformers or bitsandbytes
     "The optimizer over what is trainable, mostly AdamW (Loshchilov and Hutter, arXiv 1711.05101). Raises `ConfigError` where it does not run."
-    groups, rate = _groups(model, config), config.learning_rate
+    groups, rate = _param_groups(model, config), config.learning_rate
     if config.optim.startswith('adamw_torch'): return torch.optim.AdamW(groups, lr=rate, fused=True if config.optim.endswith('fused') else None)
     if config.optim == 'sgd': return torch.optim.SGD(groups, lr=rate)
     if config.optim == 'adafactor': return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False)  # its own schedule off: ours moves the rate

@@ -6,7 +6,7 @@
 __all__ = ['PLAIN_TEMPLATE', 'ANSWER_SIGN', 'TEMPLATE_ERRORS', 'REASONING_KEYS', 'PRIVATE_USE', 'THINKING', 'THINKING_TAGS',
            'EMPTY_THINKING', 'adds_bos', 'named_templates', 'template_of', 'probe', 'ChatFormat', 'closing_tokens',
            'opening_tokens', 'end_of_turn', 'mended', 'restore_placeholders', 'readable', 'Placeholders',
-           'split_thinking', 'Talk', 'is_trained_on', 'prepare_conversation', 'template_text']
+           'split_thinking', 'Conversation', 'is_trained_on', 'prepare_conversation', 'template_text']
 
 # %% ../nbs/02_template.ipynb #54d25f69
 import json
@@ -306,7 +306,7 @@ def _thought(message: dict, marks: Placeholders) -> dict:
     return marked | dict(content=tags[0] + marks(inner) + tags[1] + marks(rest))
 
 # %% ../nbs/02_template.ipynb #ff5830a7
-class Talk(NamedTuple):
+class Conversation(NamedTuple):
     "A conversation made ready for its template."
     form: ChatFormat # the template
     messages: list[dict] # with stand-ins, without `weight` and `train`
@@ -339,7 +339,7 @@ def prepare_conversation(
     form: ChatFormat, # the template
     tools: list | None = None, # tool descriptions for templates that know them
     thinking: str = 'ignore_empty' # what to do with thinking blocks, one of `THINKING`
-) -> Talk:
+) -> Conversation:
     "Make a conversation ready. Raises `DataError` when the template refuses it."
     marks = Placeholders(form)
     bare = [_joined({key: value for key, value in message.items() if key not in ('weight', 'train')}) for message in messages]
@@ -347,11 +347,11 @@ def prepare_conversation(
     try: learnt, ready, tools, failure = list(map(is_trained_on, messages)), [_thought(message, marks) for message in bare], marks(tools or None), None
     except RecursionError as error: raise DataError('a message or the description of a tool is nested too deeply. Write it flatter, or remove it.') from error
     for tried in _forms(ready):
-        talk = Talk(form, tried, tools, learnt, dict(marks), marks.notes(), thinking == 'ignore_empty')
+        talk = Conversation(form, tried, tools, learnt, dict(marks), marks.notes(), thinking == 'ignore_empty')
         try: talk.text()
         except TEMPLATE_ERRORS as error: failure = failure or error
         else: return talk
-    raise _refusal(Talk(form, ready, tools, learnt, dict(marks), []), failure) from failure
+    raise _refusal(Conversation(form, ready, tools, learnt, dict(marks), []), failure) from failure
 
 # %% ../nbs/02_template.ipynb #fd01ce7f
 def _forms(messages: list[dict]) -> Iterator[list[dict]]:
@@ -377,19 +377,19 @@ def _with_arguments(message: dict, as_text: bool) -> dict:
     return message | dict(tool_calls=[shaped(call) for call in message['tool_calls']]) if isinstance(message.get('tool_calls'), list) else message
 
 # %% ../nbs/02_template.ipynb #64aa3867
-def _refusal(talk: Talk, error: Exception) -> DataError:
+def _refusal(talk: Conversation, error: Exception) -> DataError:
     "What the template says, at which message, and a way out"
     at, roles = _first_refused(talk), ', '.join(str(message.get('role'))[:40] for message in talk.messages[:20]) + ', …' * (len(talk.messages) > 20)
     said, roles = readable(f'{error}'.strip()[:500], talk.marks) or type(error).__name__, readable(roles, talk.marks)
     return DataError(f'the chat template refuses this conversation (roles: {roles}): {said.rstrip(".")}. At message {at + 1}: {_way_out(talk, at)}')
 
-def _works(talk: Talk, messages: list[dict]) -> bool:
+def _works(talk: Conversation, messages: list[dict]) -> bool:
     "Whether the template writes these messages"
     try: talk.form.fill(messages, talk.tools)
     except TEMPLATE_ERRORS: return False
     return True
 
-def _first_refused(talk: Talk) -> int:
+def _first_refused(talk: Conversation) -> int:
     "The number of the message with which the trouble begins"
     low, high = 0, len(talk.messages)
     if high <= 64: return next((count for count in range(high - 1, 0, -1) if _works(talk, talk.messages[:count])), 0)
@@ -398,7 +398,7 @@ def _first_refused(talk: Talk) -> int:
         low, high = (middle, high) if _works(talk, talk.messages[:middle]) else (low, middle)
     return low
 
-def _way_out(talk: Talk, at: int) -> str:
+def _way_out(talk: Conversation, at: int) -> str:
     "The rule that is broken and what to do, found out by rendering something else"
     messages, roles = talk.messages, [message.get('role') for message in talk.messages]
     role, rest = roles[at] if roles else None, [message for message in messages if message.get('role') != 'system']

@@ -7,7 +7,7 @@ __all__ = ['Step', 'clock', 'ThroughputMeter', 'count_tokens', 'all_reduce_sum',
            'check_finite', 'examples_of', 'split_batch', 'split_lines', 'out_of_memory', 'memory_error',
            'evaluation_memory_error', 'Plan', 'time_forward_backward', 'second_time', 'count_evaluations',
            'count_saves', 'write_seconds', 'TrainingResult', 'peak_memory_gb', 'make_accelerator', 'is_main',
-           'main_first', 'NullRunWriter', 'prepare_run_data', 'prepare_as', 'data_remarks', 'lengths_of',
+           'main_first', 'NullRunWriter', 'prepare_run_data', 'prepare_as', 'report_rows', 'token_lengths',
            'check_vocabulary', 'disable_thinking_by_default', 'load_batches', 'split_own_data', 'own_rows',
            'OwnExample', 'clean_example', 'own_examples', 'take_own_data', 'BatchPlanner', 'should_evaluate',
            'mean_loss', 'greedy_generate', 'adapt', 'explain_distributed_error', 'row_digests', 'check_data',
@@ -35,7 +35,7 @@ from datasets.table import InMemoryTable
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .batches import BatchPlan, PlannedStep, dropout_disabled, collate, forget_lengths, learnt_tokens, plan_batches
+from .batches import BatchPlan, PlannedStep, dropout_disabled, collate, forget_lengths, count_target_tokens, plan_batches
 from .checkpoint import STATE, CheckpointManager, Progress, RunWriter, Stop, check_folder, checkpoints, fingerprint_rows, identity, newest_checkpoint, own_names
 from .config import TrainingConfig, as_config, as_folder
 from .core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
@@ -46,7 +46,7 @@ from .core.storage import atomic_directory
 from .core.text import ArgumentParser, describe_encode_error, html_table, safe_streams, sanitize_line, text_table
 from .data import Columns, DataReport, Prepared, PreparedDataset, packaged_held_out, prepare, report_line, report_parts
 from .engine import CompileGain, compile_decision, compile_layers, trim_memory, retain_freed_memory, cross_entropy_sum, measure_compile, pack_weights, pick_engine, spare_memory, unpack_weights
-from .memory import fitting, free_memory, line_layout, whole_room
+from .memory import fitting, available_memory, batch_layout, memory_budget
 from .model import adapter_coverage, adapter_folder, attach_lora, base_fingerprint, check_identity, checkpoint_layers, continue_adapter, count_parameters, free, generation_settings, likeliest_tokens, load_base, make_optimizer, make_lr_scheduler, neftune, note_identity, pick_device, plan_precision, quiet, run_tokenizer, save_adapter, warn_of
 from .prompt import render, render_prompt, stop_ids, template_of
 from .template import named_templates
@@ -108,7 +108,7 @@ def count_tokens(
     micro_batches: list[dict] # what `collate` makes
 ) -> tuple[int, int]: # real tokens, learnt tokens
     "The tokens of a step."
-    return sum(int((batch['segments'] > 0).sum()) for batch in micro_batches), sum(learnt_tokens(batch['labels']) for batch in micro_batches)
+    return sum(int((batch['segments'] > 0).sum()) for batch in micro_batches), sum(count_target_tokens(batch['labels']) for batch in micro_batches)
 
 def all_reduce_sum(
     accelerator: Accelerator, # knows the other processes
@@ -481,14 +481,14 @@ def prepare_as(
     places = dict(cache_dir=config.data_cache or config.output_dir/'prepared', bad_rows_path=config.output_dir/'bad_rows.jsonl')
     return prepare(source, tokenizer, **options, **places, eval_ratio=eval_ratio, show=False)
 
-def data_remarks(
+def report_rows(
     report: Any # a `DataReport`
 ) -> list[tuple]: # (heading, line), for the plan
     "What became of the rows, in one line; and rows that were too long, skipped or changed, the first few by name. What the chat template does by itself is left out."
     headed = [(heading, line) for heading, line in report_parts(replace(report, template=[]))][1:]
     return [('data', report_line(report)), *((visible(heading), visible(line)) for heading, line in headed)]
 
-def lengths_of(
+def token_lengths(
     dataset: Any # with a column `length` or at least `input_ids`
 ) -> Any: # int array, one a row
     "The lengths of all examples in tokens."
@@ -782,7 +782,7 @@ class BatchPlanner:
     @property
     def layout(self) -> dict:
         "How lines are put together."
-        return line_layout(self.config, self.packs, self.few, self.halvings)
+        return batch_layout(self.config, self.packs, self.few, self.halvings)
 
     def once(self,
         lengths: Any # of other rows
@@ -835,7 +835,7 @@ def mean_loss(
 ) -> float: # in nats
     "Mean loss over the learnt tokens of all processes' batches."
     total, learnt = 0., 0
-    for batch in batches: total, learnt = total + loss(batch).item(), learnt + learnt_tokens(batch['labels'])
+    for batch in batches: total, learnt = total + loss(batch).item(), learnt + count_target_tokens(batch['labels'])
     total, learnt = all_reduce_sum(accelerator, total, learnt)
     return total / max(learnt, 1)
 
@@ -916,7 +916,7 @@ def text_loss(
 ) -> float: # in nats
     "The mean loss over all tokens of a batch, prompts too."
     labels = torch.where(batch['segments'] > 0, batch['input_ids'], -100)
-    return loss(dict(batch, labels=labels)).item() / max(learnt_tokens(labels), 1)
+    return loss(dict(batch, labels=labels)).item() / max(count_target_tokens(labels), 1)
 
 def rename_tokens(
     batch: dict, # what `collate` makes
@@ -1045,10 +1045,10 @@ class LoRATrainer:
         "Draw up the plan and make the optimizer, the schedule and the accelerator."
         config = self.config
         datasets = [one for one in (self.dataset, self.eval_dataset) if one is not None and len(one)]
-        longest = max((int(lengths_of(one).max()) for one in datasets), default=None)
+        longest = max((int(token_lengths(one).max()) for one in datasets), default=None)
         self.engine = pick_engine(self.model, config.packing, config.max_length, plan_precision(config).dtype, config.engine, longest)
         self.accelerator = make_accelerator(config, plan_precision(config).name)
-        self.batching = BatchPlanner(config, lengths_of(self.dataset), self.engine.packing.name, self.accelerator.device.type, (self.accelerator.process_index, self.accelerator.num_processes))
+        self.batching = BatchPlanner(config, token_lengths(self.dataset), self.engine.packing.name, self.accelerator.device.type, (self.accelerator.process_index, self.accelerator.num_processes))
         self.compiled, self.compiling = self._compile_decision()
         if self.compiled: compile_layers(self.engine)
         else: self._pack_weights()
@@ -1072,7 +1072,7 @@ class LoRATrainer:
         "Pack frozen weights for the CPU where the config asks for it, or where they are a small part of the memory that is free"
         wanted = self.config.pack_weights
         if wanted is None and self.config.gradient_checkpointing: return  # who checkpoints has no memory to spare
-        if self.config.engine == 'auto' and wanted is not False: pack_weights(self.engine, sys.maxsize if wanted else free_memory(self.accelerator.device.type) // 10)
+        if self.config.engine == 'auto' and wanted is not False: pack_weights(self.engine, sys.maxsize if wanted else available_memory(self.accelerator.device.type) // 10)
 
     def setup(self,
         resume: bool | str = False # the run folder is meant to hold a run; "auto": it may
@@ -1171,7 +1171,7 @@ class LoRATrainer:
 
     def evaluate(self) -> float: # in nats
         "Mean loss over the learnt tokens of the held-out rows; where memory runs out and `auto_batch` allows it, once more from smaller batches."
-        lengths = lengths_of(self.eval_dataset)
+        lengths = token_lengths(self.eval_dataset)
         while True:
             mine = self.batching.once(lengths)[self.accelerator.process_index::self.accelerator.num_processes]
             try:
@@ -1216,7 +1216,7 @@ class LoRATrainer:
     def describe(self) -> Plan:
         "What the run is going to do; measures one batch to say how long it takes."
         if self.accelerator is None: self.setup()
-        config, data = self.config, data_remarks(self.report) if self.report else [('data', f'{len(self.dataset)} examples')]
+        config, data = self.config, report_rows(self.report) if self.report else [('data', f'{len(self.dataset)} examples')]
         share = f'{1. if self.engine.packing.name == "samples" else self.plan.useful:.0%} of the work is text'
         layout = f'packed, {share}' if self.packs else f'padded, {share} ({self.engine.packing.reason})'
         batch = f'{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} rows, {config.num_train_epochs} epochs; {layout}'
@@ -1271,7 +1271,7 @@ class LoRATrainer:
 
     def _evaluation_seconds(self) -> float:
         "One evaluation, from its first micro-batch forward and the first words of an answer"
-        lengths, questions = lengths_of(self.eval_dataset), self.config.eval_prompts or []
+        lengths, questions = token_lengths(self.eval_dataset), self.config.eval_prompts or []
         batch = next(iter(self._batches(self.eval_dataset, self.batching.once(lengths)[:1])))
         with dropout_disabled(self.model), torch.no_grad():
             seconds = second_time(lambda: self.loss(batch).item()) * int(lengths.sum()) / count_tokens([batch])[0]
@@ -1391,7 +1391,7 @@ class Run:
         if is_main() and stop_requested(self.config.output_dir): self.wish()
         wished, = all_reduce_sum(self.accelerator, int(bool(self.wish)))
         if wished: self.wish()
-        return bool(wished) or self.keeper.patience_is_over
+        return bool(wished) or self.keeper.should_stop_early
 
     def _loop(self) -> Iterator[Step]:
         "The steps still to come; where memory runs out and `auto_batch` allows it, the step is made again from smaller batches"
@@ -1404,16 +1404,16 @@ class Run:
                 yield from training_loop(self.batching.part, batches, one.loss, one.model, one.optimizer, one.schedule, self.accelerator, self.config.max_grad_norm, self.keeper.progress.step, self.keeper.progress.seconds)
                 return
             except Exception as error:
-                if not (self.trainer.may_halve(error) and self.keeper.untouched and self.batching.halve(self.keeper.progress.step)): raise
+                if not (self.trainer.may_halve(error) and self.keeper.is_unmodified and self.batching.halve(self.keeper.progress.step)): raise
             self.note = f'memory ran out, so batches are half as large from here on ({self.batching})'
             self.trainer.optimizer.zero_grad()
             free()
-            self.keeper.back_to_the_start_of_the_step()
+            self.keeper.rewind_rng()
 
     def _complete(self, step: Step, writer: RunWriter | NullRunWriter):
         "What belongs to a step besides its gradient: it is evaluated, written down and saved where that is due"
         step.note, self.note = step.note or self.note, ''
-        self.keeper.remember(step=step.step, seconds=step.seconds, halvings=self.batching.halvings, pending=asdict(step))
+        self.keeper.mark_step_done(step=step.step, seconds=step.seconds, halvings=self.batching.halvings, pending=asdict(step))
         if self.trainer.eval_dataset is not None and should_evaluate(self.trainer.plan, step.step, self.config.eval_steps):
             before = self.batching.eval_halvings
             step.eval_loss = self._evaluate()
@@ -1453,9 +1453,9 @@ class Run:
         config, device = replace(self.config, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation), self.accelerator.device.type
         planned = self.batching.part[min(self.keeper.progress.step, len(self.batching.part) - 1)]
         if self.part:
-            lengths, processes = lengths_of(self.trainer.eval_dataset), self.accelerator.num_processes
+            lengths, processes = token_lengths(self.trainer.eval_dataset), self.accelerator.num_processes
             return evaluation_memory_error(self.part, self.keeper.progress.step, self.config, error, lengths, processes)
-        return memory_error(self.keeper.progress.step + 1, planned, config, error, whole_room(device), lengths=self.trainer.plan.lengths, device=device)
+        return memory_error(self.keeper.progress.step + 1, planned, config, error, memory_budget(device), lengths=self.trainer.plan.lengths, device=device)
 
 # %% ../nbs/13_trainer.ipynb #afbc00b5
 def train_from_meta(

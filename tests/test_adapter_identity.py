@@ -7,7 +7,7 @@ import pytest
 from helpers import recipe
 from safetensors.torch import load_file, save_file
 
-from sage_finetune import LoRATrainer, merge, open_run
+from sage_finetune import LoRATrainer, merge, load_run
 from sage_finetune.config import tiny_path
 from sage_finetune.core.errors import ModelError, RunError
 from sage_finetune.export import run_config
@@ -41,7 +41,7 @@ def prompt_of(tokenizer): return tokenizer.decode(render_prompt(QUESTION, tokeni
 
 def test_the_template_that_was_promised_is_the_one_that_is_saved_and_asked(run):
     "Training, the trainer's own answers, the saved tokenizer and whoever opens the run ask behind the same prompt"
-    _, tokenizer = open_run(run.config.output_dir)
+    _, tokenizer = load_run(run.config.output_dir)
     assert any("asks without thinking" in line for line in run.report.said)
     assert prompt_of(run.tokenizer).endswith("<think>\n\n</think>\n\n") and prompt_of(tokenizer) == prompt_of(run.tokenizer)
     assert template_of(tokenizer) == template_of(run.tokenizer) == (run.config.lora_dir/"chat_template.jinja").read_text(encoding="utf-8")
@@ -53,10 +53,10 @@ def test_todays_template_of_the_base_does_not_count(run, thinker, tmp_path):
     was = (thinker/"chat_template.jinja").read_text(encoding="utf-8")
     try:
         (thinker/"chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8")
-        assert prompt_of(open_run(done)[1]) == prompt_of(run.tokenizer)
+        assert prompt_of(load_run(done)[1]) == prompt_of(run.tokenizer)
         merge(done)
     finally: (thinker/"chat_template.jinja").write_text(was, encoding="utf-8")
-    assert prompt_of(open_run(done, merged=True)[1]) == prompt_of(run.tokenizer)
+    assert prompt_of(load_run(done, merged=True)[1]) == prompt_of(run.tokenizer)
 
 
 def change_norms(weights): return {name: value * 1.1 if "norm" in name else value for name, value in weights.items()}
@@ -91,16 +91,16 @@ def moved(run, thinker, tmp_path):
 def test_a_base_with_other_weights_is_refused(moved, tmp_path, change):
     "Opening, merging, continuing and resuming say it; asked to, opening goes on and names the difference"
     done, base = moved
-    assert open_run(done)
+    assert load_run(done)
     save_file(change(load_file(base/"model.safetensors")), base/"model.safetensors", dict(format="pt"))
-    for call in (lambda: open_run(done), lambda: merge(done)):
+    for call in (lambda: load_run(done), lambda: merge(done)):
         with pytest.raises(ModelError, match="trained on other weights.*allow_other_base=True"): call()
     config = run_config(done)
     with pytest.raises(ModelError, match="trained on other weights.*delete adapter_identity.json"):
         LoRATrainer(recipe(tmp_path/"next", model_name=str(base), continue_from=done, max_steps=1)).train(show=False)
     config.max_steps = 6
     with pytest.raises(RunError, match="numbers of the base model have changed"): LoRATrainer(config).train(show=False, resume=True)
-    with pytest.warns(UserWarning, match="trained on other weights"): open_run(done, allow_other_base=True)
+    with pytest.warns(UserWarning, match="trained on other weights"): load_run(done, allow_other_base=True)
 
 
 def test_the_same_weights_in_another_cut_are_the_same_base(moved):
@@ -114,7 +114,7 @@ def test_the_same_weights_in_another_cut_are_the_same_base(moved):
     (base/"model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=index)), encoding="utf-8")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        open_run(done)
+        load_run(done)
 
 
 def edit_adapter(done, change):
@@ -132,14 +132,14 @@ def test_a_changed_adapter_is_said(moved):
     done, _ = moved
     kept = (done/"lora_weights"/"adapter_model.safetensors").read_bytes()
     edit_adapter(done, swap_layers)
-    with pytest.warns(UserWarning, match="was changed after training"): open_run(done)
+    with pytest.warns(UserWarning, match="was changed after training"): load_run(done)
     edit_adapter(done, lambda weights: {name: value * 0 if "lora_B" in name else value for name, value in weights.items()})
-    with pytest.warns(UserWarning, match="changes nothing: all of its 42 lora_B"): open_run(done)
+    with pytest.warns(UserWarning, match="changes nothing: all of its 42 lora_B"): load_run(done)
     (done/"lora_weights"/"adapter_model.safetensors").write_bytes(kept)
     settings = json.loads((done/"lora_weights"/"adapter_config.json").read_text(encoding="utf-8"))
     for change in (dict(lora_alpha=64), dict(use_rslora=True), dict(alpha_pattern=dict(q_proj=1))):
         (done/"lora_weights"/"adapter_config.json").write_text(json.dumps(settings | change), encoding="utf-8")
-        with pytest.warns(UserWarning, match=f"adapter_config.json in .* was changed after training: {next(iter(change))}="): open_run(done)
+        with pytest.warns(UserWarning, match=f"adapter_config.json in .* was changed after training: {next(iter(change))}="): load_run(done)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -152,7 +152,7 @@ def test_an_adapter_with_numbers_that_are_none_is_refused(moved, value):
     edit_adapter(done, spoil)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(ModelError, match="not finite"): open_run(done)
+        with pytest.raises(ModelError, match="not finite"): load_run(done)
 
 
 def test_a_foreign_tokenizer_is_refused(moved):
@@ -161,7 +161,7 @@ def test_a_foreign_tokenizer_is_refused(moved):
     content = json.loads((done/"lora_weights"/"tokenizer.json").read_text(encoding="utf-8"))
     content["added_tokens"].append(dict(id=9000, content="<|far|>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True))
     (done/"lora_weights"/"tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ModelError, match="rows of embeddings"): open_run(done)
+    with pytest.raises(ModelError, match="rows of embeddings"): load_run(done)
 
 
 # ---- merging measures what is left --------------------------------------------------------------------------------

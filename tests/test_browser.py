@@ -9,19 +9,19 @@ LAMP = '''
 import io, threading
 import ipywidgets as W
 from matplotlib.figure import Figure
-from sage_finetune.panel import Panel, fields_row, heading, marked, shown_text
+from sage_finetune.panel import Panel, flex_row, heading, marked, escape_text
 class Lamp(Panel):
     name = "lamp"
     def __init__(self):
         self.times, self.word = 0, marked(W.HTML("dark"), "lamp-word")
         buttons = [self.button(label, action, css=f"lamp-{label.lower()}") for label, action in (("Press", self.press), ("Smash", self.smash), ("Work", self.work))]
-        super().__init__(heading("A lamp"), fields_row(*buttons), self.word)
+        super().__init__(heading("A lamp"), flex_row(*buttons), self.word)
     def press(self):
         self.times += 1
-        self.word.value = shown_text(f"pressed {self.times} times")
+        self.word.value = escape_text(f"pressed {self.times} times")
     def smash(self): raise ValueError('<img src=x onerror="window.harmed = 1"> \\x1b[31mred')
     def work(self): threading.Thread(target=lambda: (self.press(), self.leave())).start()
-    def static_html(self): return shown_text(f"a lamp, pressed {self.times} times <img src=x onerror='window.harmed = 1'>")
+    def static_html(self): return escape_text(f"a lamp, pressed {self.times} times <img src=x onerror='window.harmed = 1'>")
     def static_png(self):
         figure, png = Figure(figsize=(2, 1)), io.BytesIO()
         figure.subplots().plot(range(self.times + 2))

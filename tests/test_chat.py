@@ -11,9 +11,9 @@ import torch
 from helpers import copy, file_limit, trained
 
 from sage_finetune import LoRAConfig, PresetConfigs, load_training_data, merge, to_messages
-from sage_finetune.chat import Chat, Sampling, SideBySide, adapter_strength, answers, compare, forget_models, generate, shared_model, token_shift
+from sage_finetune.chat import Chat, SamplingParams, SideBySide, adapter_scale, answers, compare, clear_model_cache, generate, load_cached_model, logprob_diff
 from sage_finetune.core.errors import ConfigError, DataError, RunError
-from sage_finetune.export import open_run
+from sage_finetune.export import load_run
 from sage_finetune.model import NewTokens, attach_lora, load_base, resize_embeddings
 
 HELLO = [dict(role="user", content="Which colour has lamp 2?")]
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def opened(run): return open_run(run)
+def opened(run): return load_run(run)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ IDS = torch.tensor([[40, 60, 80, 100, 120, 140]])
 @torch.no_grad()
 def logits(model, strength=None):
     if strength is None: return model(IDS).logits
-    with adapter_strength(model, strength): return model(IDS).logits
+    with adapter_scale(model, strength): return model(IDS).logits
 
 
 def said(model, tokenizer, strength=None): return "".join(generate(model, tokenizer, HELLO, max_new_tokens=16, strength=strength))
@@ -79,8 +79,8 @@ def test_strength_goes_from_the_very_base_to_the_very_tuned_model(kind, base):
     away = [(logits(model, value) - fresh).abs().mean().item() for value in (0.01, 0.5, 1, 1.5)]
     assert away == sorted(away) and away[0] < away[2] / 20  # near 0 it is near the base: there is no jump
     assert torch.allclose(logits(model, 0.999), tuned, atol=0.05) and torch.allclose(logits(model, 1.001), tuned, atol=0.05)
-    with pytest.raises(KeyError), adapter_strength(model, 0.5): raise KeyError
-    with pytest.raises(KeyError), adapter_strength(model, 0): raise KeyError
+    with pytest.raises(KeyError), adapter_scale(model, 0.5): raise KeyError
+    with pytest.raises(KeyError), adapter_scale(model, 0): raise KeyError
     assert torch.equal(logits(model), tuned)
     assert flags == [p.requires_grad for p in model.parameters()] and scalings == [dict(layer.scaling) for layer in model.modules() if hasattr(layer, "lora_A")]
     assert not any(module._forward_hooks for module in model.modules())
@@ -88,7 +88,7 @@ def test_strength_goes_from_the_very_base_to_the_very_tuned_model(kind, base):
 
 def test_half_strength_is_half_the_correction(opened, run, base):
     "Against the weights: base + strength · scaling · B A"
-    model, _ = open_run(run)
+    model, _ = load_run(run)
     halved = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
     with torch.no_grad():
         for name, layer in model.get_base_model().named_modules():
@@ -103,8 +103,8 @@ def test_a_strength_out_of_range_is_refused(value, opened):
 
 
 def test_models_without_a_dial_say_why(opened, run, base, tmp_path):
-    with pytest.raises(DataError, match="Open the run with open_run"): logits(base, 0.5)
-    merged = open_run(run)[0]
+    with pytest.raises(DataError, match="Open the run with load_run"): logits(base, 0.5)
+    merged = load_run(run)[0]
     merged.merge_adapter()
     with pytest.raises(DataError, match="unmerge_adapter"): logits(merged, 0)
     with pytest.raises(DataError, match="no adapter"): logits(merged.merge_and_unload(), 0)
@@ -121,7 +121,7 @@ def test_while_one_turns_the_dial_the_others_wait(opened):
     plain, tuned, found = said(model, tokenizer, 0), said(model, tokenizer), []
     assert plain != tuned
     others = [threading.Thread(target=lambda: found.append(said(model, tokenizer))), threading.Thread(target=lambda: found.append(answers(model, tokenizer, [HELLO], 16)[0].text))]
-    with adapter_strength(model, 0):
+    with adapter_scale(model, 0):
         for other in others: other.start()
         assert said(model, tokenizer) == plain  # who has the turn goes on
         time.sleep(0.2)
@@ -152,7 +152,7 @@ def test_settings_are_refused_at_the_door(setting, says, opened):
     with pytest.raises(ConfigError, match=says): generate(*opened, HELLO, **setting)
     chat = Chat(*opened)
     with pytest.raises(ConfigError, match=says): setattr(chat.settings, *next(iter(setting.items())))
-    assert chat.settings == Sampling()
+    assert chat.settings == SamplingParams()
 
 
 def test_an_error_in_the_thread_reaches_the_reader(opened, base):
@@ -203,7 +203,7 @@ def test_stop_is_heard_while_the_prompt_is_read(opened, base):
 
 def test_stop_is_heard_while_another_answer_is_given(opened):
     chat, ended = Chat(*opened), []
-    with adapter_strength(opened[0], 0.5):
+    with adapter_scale(opened[0], 0.5):
         waiting = threading.Thread(target=lambda: ended.append(chat("Hello!")))
         waiting.start()
         time.sleep(0.1)
@@ -216,7 +216,7 @@ def test_a_conversation_beyond_the_context_is_refused_and_kept(opened):
     chat = Chat(*opened, max_new_tokens=8)
     chat("Hello!")
     before, long = list(chat.messages), "lamp " * 3000
-    for ask in (lambda: chat.stream(long), lambda: chat.edit(0, long), lambda: token_shift(*opened, [dict(role="user", content=long), dict(role="assistant", content="Red.")])):
+    for ask in (lambda: chat.stream(long), lambda: chat.edit(0, long), lambda: logprob_diff(*opened, [dict(role="user", content=long), dict(role="assistant", content="Red.")])):
         with pytest.raises(DataError, match=r"this model reads at most [\d,]+"): ask()
     assert chat.messages == before
 
@@ -302,7 +302,7 @@ def test_what_is_shown_is_text(opened):
     chat = Chat(*opened)
     chat.messages = [dict(role="user", content=NASTY), dict(role="assistant", content=NASTY)]
     assert "<img" not in chat._repr_html_() and "&lt;img" in chat._repr_html_() and "\x1b" not in repr(chat)
-    shift = token_shift(*opened, chat.messages)
+    shift = logprob_diff(*opened, chat.messages)
     assert "<img" not in shift._repr_html_() and "\x1b" not in shift._repr_html_() + repr(shift)
 
 
@@ -311,21 +311,21 @@ def test_what_is_shown_is_text(opened):
 def test_token_shift_is_the_difference_of_log_probabilities(opened, run, base):
     model, tokenizer = opened
     talk = [*HELLO, dict(role="assistant", content="Red and green and blue.")]
-    shift = token_shift(model, tokenizer, talk)
+    shift = logprob_diff(model, tokenizer, talk)
     prompt = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
     start, ids = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]), tokenizer(prompt + talk[1]["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
     assert shift.ids == ids[start:]
     with torch.no_grad():
-        for found, known in ((base, shift.base), (open_run(run)[0], shift.tuned)):
+        for found, known in ((base, shift.base), (load_run(run)[0], shift.tuned)):
             expected = found(torch.tensor([ids])).logits[0].log_softmax(-1)[torch.arange(start - 1, len(ids) - 1), ids[start:]]
             assert torch.allclose(torch.tensor(known), expected, atol=1e-4)
     assert sum(shift.shifts) > 0.5 and f"{sum(shift.shifts):+.1f} nats" in shift.summary()
     assert "▲" in repr(shift) and "underline" in shift._repr_html_() and shift._repr_html_().count("title=") == len(shift.ids) + 3
-    cut = token_shift(model, tokenizer, [talk[0], talk[1] | dict(weight=0)])
+    cut = logprob_diff(model, tokenizer, [talk[0], talk[1] | dict(weight=0)])
     assert cut.shifts == shift.shifts
     for wrong in (HELLO, []):
-        with pytest.raises(DataError, match="must be the assistant's"): token_shift(model, tokenizer, wrong)
-    with pytest.raises(DataError, match="no adapter"): token_shift(base, tokenizer, talk)
+        with pytest.raises(DataError, match="must be the assistant's"): logprob_diff(model, tokenizer, wrong)
+    with pytest.raises(DataError, match="no adapter"): logprob_diff(base, tokenizer, talk)
 
 
 # ---- side by side -----------------------------------------------------------------------------------------------------
@@ -361,25 +361,25 @@ def test_side_by_side_stays_in_step(opened):
 # ---- loaded once ------------------------------------------------------------------------------------------------------
 
 def test_models_are_loaded_once_and_anew_when_trained_anew(run, tmp_path):
-    forget_models()  # what earlier tests left
+    clear_model_cache()  # what earlier tests left
     first, second = copy(run, tmp_path/"first"), copy(run, tmp_path/"second")
     found = []
-    threads = [threading.Thread(target=lambda: found.append(shared_model(first))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(load_cached_model(first))) for _ in range(4)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
-    assert len({id(model) for model, _ in found}) == 1 and shared_model(first/"lora_weights")[0] is found[0][0]
+    assert len({id(model) for model, _ in found}) == 1 and load_cached_model(first/"lora_weights")[0] is found[0][0]
     model, tokenizer = found[0]
-    expected, other = logits(model), shared_model(second)[0]
+    expected, other = logits(model), load_cached_model(second)[0]
     assert other is not model and other.get_base_model().get_input_embeddings().weight is model.get_base_model().get_input_embeddings().weight
     assert torch.equal(logits(other), expected)
-    with adapter_strength(other, 0): assert torch.equal(logits(model), expected)  # what is done to one is not felt by the other
+    with adapter_scale(other, 0): assert torch.equal(logits(model), expected)  # what is done to one is not felt by the other
     from safetensors.torch import load_file, save_file
     file = first/"lora_weights"/"adapter_model.safetensors"
     save_file({name: weight * 0 for name, weight in load_file(file).items()}, file, metadata=dict(format="pt"))
-    anew = shared_model(first)[0]
+    anew = load_cached_model(first)[0]
     assert anew is not model and torch.equal(logits(anew), logits(model, 0)) and torch.equal(logits(model), expected)
     gone = [weakref.ref(anew), weakref.ref(other), weakref.ref(other.get_base_model().get_input_embeddings().weight)]
-    assert forget_models() == 2 and forget_models() == 0
+    assert clear_model_cache() == 2 and clear_model_cache() == 0
     del anew, other, model, found, threads
     gc.collect()
     assert [one() for one in gone] == [None] * 3
@@ -388,15 +388,15 @@ def test_models_are_loaded_once_and_anew_when_trained_anew(run, tmp_path):
 def test_a_merged_model_serves_where_there_is_no_adapter(run, tmp_path):
     merged = copy(run, tmp_path/"merged")
     merge(merged)
-    expected = said(*shared_model(merged))
+    expected = said(*load_cached_model(merged))
     shutil.rmtree(merged/"lora_weights")
     try:
-        model, tokenizer = shared_model(merged/"merged_model")
+        model, tokenizer = load_cached_model(merged/"merged_model")
         assert not hasattr(model, "disable_adapter") and said(model, tokenizer) == expected
         with pytest.raises(DataError, match="no adapter"): Chat(model, tokenizer, strength=0.5)
         shutil.rmtree(merged/"merged_model")
-        with pytest.raises(RunError, match="no adapter yet"): shared_model(merged)
-    finally: forget_models()
+        with pytest.raises(RunError, match="no adapter yet"): load_cached_model(merged)
+    finally: clear_model_cache()
 
 
 # ---- answers and their neighbours ---------------------------------------------------------------------------------------

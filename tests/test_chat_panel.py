@@ -11,11 +11,11 @@ import pytest
 import torch
 from helpers import recipe, rows, until, write_rows
 
-from sage_finetune.chat import forget_models, shared_model
-from sage_finetune.chat_panel import ChatPanel, Growing, TalkView, Turn, strength_words, turns_html
+from sage_finetune.chat import clear_model_cache, load_cached_model
+from sage_finetune.chat_panel import ChatPanel, StreamingText, ConversationView, Turn, strength_words, turns_html
 from sage_finetune.core.errors import ConfigError, DataError, RunError
 from sage_finetune.data import prepare_dataset
-from sage_finetune.export import merge, open_run
+from sage_finetune.export import merge, load_run
 from sage_finetune.files import load_training_data
 from sage_finetune.trainer import LoRATrainer
 
@@ -91,12 +91,12 @@ def test_a_click_and_enter(panel):
 
 def test_ask_goes_the_same_way(panel, run):
     from sage_finetune.chat import Chat
-    assert panel.ask(ASKED) == Chat(*open_run(run), max_new_tokens=40)(ASKED) == panel.turns[0].said
+    assert panel.ask(ASKED) == Chat(*load_run(run), max_new_tokens=40)(ASKED) == panel.turns[0].said
     with pytest.raises(DataError, match="empty"): panel.ask("  ")
 
 
 def test_the_model_comes_in_a_thread(panels):
-    forget_models()
+    clear_model_cache()
     panel, said = panels(), []
     panel.controls.status.observe(lambda change: said.append(change["new"]), "value")
     typed(panel, "Hello!")
@@ -108,15 +108,15 @@ def test_the_model_comes_in_a_thread(panels):
 
 
 def test_one_model_for_all_and_none_is_held(panels, run):
-    forget_models()
+    clear_model_cache()
     first, second, seen = panels(), panels(), []
     for panel in (first, second):
         panel.talk.live.observe(lambda change, panel=panel: seen.append(panel.chat.model) if panel.chat.model else None, "value")
         panel.ask(ASKED)
-    model = shared_model(run)[0]
+    model = load_cached_model(run)[0]
     assert seen and all(one is model for one in seen) and first.turns[0].said == second.turns[0].said
     watch = weakref.ref(model)
-    forget_models()
+    clear_model_cache()
     seen.clear()
     del model
     gc.collect()
@@ -183,7 +183,7 @@ def test_clear_stops_first(panels):
 
 
 def test_stopped_while_the_model_is_loaded(panels):
-    forget_models()
+    clear_model_cache()
     panel = panels()
     typed(panel, ASKED)
     panel.controls.send.click()
@@ -247,7 +247,7 @@ def test_the_strength_answers_anew(panel, run):
     tuned = panel.ask(ASKED)
     panel.controls.strength.value = 0.
     assert panel.join(60) and "strength 0.00" in panel.turns[0].note
-    with (model := open_run(run))[0].disable_adapter(): base = ChatPanel(model, max_new_tokens=40).ask(ASKED)
+    with (model := load_run(run))[0].disable_adapter(): base = ChatPanel(model, max_new_tokens=40).ask(ASKED)
     assert panel.turns[0].said == base != tuned and len(panel.turns) == 1
     panel.controls.strength.value = 1.
     assert panel.join(60) and panel.turns[0].said == tuned and "strength" not in panel.turns[0].note
@@ -348,7 +348,7 @@ def test_a_merged_model(panels, run, tmp_path):
     tuned = panels().ask(ASKED)
     only = shutil.copytree(run, tmp_path/"only")
     shutil.rmtree(only/"lora_weights")
-    for source in (only, run/"merged_model", open_run(run, merged=True)):
+    for source in (only, run/"merged_model", load_run(run, merged=True)):
         panel = panels(source)
         its = panel.controls
         assert its.strength.disabled and its.side.disabled and its.colours.disabled and "no adapter" in its.why.value
@@ -358,7 +358,7 @@ def test_a_merged_model(panels, run, tmp_path):
 
 
 def test_an_opened_run(panels, run):
-    model, tokenizer = open_run(run)
+    model, tokenizer = load_run(run)
     assert panels((model, tokenizer)).ask(ASKED) == panels(model, tokenizer).ask(ASKED)
     with pytest.raises(ConfigError, match="tokenizer is missing"): ChatPanel(model)
 
@@ -399,7 +399,7 @@ def test_a_full_context(panel):
 
 
 def test_memory_runs_out(panels, run):
-    model, tokenizer = open_run(run)
+    model, tokenizer = load_run(run)
     panel = panels(model, tokenizer)
     panel.ask("Hello!")
     def full(*_): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -418,7 +418,7 @@ def test_foreign_text_is_text(panel):
     panel.ask(asked)
     for page in (panel.talk.past.value, panel.static_html()): assert "<img" not in page and "<script" not in page and "\x1b" not in page and "שלום 你好 🙂" in page and 'dir="auto"' in page
     assert "\x1b" not in repr(panel)
-    view = TalkView(every=0.)
+    view = ConversationView(every=0.)
     for piece in (EVIL, "\x1b[2J", "one\ntwo"): view.grow(EVIL, piece)
     assert "<img" not in view.live.value and "<script" not in view.live.value and "\x1b" not in view.live.value and "one\ntwo" in view.live.value and "pre-wrap" in view.live.value
     panel.partner.run_dir = panel.partner.run_dir/EVIL.partition("<script")[0]  # a slash would begin another folder
@@ -429,7 +429,7 @@ def test_a_hundred_thousand_characters():
     "Every look costs the same, and what is sent grows with the answer and not with its square"
     sent = {}
     for size in (20_000, 100_000):
-        view, sent[size] = TalkView(every=0.), 0
+        view, sent[size] = ConversationView(every=0.), 0
         def count(change): sent[size] += len(change["new"])
         view.live.observe(count, "value")
         for _ in range(size // 100): view.grow("Model", "<b>word </" * 10)
@@ -438,7 +438,7 @@ def test_a_hundred_thousand_characters():
     view.show([Turn("?", "x" * 100_000)])
     assert len(view.past.value) < 30_000 and "80,000 more characters" in view.past.value
     assert len(turns_html([Turn(str(at), "y") for at in range(500)])) < 60_000
-    text = Growing(10)
+    text = StreamingText(10)
     for piece in "abcdefghijklmno": text.add(piece)
     assert text.end == "fghijklmno" and text.length == 15
 

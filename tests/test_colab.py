@@ -102,7 +102,7 @@ def colab():
     return PLACE/"bin"/"python"
 
 
-def said_by(python, *arguments, **options):
+def error_message(python, *arguments, **options):
     "What a process of that environment prints"
     done = subprocess.run([python, *arguments], cwd=ROOT, env=clean(), capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -135,14 +135,14 @@ class TestColab:
 
     def test_the_versions_are_colabs_and_ours_is_content(self, colab):
         code = "import json, sys, importlib.metadata as m; print(json.dumps({name: m.version(name) for name in sys.argv[1:]}))"
-        assert json.loads(said_by(colab, "-c", code, *WANTED)) == WANTED
+        assert json.loads(error_message(colab, "-c", code, *WANTED)) == WANTED
         assert "No broken requirements" in subprocess.run([sys.executable, "-m", "pip", "--python", colab, "check"], env=clean(), capture_output=True, text=True).stdout
-        where = said_by(colab, "-c", "import sage_finetune, ipywidgets; print(sage_finetune.__file__, ipywidgets.__file__)").split()
+        where = error_message(colab, "-c", "import sage_finetune, ipywidgets; print(sage_finetune.__file__, ipywidgets.__file__)").split()
         assert [Path(path).is_relative_to(folder) for path, folder in zip(where, (ROOT/house.PACKAGE, PLACE))] == [True, True]
 
     @pytest.mark.parametrize("name", ["form", "data_panel", "train_panel", "chat_panel"])
     def test_the_tests_of_a_panel(self, colab, name):
-        said = said_by(colab, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"tests/test_{name}.py", timeout=900)
+        said = error_message(colab, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"tests/test_{name}.py", timeout=900)
         assert re.search(r"[1-9]\d* passed", said) and "failed" not in said, said
 
     @pytest.mark.parametrize("name", PAGES)

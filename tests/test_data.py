@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from sage_finetune import data
 from sage_finetune.config import tiny_path
 from sage_finetune.core.errors import ConfigError, DataError, RunError
-from sage_finetune.data import DataReport, Maker, PreparedDataset, check_rows, encode, prepare, prepare_dataset, prompt_key, read_prepared, split
+from sage_finetune.data import DataReport, Preprocessor, PreparedDataset, check_rows, encode, prepare, prepare_dataset, prompt_key, read_prepared, split
 from sage_finetune.prompt import render, render_text
 from sage_finetune.rows import read_row
 
@@ -88,7 +88,7 @@ def test_weights_decide_and_rows_without_anything_to_learn_are_left_out(tokenize
 
 
 def test_an_example_without_a_learnt_token_is_never_kept(tokenizer):
-    maker = Maker(tokenizer)
+    maker = Preprocessor(tokenizer)
     batch = maker.renderer.batch
     def silence(talks):
         found = batch(talks)
@@ -107,7 +107,7 @@ def test_an_answer_without_a_stop_token_is_refused(tokenizer):
 
 
 def test_every_learnt_turn_must_end_in_a_token_that_ends_it(tokenizer):
-    maker = Maker(tokenizer)
+    maker = Preprocessor(tokenizer)
     batch = maker.renderer.batch
     def shorter(talks):
         found = batch(talks)

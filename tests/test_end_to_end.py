@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from sage_finetune import Chat, LoRAConfig, LoRATrainer, TrainingConfig, load_training_data, merge, plot_run, prepare_dataset, train_from_meta
 from sage_finetune.chat import accuracy
-from sage_finetune.export import open_run
+from sage_finetune.export import load_run
 
 PARTS = {"prepared", "metrics.jsonl", "run_manifest.json", "status.json", "training_config.json"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
@@ -41,7 +41,7 @@ def test_from_rows_to_a_merged_model_that_chats(tmp_path):
     assert not result.stopped and result.steps == len(result.losses) == 80 and result.tokens > result.learnt > 80 and result.tokens_per_second > 0 and result.peak_memory_gb > 0
     report = merge(result.output_dir)
     assert report.agrees and json.loads((result.output_dir/"merged_model"/"merge_report.json").read_text())["positions"] == report.positions
-    chat = Chat(*open_run(result.output_dir, merged=True))
+    chat = Chat(*load_run(result.output_dir, merged=True))
     known = next(row for row in content if row["instruction"] not in [wrong[0] for wrong in after.wrong])
     assert chat(known["instruction"]) == known["output"] and "".join(chat.stream(known["instruction"])).strip() == chat.messages[-1]["content"]
     assert [turn["role"] for turn in chat.messages] == ["user", "assistant"] * 2
@@ -202,7 +202,7 @@ def test_the_program_merges_and_proves_it(shell):
 
 def test_the_program_answers_like_python(shell):
     here, said = shell
-    chat = Chat(*open_run(here/"runs"/"lamps"), max_new_tokens=12)
+    chat = Chat(*load_run(here/"runs"/"lamps"), max_new_tokens=12)
     assert said["chat"].strip() == said["chat merged"].strip() == chat("Which colour has lamp 3?") != ""
 
 
@@ -235,7 +235,7 @@ NOTEBOOK = ("from sage_finetune import Chat, LoRATrainer, PresetConfigs, merge",
             "trainer = LoRATrainer(config)\nresult = trainer.train()\nresult",
             "from sage_finetune import plot_run\nplot_run('run')",
             "merge('run')",
-            "from sage_finetune.export import open_run\nchat = Chat(*open_run('run', merged=True), max_new_tokens=8)\nchat('Which colour has lamp 1?')",
+            "from sage_finetune.export import load_run\nchat = Chat(*load_run('run', merged=True), max_new_tokens=8)\nchat('Which colour has lamp 1?')",
             "chat")
 
 

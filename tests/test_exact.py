@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sage_finetune import Chat, LoRATrainer, merge, train_from_meta
 from sage_finetune.chat import answers
 from sage_finetune.config import tiny_path
-from sage_finetune.export import open_run
+from sage_finetune.export import load_run
 from sage_finetune.runs import read_meta
 
 QUESTIONS = [row["instruction"] for row in rows()] + ["Hello!", "What is seven plus five?", "Spell the word lamp."]
@@ -67,9 +67,9 @@ def test_plain_transformers_says_the_same_from_the_merged_model(tuned):
     assert report.agrees and report.positions > 100
     folder = tuned.config.merged_dir
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    chat = Chat(*open_run(tuned.config.output_dir, merged=True), max_new_tokens=24)
+    chat = Chat(*load_run(tuned.config.output_dir, merged=True), max_new_tokens=24)
     with_adapter = [answer.text for answer in answers(tuned.model, tuned.tokenizer, QUESTIONS, max_new_tokens=24)]  # the model that was trained, still in memory
-    assert [answer.text for answer in answers(*open_run(tuned.config.output_dir), QUESTIONS, max_new_tokens=24)] == with_adapter
+    assert [answer.text for answer in answers(*load_run(tuned.config.output_dir), QUESTIONS, max_new_tokens=24)] == with_adapter
     assert len(set(with_adapter)) > 1
     for question, ours in zip(QUESTIONS, with_adapter):
         asked = tokenizer.apply_chat_template([dict(role="user", content=question)], add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -21,7 +21,7 @@ from sage_finetune.config import PRESETS, LoRAConfig, PresetConfigs, TrainingCon
 from sage_finetune.core.errors import ConfigError, DataError
 from sage_finetune.core.storage import checked_path
 from sage_finetune.form import MEMORY, ConfigForm, all_keys, grouped, kinds_of, python_code, read_value, save_upload, show_value, uploads
-from sage_finetune.memory import estimate_memory, free_memory, measure_memory
+from sage_finetune.memory import estimate_memory, available_memory, measure_memory
 from sage_finetune.trainer import LoRATrainer
 
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>\x1b[31m'
@@ -292,7 +292,7 @@ def test_sliding_never_waits(live):
 
 def test_what_does_not_fit_is_mended_by_a_click(live):
     config = PresetConfigs.tiny(device='cpu', max_length=4096, per_device_train_batch_size=1, engine='plain', packing=False)
-    estimate, free = estimate_memory(config), free_memory('cpu')
+    estimate, free = estimate_memory(config), available_memory('cpu')
     config.per_device_train_batch_size = 2**math.ceil(math.log2(1.5 * free / estimate.step))
     live.config = config
     assert live.wait() and 'does not fit' in live.memory.view.value and live.memory.button.layout.display == ''
@@ -318,7 +318,7 @@ def test_an_ended_process_is_said_and_replaced(live):
     process = MEMORY.process
     process.send_signal(signal.SIGSTOP)  # the question will be on its way
     live.config = PresetConfigs.tiny(max_length=112)
-    time.sleep(2 * forms.REST)
+    time.sleep(2 * forms.DEBOUNCE_SECONDS)
     process.kill()
     assert live.wait() and 'ended (-9)' in live.memory.view.value
     live.config = PresetConfigs.tiny(max_length=128)

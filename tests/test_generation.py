@@ -7,7 +7,7 @@ import torch
 from helpers import recipe, rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from sage_finetune import LoRATrainer, merge, open_run
+from sage_finetune import LoRATrainer, merge, load_run
 from sage_finetune.chat import Chat, answers, compare, generate
 from sage_finetune.config import TrainingConfig, tiny_path
 from sage_finetune.core.errors import ModelError
@@ -45,11 +45,11 @@ def tuned(tmp_path_factory):
 
 def test_all_that_answers_says_the_same(tuned):
     trainer, last = tuned
-    expected = [answer.text for answer in answers(*open_run(trainer.config.output_dir), QUESTIONS, 64)]
+    expected = [answer.text for answer in answers(*load_run(trainer.config.output_dir), QUESTIONS, 64)]
     assert len(set(expected)) > 2 and all(answer.stopped for answer in answers(trainer.model, trainer.tokenizer, QUESTIONS, 64))
     assert trainer.answers(QUESTIONS, 64) == expected
     assert last.answers == expected
-    model, tokenizer = open_run(trainer.config.output_dir)
+    model, tokenizer = load_run(trainer.config.output_dir)
     chat = Chat(model, tokenizer, max_new_tokens=64)
     for question, text in zip(QUESTIONS, expected):
         chat.reset()
@@ -66,7 +66,7 @@ def test_plain_transformers_stops_by_itself_from_adapter_and_merged_model(tuned)
     kept = {name: value for name, value in settings_of(folder).items() if name not in ("transformers_version", "bos_token_id", "pad_token_id")}
     assert kept == dict(do_sample=False, use_cache=True, eos_token_id=[END, BASE_END])
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    expected = [answer.text for answer in answers(*open_run(trainer.config.output_dir, merged=True), QUESTIONS, 64)]
+    expected = [answer.text for answer in answers(*load_run(trainer.config.output_dir, merged=True), QUESTIONS, 64)]
     for question, text in zip(QUESTIONS, expected):
         asked = tokenizer.apply_chat_template([dict(role="user", content=question)], add_generation_prompt=True, return_tensors="pt", return_dict=True)
         grown = model.generate(**asked, max_new_tokens=200)[0, asked["input_ids"].shape[1]:]

@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT/".venv-lowest"
 TRAIN = """
 import json, sys
-from sage_finetune import Chat, LoRATrainer, PresetConfigs, merge, open_run
+from sage_finetune import Chat, LoRATrainer, PresetConfigs, merge, load_run
 result = LoRATrainer(PresetConfigs.tiny(output_dir=sys.argv[1], max_steps=12, eval_steps=6, device="cpu")).train(show=False)
-said = Chat(*open_run(sys.argv[1]), max_new_tokens=12)("Who are you?")
+said = Chat(*load_run(sys.argv[1]), max_new_tokens=12)("Who are you?")
 print(json.dumps(dict(losses=result.losses, evaluations=result.eval_losses, same=merge(sys.argv[1]).agrees, said=said)))
 """
 

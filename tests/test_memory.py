@@ -14,7 +14,7 @@ from sage_finetune.batches import plan_batches
 from sage_finetune.config import TrainingConfig
 from sage_finetune.core.errors import ConfigError, ModelError
 from sage_finetune.engine import _ChunkedLoss, pick_engine
-from sage_finetune.memory import MemoryTracker, _HeadSteps, _state_bytes, advice, cheapest_reduction, build_meta_model, estimate_memory, fits, fitting, longest_lines, measure_memory, format_bytes
+from sage_finetune.memory import MemoryTracker, _HeadSteps, _state_bytes, advice, cheapest_reduction, build_meta_model, estimate_memory, fits, fitting, largest_micro_batch, measure_memory, format_bytes
 from sage_finetune.model import attach_lora, load_base, make_optimizer
 from sage_finetune.trainer import LoRATrainer, memory_error
 
@@ -123,7 +123,7 @@ def test_the_cheapest_fix_fits_and_is_the_first_that_does(tmp_path):
 
 def test_lengths_decide_when_they_are_known(tmp_path):
     config = TrainingConfig(model_name=folder(tmp_path/"model"), max_length=1024, per_device_train_batch_size=4, packing=False)
-    assert longest_lines(config, [10, 700, 20, 30, 5]) == [[700], [30], [20], [10]] or [700] in longest_lines(config, [10, 700, 20, 30, 5])
+    assert largest_micro_batch(config, [10, 700, 20, 30, 5]) == [[700], [30], [20], [10]] or [700] in largest_micro_batch(config, [10, 700, 20, 30, 5])
     assert estimate_memory(config, [20] * 50, device="cpu").parts["activations"] < 0.1 * estimate_memory(config, device="cpu").parts["activations"]
 
 
@@ -191,7 +191,7 @@ def test_a_few_layers_stand_for_all(tmp_path, monkeypatch, shape, dials):
     few = estimate_memory(config, device="cuda").parts
     assert set(rehearsed) == ({0} if "head_dim" in shape else {8, 7})
     memory._counted.cache_clear()
-    monkeypatch.setattr(memory, "FEW", 100)
+    monkeypatch.setattr(memory, "PROBE_LAYERS", 100)
     assert few == estimate_memory(config, device="cuda").parts
 
 

@@ -19,7 +19,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from sage_finetune import LoRATrainer, merge
 from sage_finetune.batches import collate
-from sage_finetune.chat import forget_models, shared_model
+from sage_finetune.chat import clear_model_cache, load_cached_model
 from sage_finetune.config import LoRAConfig, PresetConfigs, TrainingConfig
 from sage_finetune.core.errors import ConfigError, ModelError
 from sage_finetune.engine import pick_engine
@@ -673,7 +673,7 @@ def test_a_panel_and_a_merge_load_at_once(tmp_path):
     "What a chat panel's thread and the main thread do: one opens the run while the other merges it"
     trainer = LoRATrainer(recipe(tmp_path, max_steps=1))
     trainer.train(show=False)
-    def opened(): forget_models(), shared_model(trainer.config.output_dir, "cpu")
+    def opened(): clear_model_cache(), load_cached_model(trainer.config.output_dir, "cpu")
     assert not in_threads(opened, lambda: merge(trainer.config.output_dir), rounds=2)
     assert is_whole(load_base(PresetConfigs.tiny(device="cpu"))[0])
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sage_finetune import LoRATrainer, answers, open_run, plot_run
+from sage_finetune import LoRATrainer, answers, load_run, plot_run
 from sage_finetune.checkpoint import newest_checkpoint
 from sage_finetune.export import run_config
 from sage_finetune.launch import attached, last_launch, log_lines
@@ -31,7 +31,7 @@ def test_it_is_listed_and_read(run):
 
 def test_it_answers(run):
     "Base and adapter are opened and asked"
-    model, tokenizer = open_run(run)
+    model, tokenizer = load_run(run)
     assert len(answers(model, tokenizer, ["What is the colour of door 1?"])) == 1
 
 

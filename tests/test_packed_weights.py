@@ -56,9 +56,9 @@ def test_layers_are_packed_where_the_head_is_trained(tmp_path, folder_of, always
 
 def test_only_where_they_are_a_small_part_of_what_is_free(tmp_path, folder_of, always, monkeypatch):  # noqa: F811
     from sage_finetune import trainer as training
-    monkeypatch.setattr(training, "free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(training, "available_memory", lambda device: 1_000_000)
     assert not packed_layers(trainer_of(tmp_path/"a", folder_of("Qwen2")))
-    monkeypatch.setattr(training, "free_memory", lambda device: 10**10)
+    monkeypatch.setattr(training, "available_memory", lambda device: 10**10)
     assert packed_layers(trainer_of(tmp_path/"b", folder_of("Qwen2")))
     assert not packed_layers(trainer_of(tmp_path/"c", folder_of("Qwen2"), gradient_checkpointing=True))
 

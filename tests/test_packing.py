@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer
 
-from sage_finetune.batches import (BatchPlan, attention_inputs, collate, check_cross_contamination, learnt_tokens, pack, detect_packing_mode, plan_batches, show_batch)
+from sage_finetune.batches import (BatchPlan, attention_inputs, collate, check_cross_contamination, count_target_tokens, pack, detect_packing_mode, plan_batches, show_batch)
 from sage_finetune.config import tiny_path
 from sage_finetune.core.errors import ConfigError, DataError
 from sage_finetune.prompt import render
@@ -223,7 +223,7 @@ def test_a_batch_of_nothing_gives_no_nan(name, kernel, path):
     model, batch = make(name, kernel), collate([], 0, packed=True)
     loss = loss_of(model(**attention_inputs(batch, path)).logits, batch["labels"])
     loss.backward()
-    assert loss.item() == 0 and learnt_tokens(batch["labels"]) == 0 and int(batch["attention_mask"].sum()) == 0
+    assert loss.item() == 0 and count_target_tokens(batch["labels"]) == 0 and int(batch["attention_mask"].sum()) == 0
     assert all(torch.isfinite(weights.grad).all() and not weights.grad.any() for weights in model.parameters() if weights.grad is not None)
 
 
@@ -233,7 +233,7 @@ def test_the_first_token_of_every_packed_sample_is_not_learnt():
     batch = collate([[A, B, C], [C, A]], pad_id=7, packed=True)
     starts = batch["position_ids"] == 0
     assert (batch["labels"][starts] == -100).all() and int(starts[0].sum()) == 3 and int(starts[1].sum()) == 3  # the padding is a stretch of its own
-    assert learnt_tokens(batch["labels"]) == sum(learnt_tokens(collate([[one]], 7)["labels"]) for one in (A, B, C, C, A))
+    assert count_target_tokens(batch["labels"]) == sum(count_target_tokens(collate([[one]], 7)["labels"]) for one in (A, B, C, C, A))
     padding = batch["segments"] == 0
     assert (batch["input_ids"][padding] == 7).all() and (batch["labels"][padding] == -100).all() and not batch["attention_mask"][padding].any()
     assert all(values.dtype == torch.int64 and values.shape == (2, 26) for values in batch.values())

@@ -19,7 +19,7 @@ from PIL import Image
 
 from helpers import recipe
 from sage_finetune.core.errors import ConfigError, RunError
-from sage_finetune.plot import Curve, LossPlot, Picture, RunFigure, Thinned, compare_runs, draw_lengths, draw_run, drawable, plot_run, short_names, smooth
+from sage_finetune.plot import Curve, LossPlot, Picture, RunFigure, Downsampler, compare_runs, draw_lengths, draw_run, drawable, plot_run, short_names, smooth
 from sage_finetune.runs import write_status
 from sage_finetune.trainer import LoRATrainer
 
@@ -67,7 +67,7 @@ def folder_of(path, rows, state=None, **fields):
 @pytest.mark.parametrize("count", [1, 2, 5, 99, 100, 101, 777, 5000, 40_000])
 def test_thinning_keeps_first_last_lowest_and_highest(count):
     heights = [random.Random(count + at).random() for at in range(count)]
-    some = Thinned(100)
+    some = Downsampler(100)
     for place, height in enumerate(heights): some.add(height, lambda place=place: dict(place=place))
     kept = sorted(some.rows)
     assert len(kept) <= 100 and {0, count - 1, heights.index(min(heights)), heights.index(max(heights))} <= set(kept)

@@ -12,7 +12,7 @@ from helpers import adapter, change, copy, ended, metrics, prepared, start, stat
 from sage_finetune.checkpoint import newest_checkpoint
 from sage_finetune.core.errors import RunError
 from sage_finetune.launch import attached, follow, last_launch, log_lines, start_run, stop_run, train_command
-from sage_finetune.runs import read_meta, read_status, still_works
+from sage_finetune.runs import read_meta, read_status, is_running
 
 pytestmark = pytest.mark.slow
 
@@ -154,7 +154,7 @@ def test_whoever_follows_at_once_waits_for_the_beginning(halfway, tmp_path):
     "With the process, without it, and from another kernel: nobody takes the end of the run before for the end of this one"
     run = copy(halfway, tmp_path/"run")
     process = start_run(run, resume=True)
-    assert attached(run).state == "preparing" and attached(run).pid == process.pid and still_works(attached(run))
+    assert attached(run).state == "preparing" and attached(run).pid == process.pid and is_running(attached(run))
     other = elsewhere("print(json.dumps([row['step'] for row in follow(run)]))", run)
     assert [row["step"] for row in follow(run)] == list(range(1, 19))
     assert [row["step"] for row in follow(run, process)] == list(range(1, 19)) and process.returncode == 0
@@ -214,7 +214,7 @@ def test_stopped_before_it_began(halfway, tmp_path, count):
     with pytest.raises(RunError, match="in use"): start_run(run, resume=True)
     assert stop_run(run)
     assert [row["step"] for row in follow(run, process)] == [row["step"] for row in metrics(run)]
-    assert attached(run).state == "cancelled" and not still_works(attached(run)) and not stop_run(run)
+    assert attached(run).state == "cancelled" and not is_running(attached(run)) and not stop_run(run)
     assert last_launch(run).stopped and "before it began" in attached(run).message
 
 

@@ -10,7 +10,7 @@ import pytest
 from sage_finetune.config import TrainingConfig
 from sage_finetune.core.errors import RunError
 from sage_finetune.core.processes import start_mark
-from sage_finetune.runs import STATES, MetricsTail, list_runs, process_gone, read_meta, read_metrics, read_status, run_info, write_meta, write_status
+from sage_finetune.runs import STATES, MetricsTail, list_runs, is_stale, read_meta, read_metrics, read_status, run_info, write_meta, write_status
 
 SAGE = dict(task_type="code", model="Qwen/Qwen2.5-Coder-7B-Instruct", framework="llama-factory", format="alpaca", dataset="/home/ada/out/code/training_data_code_alpaca.json",
             config="/home/ada/out/code/llama-factory_config.json", output_dir="/home/ada/out/code", code_root="/home/ada/SAGE")
@@ -136,24 +136,24 @@ def test_a_process_that_was_killed_is_noticed(tmp_path):
     try:
         child.stdout.readline()
         mine = dict(pid=child.pid, start_mark=start_mark(child.pid))
-        assert not process_gone(claim(tmp_path, **mine)) and run_info(tmp_path).state == "training"
+        assert not is_stale(claim(tmp_path, **mine)) and run_info(tmp_path).state == "training"
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, but nobody has waited for it: a zombie
-        assert process_gone(claim(tmp_path, **mine))
+        assert is_stale(claim(tmp_path, **mine))
     finally:
         child.kill()
         child.wait()
-    assert process_gone(claim(tmp_path, **mine)) and run_info(tmp_path).state == "failed (process gone)"
+    assert is_stale(claim(tmp_path, **mine)) and run_info(tmp_path).state == "failed (process gone)"
 
 
 def test_a_number_that_was_given_out_again_is_noticed(tmp_path):
     last_year = (datetime.now(timezone.utc) - timedelta(days=365)).isoformat()
-    assert process_gone(claim(tmp_path, updated=last_year)) and not process_gone(claim(tmp_path))
+    assert is_stale(claim(tmp_path, updated=last_year)) and not is_stale(claim(tmp_path))
 
 
 def test_what_is_not_certain_is_not_called_dead(tmp_path):
-    for changes in (dict(pid=2**22 + 1, host="another machine"), dict(pid=None), dict(pid=2**22 + 1, state="completed")): assert not process_gone(claim(tmp_path, **changes))
-    assert process_gone(claim(tmp_path, pid=2**22 + 1))
+    for changes in (dict(pid=2**22 + 1, host="another machine"), dict(pid=None), dict(pid=2**22 + 1, state="completed")): assert not is_stale(claim(tmp_path, **changes))
+    assert is_stale(claim(tmp_path, pid=2**22 + 1))
 
 
 # ---- metrics ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from helpers import adapter, copy, ended, metrics, prepared, recipe, status, unt
 from sage_finetune.core.errors import DataError, RunError
 from sage_finetune.core.processes import start_mark
 from sage_finetune.runs import write_status
-from sage_finetune.train_panel import RunWatch, TrainPanel, go_on_with, make_run, settled
+from sage_finetune.train_panel import RunWatch, TrainPanel, prepare_resume, make_run, settled
 from sage_finetune.trainer import LoRATrainer
 
 HOSTILE = "<img src=x onerror=alert(1)> <script>alert(2)</script> \x1b[31mred"
@@ -204,9 +204,9 @@ def test_replaced(straight, tmp_path):
 
 def test_resumed_with_another_recipe(straight, tmp_path):
     run = copy(straight.output_dir, tmp_path/"run")
-    with pytest.raises(RunError, match="learning_rate was 0.002, now 0.1"): go_on_with(run, like(straight, tmp_path, learning_rate=0.1))
-    with pytest.raises(RunError, match="data_path was"): go_on_with(run, like(straight, tmp_path, data_path=write_rows(tmp_path/"other.jsonl")))
-    assert settled(straight).to_dict() | dict(output_dir=str(run), max_steps=80) == recipe_of(go_on_with(run, like(straight, tmp_path, max_steps=80)))
+    with pytest.raises(RunError, match="learning_rate was 0.002, now 0.1"): prepare_resume(run, like(straight, tmp_path, learning_rate=0.1))
+    with pytest.raises(RunError, match="data_path was"): prepare_resume(run, like(straight, tmp_path, data_path=write_rows(tmp_path/"other.jsonl")))
+    assert settled(straight).to_dict() | dict(output_dir=str(run), max_steps=80) == recipe_of(prepare_resume(run, like(straight, tmp_path, max_steps=80)))
 
 
 def recipe_of(run):

@@ -28,7 +28,7 @@ from sage_finetune.prompt import Renderer, end_of_turn, template_notes, template
 from sage_finetune.rows import read_row
 from sage_finetune.runs import list_runs, read_meta, read_metrics, read_status, run_info, text_table
 from sage_finetune.template import ChatFormat, prepare_conversation
-from sage_finetune.train_panel import RunControl, standing_line
+from sage_finetune.train_panel import RunControl, status_line
 
 pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 TALK = [dict(role="user", content="Which colour?"), dict(role="assistant", content="Blue.")]
@@ -326,7 +326,7 @@ def test_a_forged_step_is_no_step_of_the_run(tmp_path):
         (tmp_path/"metrics.jsonl").write_text(json.dumps(dict(step=step, loss=1.5, total=4)) + "\n")
         control = RunControl(tmp_path)
         while control.look() and not control.watch.row: pass
-        said.append(standing_line(control))
+        said.append(status_line(control))
     assert "after step 4 of 4" in said[0] and "of 4" not in said[1] and "after 4 steps; its metrics name step 9,223,372,036,854,775,807" in said[1]
 
 

@@ -245,7 +245,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("doors")
     config = little(folder, data_path=write_rows(folder/"rows.jsonl"))
     result = LoRATrainer(config).train(show=False)
-    return folder/"run", config, result, *sf.open_run(folder/"run")
+    return folder/"run", config, result, *sf.load_run(folder/"run")
 
 
 WORKS = {
@@ -264,9 +264,9 @@ WORKS = {
     tok: sf.accuracy(model, tok, config.data_path, max_new_tokens=2).total == 24,
     "render_prompt with a text": lambda folder, config, result, model,
     tok: render_prompt("hi", tok) == render_prompt([dict(role="user", content="hi")], tok),
-    "open_run with a config": lambda folder, config, result, model, tok: len(sf.open_run(config)) == 2,
-    "open_run with a result": lambda folder, config, result, model, tok: len(sf.open_run(result)) == 2,
-    "open_run with a trainer": lambda folder, config, result, model, tok: len(sf.open_run(LoRATrainer(config))) == 2,
+    "load_run with a config": lambda folder, config, result, model, tok: len(sf.load_run(config)) == 2,
+    "load_run with a result": lambda folder, config, result, model, tok: len(sf.load_run(result)) == 2,
+    "load_run with a trainer": lambda folder, config, result, model, tok: len(sf.load_run(LoRATrainer(config))) == 2,
     "merge with a config": lambda folder, config, result, model, tok: sf.merge(config).agrees, "plot_run with a config": lambda folder,
     config, result, model, tok: sf.plot_run(config) is not None,
     "compare_runs with a result": lambda folder, config, result, model, tok: sf.compare_runs(result) is not None,
@@ -285,7 +285,7 @@ SAID = {
     tok: sf.answers(tok, model, ["hi"]), "exchanged in compare": lambda run, model, tok: sf.compare(tok, model, ["hi"]),
     "exchanged in accuracy": lambda run, model, tok: sf.accuracy(tok, model, rows(1)), "exchanged in Chat": lambda run, model,
     tok: sf.Chat(tok, model), "exchanged in SideBySide": lambda run, model, tok: sf.SideBySide(tok, model),
-    "exchanged in token_shift": lambda run, model, tok: sf.token_shift(tok, model, TALKS[0]), "a folder for a model": lambda run, model,
+    "exchanged in logprob_diff": lambda run, model, tok: sf.logprob_diff(tok, model, TALKS[0]), "a folder for a model": lambda run, model,
     tok: sf.Chat(run, tok), "None for a tokenizer": lambda run, model, tok: sf.answers(model, None, ["hi"]),
     "the pair for a model": lambda run, model, tok: sf.Chat((model, tok), None), "a prompt first": lambda run, model,
     tok: sf.answers("hi", model, tok), "a number to say": lambda run, model, tok: sf.Chat(model, tok)(7),
@@ -296,7 +296,7 @@ SAID = {
     "render a text": lambda run, model, tok: sf.render("hi", tok), "render None": lambda run, model, tok: sf.render(None, tok),
     "render without tokenizer": lambda run, model, tok: sf.render(TALKS[0], "tiny"), "render_all a text": lambda run, model,
     tok: sf.render_all("hi", tok),
-    "token_shift of a text": lambda run, model, tok: sf.token_shift(model, tok, "hi"), "accuracy of numbers": lambda run, model,
+    "logprob_diff of a text": lambda run, model, tok: sf.logprob_diff(model, tok, "hi"), "accuracy of numbers": lambda run, model,
     tok: sf.accuracy(model, tok, [1, 2]), "accuracy of None": lambda run, model, tok: sf.accuracy(model, tok, None),
     "prepare_dataset of a text": lambda run, model, tok: sf.prepare_dataset("text", tok), "prepare_dataset of None": lambda run, model,
     tok: sf.prepare_dataset(None, tok), "prepare_dataset exchanged": lambda run, model, tok: sf.prepare_dataset(tok, rows(3)),
@@ -310,8 +310,8 @@ SAID = {
     tok: LoRATrainer(PresetConfigs.rtx_3060), "a trainer from a class": lambda run, model, tok: LoRATrainer(TrainingConfig),
     "a trainer from None": lambda run, model, tok: LoRATrainer(None), "a trainer from a dict of nonsense": lambda run, model,
     tok: LoRATrainer(dict(nonsense=1)), "a trainer from a dict of numbers": lambda run, model, tok: LoRATrainer({1: 2}),
-    "open None": lambda run, model, tok: sf.open_run(None), "open a number": lambda run, model, tok: sf.open_run(7),
-    "open the class": lambda run, model, tok: sf.open_run(TrainingConfig), "open nothing": lambda run, model, tok: sf.open_run(""),
+    "open None": lambda run, model, tok: sf.load_run(None), "open a number": lambda run, model, tok: sf.load_run(7),
+    "open the class": lambda run, model, tok: sf.load_run(TrainingConfig), "open nothing": lambda run, model, tok: sf.load_run(""),
     "merge a model": lambda run, model, tok: sf.merge(model), "merge to a number": lambda run, model, tok: sf.merge(run, out=7),
     "merge to nothing": lambda run, model, tok: sf.merge(run, out=""),
     "no output_dir": lambda run, model, tok: TrainingConfig(output_dir=None), "an empty output_dir": lambda run, model,
@@ -330,11 +330,11 @@ SAID = {
     "attach_lora with a config": lambda run, model, tok: sf.attach_lora(model, PresetConfigs.tiny()),
     "attach_lora to a tokenizer": lambda run, model, tok: sf.attach_lora(tok, PresetConfigs.tiny().lora), "a form of a preset": lambda run,
     model, tok: sf.ConfigForm(PresetConfigs.tiny),
-    "a studio of a folder": lambda run, model, tok: sf.Studio(7), "shared_model of None": lambda run, model, tok: sf.shared_model(None),
+    "a studio of a folder": lambda run, model, tok: sf.Studio(7), "load_cached_model of None": lambda run, model, tok: sf.load_cached_model(None),
     "to_messages of a text": lambda run, model, tok: sf.to_messages("hi"), "to_messages of None": lambda run, model,
     tok: sf.to_messages(None),
-    "health_report of None": lambda run, model, tok: sf.health_report(None, tokenizer=tok), "adapter_strength of a tokenizer": lambda run,
-    model, tok: sf.adapter_strength(tok, 0).__enter__()}
+    "health_report of None": lambda run, model, tok: sf.health_report(None, tokenizer=tok), "adapter_scale of a tokenizer": lambda run,
+    model, tok: sf.adapter_scale(tok, 0).__enter__()}
 
 
 @pytest.mark.parametrize("call", SAID)
@@ -350,9 +350,9 @@ BAD_NAMES = {"empty": "", "300 letters": "x" * 300, "300 letters below": "runs/"
 NAMES = {"a newline": "first\nsecond", "an emoji": "run \N{OWL}", "a dash": "-rf", "255 letters": "z" * 255, "quotes": "it's \"run\"", "dots": "a..b", "a dot at the end": "run."}
 PLACES = {
     "output_dir": lambda name: TrainingConfig(output_dir=name), "data_path": lambda name: TrainingConfig(data_path=name),
-    "data_cache": lambda name: TrainingConfig(data_cache=name), "model_name": lambda name: load_tokenizer(name), "open_run": sf.open_run,
+    "data_cache": lambda name: TrainingConfig(data_cache=name), "model_name": lambda name: load_tokenizer(name), "load_run": sf.load_run,
     "train_from_meta": sf.train_from_meta, "merge": sf.merge, "attached": sf.attached, "stop_run": sf.stop_run, "start_run": sf.start_run,
-    "plot_run": sf.plot_run, "load_training_data": sf.load_training_data, "shared_model": sf.shared_model,
+    "plot_run": sf.plot_run, "load_training_data": sf.load_training_data, "load_cached_model": sf.load_cached_model,
     "continue_from": lambda name: TrainingConfig(continue_from=name),
     "quickstart": lambda name: sf.quickstart("custom", name, data="example", show=False),
     "quickstart's data": lambda name: sf.quickstart("custom", "run", data=name, show=False),
@@ -376,14 +376,14 @@ def test_an_odd_name_that_can_be_works(name, tmp_path):
     config = little(tmp_path, data_path=write_rows(tmp_path/"rows.jsonl"), max_steps=1)
     config.output_dir = folder
     LoRATrainer(config).train(show=False)
-    assert sf.attached(folder).state == "completed" and len(sf.open_run(folder)) == 2
+    assert sf.attached(folder).state == "completed" and len(sf.load_run(folder)) == 2
 
 
 @pytest.mark.parametrize("name", [".", "..", "a/../b"])
 def test_dots_are_folders(name, tmp_path, monkeypatch):
     (tmp_path/"a").mkdir()
     monkeypatch.chdir(tmp_path/"a")
-    with pytest.raises(FinetuneError) as caught: sf.open_run(name)
+    with pytest.raises(FinetuneError) as caught: sf.load_run(name)
     sentence(caught.value)
 
 

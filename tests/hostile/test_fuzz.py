@@ -29,13 +29,13 @@ from sage_finetune.checkpoint import checkpoints, newest_checkpoint, read_state,
 from sage_finetune.core.errors import DataError, FinetuneError, RunError
 from sage_finetune.data import checksum
 from sage_finetune.diagnosis import doctor
-from sage_finetune.export import open_run, run_config
-from sage_finetune.form import ConfigForm, earlier_pace
+from sage_finetune.export import load_run, run_config
+from sage_finetune.form import ConfigForm, previous_step_time
 from sage_finetune.launch import attached, follow, last_launch, log_lines, stop_run
 from sage_finetune.memory import estimate_memory
 from sage_finetune.model import load_tokenizer
 from sage_finetune.plot import compare_runs, plot_run
-from sage_finetune.runs import list_runs, read_meta, read_metrics, read_status, run_info, still_works
+from sage_finetune.runs import list_runs, read_meta, read_metrics, read_status, run_info, is_running
 from sage_finetune.train_panel import RunControl
 from sage_finetune.trainer import prepare_run_data
 
@@ -117,7 +117,7 @@ def shown(value):
 
 
 def follow_a_little(run):
-    if not still_works(attached(run)): shown(list(islice(follow(run, every=0.01), 20)))
+    if not is_running(attached(run)): shown(list(islice(follow(run, every=0.01), 20)))
 
 
 def look_through_the_panel(run):
@@ -130,13 +130,13 @@ LOOKS = dict(run_info=lambda run: run_info(run).cells, list_runs=lambda run: lis
     to_config=lambda run: read_meta(run).to_config(),
     read_status=read_status, read_metrics=read_metrics, last_launch=last_launch, attached=attached, log_lines=log_lines, follow=follow_a_little, stop_run=stop_run,
     run_config=run_config, newest_checkpoint=lambda run: newest_checkpoint(run/"checkpoints") and None,
-    panel=look_through_the_panel, pace=lambda run: earlier_pace(run_config(run)))
+    panel=look_through_the_panel, pace=lambda run: previous_step_time(run_config(run)))
 
 PICTURES = dict(plot_run=plot_run, compare_runs=lambda run: compare_runs([run, run]))
 
 
 def say(run, merged=False):
-    model, tokenizer = open_run(run, merged, device="cpu")
+    model, tokenizer = load_run(run, merged, device="cpu")
     generate(model, tokenizer, [dict(role="user", content="Which colour has lamp 1?")], max_new_tokens=3)
 
 

@@ -27,7 +27,7 @@ PART_MANIFEST = ".linked_part.json"  # behind a part of a run that is a link
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="links need rights there")
 
 
-def said_by(function, *arguments, **options):
+def error_message(function, *arguments, **options):
     "What was said on the way, and what came out"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -65,7 +65,7 @@ def test_a_foreign_cache_is_not_written(run, victim, tmp_path, monkeypatch, wher
     cache = dict(absolute=str(victim), up="../home", link=str(run/"out"/"cache"), here="cache")[where]
     edit(run/"training_config.json", data_cache=cache)
     before = tree(victim)
-    config, said = said_by(lambda: read_meta(run).to_config())
+    config, said = error_message(lambda: read_meta(run).to_config())
     assert config.data_cache is None and "data_cache" in said and "Set data_cache yourself" in said
     assert run_config(run).data_cache is None
     LoRATrainer(config).train(show=False)
@@ -108,13 +108,13 @@ def test_rows_elsewhere_are_read_and_said(run, tmp_path):
     "SAGE writes the full path of its rows"
     rows = write_rows(tmp_path/"data"/"rows.jsonl")
     edit(run/"finetune_meta.json", dataset=str(rows))
-    config, said = said_by(lambda: read_meta(run).to_config())
+    config, said = error_message(lambda: read_meta(run).to_config())
     assert config.data_path == rows and str(rows) in said and "only read" in said
     edit(run/"finetune_meta.json", dataset="../data/rows.jsonl")
-    assert "outside that folder" in said_by(lambda: read_meta(run).to_config())[1]
+    assert "outside that folder" in error_message(lambda: read_meta(run).to_config())[1]
     (run/"rows.jsonl").symlink_to(rows)
     edit(run/"finetune_meta.json", dataset="rows.jsonl")
-    assert "outside that folder" in said_by(lambda: read_meta(run).to_config())[1]
+    assert "outside that folder" in error_message(lambda: read_meta(run).to_config())[1]
 
 
 def test_looking_says_it_too(run, victim):
@@ -144,10 +144,10 @@ def test_a_part_on_a_scratch_disk_is_kept(tmp_path, part):
     for _ in range(2):
         config.overwrite_output_dir = True
         config.max_steps = 1
-        said_by(LoRATrainer(config).train, show=False)
+        error_message(LoRATrainer(config).train, show=False)
         assert holds() and [path.name for path in (run/"checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
     merge(run)
-    said_by(prepare_run, "custom", run, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
+    error_message(prepare_run, "custom", run, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
     assert (run/part).is_symlink() and sorted(path.name for path in scratch.iterdir()) == [PART_MANIFEST, "precious.txt"]
 
 
@@ -259,7 +259,7 @@ def go_on(run, part=""):
     said = []
     actions = lambda: train(resume=True), lambda: merge(run) if part == "merged_model" else None, train, lambda: prepare_run("custom", run, data=write_rows(run.parent/"rows.jsonl"), overwrite=True)
     for action in actions:
-        try: said_by(action)
+        try: error_message(action)
         except FinetuneError as error: said.append(str(error))
     return said
 
@@ -374,7 +374,7 @@ def test_the_folder_of_another_run(gift):
     scratch.mkdir()
     shutil.rmtree(run/"checkpoints")
     (run/"checkpoints").symlink_to(scratch)
-    said_by(lambda: LoRATrainer(recipe(run.parent, overwrite_output_dir=True, max_steps=1)).train(show=False))
+    error_message(lambda: LoRATrainer(recipe(run.parent, overwrite_output_dir=True, max_steps=1)).train(show=False))
     before = tree(scratch)
     assert [name for name in own_files(run) if name.startswith("checkpoints/")]
     twin = run.parent/"twin"
@@ -414,7 +414,7 @@ def test_names_behind_a_link_are_bound_like_all_others(run, tmp_path):
     content = dict(files={name: entry for name in ("../mine.json", "mine.json", "deep/mine.json", "checkpoint-1/../../mine.json", str(tmp_path/"mine.json"))}, run=str(run.resolve()), part="checkpoints")
     (scratch/PART_MANIFEST).write_text(json.dumps(content))
     assert own_files(run) == ["training_data_custom_alpaca.json"]
-    said_by(prepare_run, "custom", run, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
+    error_message(prepare_run, "custom", run, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
     assert (tmp_path/"mine.json").exists() and (scratch/"mine.json").exists() and (scratch/"deep"/"mine.json").exists()
 
 
@@ -434,9 +434,9 @@ def test_no_file_is_written_through_a_link(run, victim, name, there):
     (run/name).unlink(missing_ok=True)
     (run/name).symlink_to(target)
     before = tree(victim)
-    try: said_by(lambda: LoRATrainer(read_meta(run).to_config()).train(show=False))
+    try: error_message(lambda: LoRATrainer(read_meta(run).to_config()).train(show=False))
     except FinetuneError: pass
-    try: said_by(prepare_run, "custom", run, data=write_rows(run.parent/"rows.jsonl"), overwrite=True)
+    try: error_message(prepare_run, "custom", run, data=write_rows(run.parent/"rows.jsonl"), overwrite=True)
     except FinetuneError: pass
     assert tree(victim) == before
 
@@ -454,7 +454,7 @@ def test_helpers_do_not_follow_links(tmp_path, victim):
     with pytest.raises(RunError, match="cannot write"): open_append(tmp_path/"pipe")
     for temporary in (".status.json.part", ".status.json.tmp", "status.json.part"): (tmp_path/temporary).symlink_to(victim/".bashrc")
     write_atomic(tmp_path/"status.json", "{}")
-    with pytest.raises(RunError): said_by(atomic_directory(tmp_path/"status.json").__enter__) and atomic_directory(tmp_path/"status.json"/"x").__enter__()
+    with pytest.raises(RunError): error_message(atomic_directory(tmp_path/"status.json").__enter__) and atomic_directory(tmp_path/"status.json"/"x").__enter__()
     assert tree(victim) == before
 
 

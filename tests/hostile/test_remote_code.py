@@ -20,8 +20,8 @@ from sage_finetune.core.trust import code_files, safe_environment, shadowing_fil
 from sage_finetune.demo import quickstart
 from sage_finetune.diagnosis import doctor
 from sage_finetune.core.places import note_files
-from sage_finetune.export import merge, open_run, run_config
-from sage_finetune.launch import run_here, start_run, train_command
+from sage_finetune.export import merge, load_run, run_config
+from sage_finetune.launch import run_in_foreground, start_run, train_command
 from sage_finetune.memory import estimate_memory
 from sage_finetune.model import load_base, load_tokenizer
 from sage_finetune.plot import plot_run
@@ -147,8 +147,8 @@ LOOKING = {
     "cli data": lambda its: cli.main(["data", str(its.run.parent/"rows.jsonl"), "-m", str(its.model)]),
 }
 USING = {
-    "open_run": lambda its: answers(*open_run(its.run), ["Which colour has lamp 1?"], max_new_tokens=2),
-    "open_run, merged": lambda its: answers(*open_run(its.run, merged=True), ["Which colour has lamp 1?"], max_new_tokens=2),
+    "load_run": lambda its: answers(*load_run(its.run), ["Which colour has lamp 1?"], max_new_tokens=2),
+    "load_run, merged": lambda its: answers(*load_run(its.run, merged=True), ["Which colour has lamp 1?"], max_new_tokens=2),
     "merge": lambda its: merge(its.run, its.run.parent/"merged"),
     "chat panel": lambda its: in_chat_panel(its.run),
     "chat panel, merged": lambda its: in_chat_panel(its.run/"merged_model"),
@@ -184,8 +184,8 @@ def test_no_code_of_the_folder_runs(way, kind, honest, tmp_path, monkeypatch, ca
 # ---- the caller's word --------------------------------------------------------------------------------------------------
 
 GRANTED = {
-    "open_run": lambda its: answers(*open_run(its.run, trust_remote_code=True), ["Which colour has lamp 1?"], max_new_tokens=2),
-    "open_run, merged": lambda its: open_run(its.run, merged=True, trust_remote_code=True),
+    "load_run": lambda its: answers(*load_run(its.run, trust_remote_code=True), ["Which colour has lamp 1?"], max_new_tokens=2),
+    "load_run, merged": lambda its: load_run(its.run, merged=True, trust_remote_code=True),
     "train": lambda its: train_from_meta(its.run, overwrite=True, trust_remote_code=True, show=False),
     "cli merge": lambda its: cli.main(["merge", str(its.run), "-o", str(its.run.parent/"merged"), "--trust-remote-code"]),
     "cli chat": lambda its: cli.main(["chat", str(its.run), "-p", "hello", "--max-new-tokens", "2", "--trust-remote-code"]),
@@ -211,7 +211,7 @@ def test_what_was_refused_is_said(honest, tmp_path, capsys):
     assert any("own_code.py" in text and "--trust-remote-code" in text and "trust_remote_code=True" in text for text in texts)
     assert any("--report-to wandb" in text and "report_to='wandb'" in text for text in texts)
     assert (config.trust_remote_code, config.report_to, config.overwrite_output_dir, config.allow_special_tokens) == (False, "none", False, False)
-    with pytest.warns(PermissionWarning) as said: open_run(its.run)
+    with pytest.warns(PermissionWarning) as said: load_run(its.run)
     assert len(said) == 1
     assert cli.main(["chat", str(its.run), "-p", "hello", "--max-new-tokens", "1"]) == 0
     lines = capsys.readouterr().err.splitlines()
@@ -314,7 +314,7 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("how", ADAPTERS)
-@pytest.mark.parametrize("way", ["open_run", "merge", "continue_from"])
+@pytest.mark.parametrize("way", ["load_run", "merge", "continue_from"])
 def test_an_adapter_is_lora_and_nothing_else(how, way, honest, tmp_path):
     "Settings by which PEFT imports a module, loads another model or unpickles a cache are refused by name"
     its = Folder(honest, tmp_path/"here", trust_remote_code=False)
@@ -327,7 +327,7 @@ def test_an_adapter_may_name_a_module_in_vain(honest, tmp_path):
     "auto_mapping, by which AutoPeftModel imports, is not kept; what it names is never imported"
     its = Folder(honest, tmp_path/"here", trust_remote_code=False)
     edit(its.run/"lora_weights"/"adapter_config.json", auto_mapping=dict(base_model_class="OwnModel", parent_library="own_code"), task_type=None, base_model_name_or_path=str(its.model), revision="main")
-    model, _ = open_run(its.run)
+    model, _ = load_run(its.run)
     assert model.peft_config["default"].auto_mapping is None and "own_code" not in sys.modules and not its.marker.exists()
 
 
@@ -353,11 +353,11 @@ def test_pickles_in_a_run_are_not_read(names, honest, tmp_path):
     for name in names:
         (its.run/name).parent.mkdir(exist_ok=True)
         pickled(its.run/name, its.marker)
-    for way in ("open_run", "open_run, merged", "resume", "continue_from", "doctor"): LOOKING.get(way, USING.get(way))(its)
+    for way in ("load_run", "load_run, merged", "resume", "continue_from", "doctor"): LOOKING.get(way, USING.get(way))(its)
     assert not its.marker.exists()
 
 
-@pytest.mark.parametrize("way, gone, pickle", [("open_run", "lora_weights/adapter_model.safetensors", "lora_weights/adapter_model.bin"), ("open_run, merged", "merged_model/model.safetensors", "merged_model/pytorch_model.bin"),
+@pytest.mark.parametrize("way, gone, pickle", [("load_run", "lora_weights/adapter_model.safetensors", "lora_weights/adapter_model.bin"), ("load_run, merged", "merged_model/model.safetensors", "merged_model/pytorch_model.bin"),
     ("train", "../model/model.safetensors", "../model/pytorch_model.bin"), ("resume", "checkpoints/checkpoint-2/adapter_model.safetensors", "checkpoints/checkpoint-2/adapter_model.bin")])
 def test_pickles_do_not_take_the_place_of_weights(way, gone, pickle, honest, tmp_path):
     "Where only a pickle is there, it is refused in a sentence"
@@ -456,7 +456,7 @@ def test_from_a_shell(honest, tmp_path):
     done = subprocess.run([sys.executable, "-P", "-m", "sage_finetune.cli", "run", ".", "--overwrite"], cwd=its.run, capture_output=True, text=True, timeout=300, env=safe_environment())
     assert done.returncode == 0 and done.stderr.count("To allow it: --trust-remote-code") == 1, done.stderr
     assert not its.marker.exists()
-    assert run_here(its.run, overwrite=True, trust_remote_code=True) == 0
+    assert run_in_foreground(its.run, overwrite=True, trust_remote_code=True) == 0
     assert its.marker.exists()
 
 

@@ -16,8 +16,8 @@ from sage_finetune.checkpoint import RunWriter, check_folder
 from sage_finetune.core.errors import RunError
 from sage_finetune.core.processes import find_process, holds_lock, is_locked, lock_holders, start_mark, stop_requested
 from sage_finetune.launch import attached, last_launch, start_run, stop_run
-from sage_finetune.runs import process_gone, read_meta, read_status, run_info, still_works, trainer_process, write_status
-from sage_finetune.tasks import prepare_run, refuse_taken
+from sage_finetune.runs import is_stale, read_meta, read_status, run_info, is_running, trainer_process, write_status
+from sage_finetune.tasks import prepare_run, ensure_empty
 
 NOW = "now"
 KILL = os.kill  # also where a test notes signals instead of sending them
@@ -94,10 +94,10 @@ def nobody_works(run):
     said = asked(stop_run, run)
     assert said is False or isinstance(said, str)
     assert "is in use" not in str(asked(check_folder, read_meta(run).to_config(), resume="auto"))
-    assert "is working on" not in str(asked(refuse_taken, run, overwrite=True))
+    assert "is working on" not in str(asked(ensure_empty, run, overwrite=True))
     assert run_info(run).state in ("failed (process gone)", "unreadable", "pending")
     status = asked(attached, run)
-    assert isinstance(status, str) or status.state in ("failed", "pending") and not still_works(status)
+    assert isinstance(status, str) or status.state in ("failed", "pending") and not is_running(status)
 
 
 # ---- numbers that are no process of this run ---------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_a_process_that_only_has_the_lock_file_open(run, sent):
         reader.stdout.readline()
         claims(run, reader.pid)
         if sys.platform == "linux": assert trainer_process(read_status(run), run) is None and asked(stop_run, run) is False
-        assert sent == [] and "is working on" in asked(refuse_taken, run, overwrite=True)
+        assert sent == [] and "is working on" in asked(ensure_empty, run, overwrite=True)
     finally:
         for child in (trainer, reader): end(child)
 
@@ -212,8 +212,8 @@ def test_who_holds_the_lock_is_stopped(run, changes):
         (run/"status.json").write_text(json.dumps(vars(read_status(run)) | changes))
         assert "in use" in asked(start_run, run) and f"process {trainer.pid}" in asked(start_run, run)
         assert f"process {trainer.pid}" in asked(check_folder, read_meta(run).to_config(), resume="auto")
-        assert f"process {trainer.pid}" in asked(refuse_taken, run, overwrite=True)
-        assert run_info(run).state == "training" == attached(run).state and still_works(attached(run))
+        assert f"process {trainer.pid}" in asked(ensure_empty, run, overwrite=True)
+        assert run_info(run).state == "training" == attached(run).state and is_running(attached(run))
         assert stop_run(run) and trainer.wait(timeout=30) == -signal.SIGTERM
     finally: end(trainer)
     assert not stop_run(run) and run_info(run).state == "failed (process gone)"
@@ -224,7 +224,7 @@ def test_a_number_without_a_mark_is_in_use_and_not_signalled(run, sent):
     trainer = holder(run)
     try:
         claims(run, trainer.pid)
-        assert still_works(read_status(run), run) and trainer_process(read_status(run), run) is None
+        assert is_running(read_status(run), run) and trainer_process(read_status(run), run) is None
         assert f"process {trainer.pid}" in asked(check_folder, read_meta(run).to_config(), resume="auto")
         assert "Nobody was stopped" in asked(stop_run, run) and sent == []
     finally: end(trainer)
@@ -237,7 +237,7 @@ def test_a_trainer_that_the_folder_describes_wrongly(run, sent, wrong):
     try:
         (run/"status.json").write_text(json.dumps(vars(read_status(run)) | wrong))
         assert asked(stop_run, run) is not True and sent == []
-        assert "is working on" in asked(refuse_taken, run, overwrite=True) or "status.json" in asked(refuse_taken, run, overwrite=True)
+        assert "is working on" in asked(ensure_empty, run, overwrite=True) or "status.json" in asked(ensure_empty, run, overwrite=True)
         config = read_meta(run).to_config()
         with pytest.raises(RunError): RunWriter(config, total=1, resumed_at=0)
     finally: end(trainer)
@@ -278,7 +278,7 @@ def test_another_users_process(run, monkeypatch):
             assert "of another user" in asked(stop_run, run) and f"process {trainer.pid}" in asked(stop_run, run)
         def closed(self): raise psutil.AccessDenied(self.pid)
         for name in ("open_files", "cmdline", "cwd", "status"): monkeypatch.setattr(psutil.Process, name, closed)
-        assert still_works(attached(run), run) and trainer.poll() is None
+        assert is_running(attached(run), run) and trainer.poll() is None
     finally: end(trainer)
 
 
@@ -411,7 +411,7 @@ def test_a_new_run_over_the_remains_of_a_foreign_one(run):
 
 def test_a_status_of_an_older_version_reads(tmp_path):
     (tmp_path/"status.json").write_text(json.dumps(dict(state="completed", pid=None, step=3, total=3, message="", updated="", host="", processes=1)))
-    assert read_status(tmp_path).start_mark == "" and not process_gone(read_status(tmp_path), tmp_path)
+    assert read_status(tmp_path).start_mark == "" and not is_stale(read_status(tmp_path), tmp_path)
 
 
 def test_a_process_that_has_the_number_of_another(bystander):
