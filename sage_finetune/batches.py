@@ -589,13 +589,13 @@ def long_trials(
     model: torch.nn.Module, # a causal language model
     max_length: int | None = None, # tokens of the longest line; None: any
     longest: int | None = None, # tokens of the longest row; None: of the longest line
-    one_line: bool = False # all lines of a batch are read as one
+    flattened: bool = False # all lines of a batch are read as one
 ) -> list[LongTrial]: # none where rows and lines stay below all limits
     "The trials that reach as far as the rows and lines of a run."
     limits, far = find_limits(_text_config(model)), float('inf')
-    row, line = longest or max_length or far, far if one_line else max_length or far
+    row, line = longest or max_length or far, far if flattened else max_length or far
     length = 'any line' if row == far else f'max_length={max_length}'
-    shared = 'a line of all rows of a batch' if one_line else f'max_length={max_length}'
+    shared = 'a line of all rows of a batch' if flattened else f'max_length={max_length}'
     if longest not in (None, max_length): length = f'the longest row of {longest} tokens (max_length={max_length})'
     trials, passed = [], [limit for limit in limits if limit.tokens < row]
     for limit in passed[-1:]:

@@ -689,7 +689,7 @@ def pick_engine(
     mixing = rope_limit(model, longest or max_length)
     if mixing: _one_at_a_time(chosen, f'a row beyond {mixing} changes shorter ones in its batch')
     packs = packs and not mixing
-    if packs: chosen.trials = long_trials(model, max_length, longest, flatten_batch=True)
+    if packs: chosen.trials = long_trials(model, max_length, longest, flattened=True)
     else: del parts['samples']
     plain = {None: reference_loss_and_grad(model, dtype, row_by_row=chosen.row_by_row)} if engine == 'auto' else {}
     whole = plain and not _why_rejected(chosen, tuple(parts), plain)

@@ -135,7 +135,7 @@ def test_a_short_trial_is_blind_for_a_window(name):
     room.enable_varlen(model)
     engine = room.Engine(model, room.SAMPLE_BY_SAMPLE)
     assert check_equivalence(engine).equal
-    engine.trials = long_trials(model, max_length=70, flatten_batch=True)
+    engine.trials = long_trials(model, max_length=70, flattened=True)
     assert not check_equivalence(engine).equal and "beyond sliding_window=16" in str(check_equivalence(engine))
 
 
