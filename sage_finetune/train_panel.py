@@ -281,7 +281,7 @@ class Lesson:
         "Write it into the log; a full disk is said by the run itself"
         with suppress(OSError), open(self.folder/LOG, 'a', encoding='utf-8') as log: log.write(f'{line}\n')
 
-    def on_begin(self,
+    def on_train_begin(self,
         trainer: Any # a `LoRATrainer`, about to make its first step
     ):
         "Note the plan."
@@ -289,13 +289,13 @@ class Lesson:
         if self.wished: trainer.stop()
         self._say(trainer.describe())
 
-    def on_step(self,
+    def on_step_end(self,
         step: Any # what happened, a `Step`
     ):
         "Note a step now and then."
         if step.step % self.trainer.config.logging_steps == 0 or step.step in (1, step.total) or step.note: self._say(step)
 
-    def on_end(self,
+    def on_train_end(self,
         result: Any # a `TrainingResult`
     ):
         "Note what came of it."

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers import adapter, change, copy, ended, file_limit, leftovers, metrics, mounted, prepared, recipe, rows, start, status, write_rows
 
 from sage_finetune.checkpoint import Progress, RunWriter, checkpoints, newest_checkpoint
@@ -292,6 +293,7 @@ def test_a_disk_that_fills_up(straight, ready, tmp_path):
 HUNGRY = """
 import json, resource, sys
 import torch
+import transformers
 from sage_finetune.config import PresetConfigs
 from sage_finetune.trainer import LoRATrainer
 torch.set_num_threads(1)
@@ -536,15 +538,28 @@ def test_fixed_questions_are_answered_at_every_evaluation(tmp_path):
 
 class Listener:
     def __init__(self): self.heard = []
-    def on_begin(self, trainer): self.heard.append("begin")
-    def on_step(self, step): self.heard.append(step.step)
-    def on_end(self, result): self.heard.append(result.steps)
+    def on_train_begin(self, trainer): self.heard.append("begin")
+    def on_step_end(self, step): self.heard.append(step.step)
+    def on_train_end(self, result): self.heard.append(result.steps)
 
 
 def test_callbacks(tmp_path):
     listener = Listener()
     LoRATrainer(recipe(tmp_path, max_steps=3)).train(show=False, callbacks=[listener])
     assert listener.heard == ["begin", 1, 2, 3, 3]
+
+
+class ForTransformers(transformers.TrainerCallback):
+    pass
+
+
+@pytest.mark.parametrize("callback, said", [(object(), "object has none of the methods on_train_begin"), (type("Old", (), dict(on_step=print))(), "Old has none"), (Listener, "Listener is a class"),
+                                            (print, "has none of the methods"), (ForTransformers(), "written for transformers' Trainer")])
+def test_a_callback_that_would_never_be_called(tmp_path, callback, said):
+    "Said before anything is loaded"
+    trainer = LoRATrainer(recipe(tmp_path, max_steps=3))
+    with pytest.raises(ConfigError, match=said): trainer.train(show=False, callbacks=[callback])
+    assert trainer.model is None and not (tmp_path/"run").exists()
 
 
 # ---- other ways to train, kept and gone on with -----------------------------------------------------------------------

@@ -383,7 +383,7 @@ def test_nobody_forges_the_last_word_of_a_log(tmp_path):
     said = io.StringIO()
     step = filled(Step, step=1, total=1, eval_loss=1., answers=[PAYLOAD])
     out, sys.stdout = sys.stdout, said
-    try: CallbackHandler(questions=[PAYLOAD]).see(step)
+    try: CallbackHandler(questions=[PAYLOAD]).step_end(step)
     finally: sys.stdout = out
     assert not faults(said.getvalue()) and len(said.getvalue().splitlines()) == 2
 
