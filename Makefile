@@ -28,13 +28,13 @@ test: $(VENV)/.dev ## run every notebook and every test (those in a browser need
 	@echo "== test: pytest (notebooks, guards, end to end, the package in an empty environment)"
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an empty environment, the Hub, several processes, the browser, Colab's versions)
+test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an empty environment, the Hub, several processes, the browser)
 	@echo "== test-fast: pytest -m 'not slow'"
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
-test-full: $(VENV)/.dev ## the tests that install a large environment of their own: the oldest versions that settings.ini allows
+test-full: $(VENV)/.dev ## what takes long: the oldest versions that settings.ini allows, Colab's versions, Notebook 7 and Voila in a browser
 	@echo "== test-full: pytest -m full"
-	@$(BIN)/python -m pytest -m full tests/test_lowest.py
+	@$(BIN)/python -m pytest -m full tests/test_lowest.py tests/test_colab.py tests/test_browser.py
 
 bench: $(VENV)/.dev ## measure speed and memory against peers on this machine in under ten minutes (LONG=1: at full length)
 ifdef LONG

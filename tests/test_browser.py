@@ -71,7 +71,7 @@ def test_the_whole_way_in_jupyterlab(tmp_path):
         way.looks(book)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("front", ["notebook", "voila"])
 def test_the_whole_way_through_the_studio(tmp_path, front):

@@ -1,6 +1,6 @@
 """What Colab brings along: an old torchao that gets in the way, and older libraries than the tested ones.
 
-The second half runs in an environment of its own with Colab's versions (.ci/colab.txt), made once and kept in .venv-colab.
+The second half runs in an environment of its own with Colab's versions (.ci/colab.txt), made once and kept in .venv-colab: `make test-full`.
 """
 import hashlib
 import json
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT/".venv-colab"
 TOOLS = ("pytest", "pytest-timeout", "hypothesis")
 WANTED = dict(line.split("==") for line in (ROOT/".ci"/"colab.txt").read_text().splitlines() if line and line[0] != "#")
-slow = [pytest.mark.slow, pytest.mark.timeout(1500)]
+full = [pytest.mark.full, pytest.mark.timeout(1500)]
 
 
 # ---- an old library that is in the way --------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def colab():
     return PLACE/"bin"/"python"
 
 
-def error_message(python, *arguments, **options):
+def printed_by(python, *arguments, **options):
     "What a process of that environment prints"
     done = subprocess.run([python, *arguments], cwd=ROOT, env=clean(), capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -131,18 +131,18 @@ def run_page(name, python, folder, monkeypatch):
 
 class TestColab:
     "Everything that needs that environment"
-    pytestmark = slow
+    pytestmark = full
 
     def test_the_versions_are_colabs_and_ours_is_content(self, colab):
         code = "import json, sys, importlib.metadata as m; print(json.dumps({name: m.version(name) for name in sys.argv[1:]}))"
-        assert json.loads(error_message(colab, "-c", code, *WANTED)) == WANTED
+        assert json.loads(printed_by(colab, "-c", code, *WANTED)) == WANTED
         assert "No broken requirements" in subprocess.run([sys.executable, "-m", "pip", "--python", colab, "check"], env=clean(), capture_output=True, text=True).stdout
-        where = error_message(colab, "-c", "import sage_finetune, ipywidgets; print(sage_finetune.__file__, ipywidgets.__file__)").split()
+        where = printed_by(colab, "-c", "import sage_finetune, ipywidgets; print(sage_finetune.__file__, ipywidgets.__file__)").split()
         assert [Path(path).is_relative_to(folder) for path, folder in zip(where, (ROOT/house.PACKAGE, PLACE))] == [True, True]
 
     @pytest.mark.parametrize("name", ["form", "data_panel", "train_panel", "chat_panel"])
     def test_the_tests_of_a_panel(self, colab, name):
-        said = error_message(colab, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"tests/test_{name}.py", timeout=900)
+        said = printed_by(colab, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"tests/test_{name}.py", timeout=900)
         assert re.search(r"[1-9]\d* passed", said) and "failed" not in said, said
 
     @pytest.mark.parametrize("name", PAGES)
