@@ -82,16 +82,16 @@ def stop(work, times=12):
     base, tokenizer = load_base(TrainingConfig(model_name=str(make_model(work))))
     model = attach_lora(base, LoRAConfig()).eval()
     def timed(talk, wait):
-        wish, ended = threading.Event(), []
+        stop_request, ended = threading.Event(), []
         def answer():
-            list(generate(model, tokenizer, talk, stop=wish, max_new_tokens=2000, temperature=2., seed=1))
+            list(generate(model, tokenizer, talk, stop=stop_request, max_new_tokens=2000, temperature=2., seed=1))
             ended.append(time.perf_counter())
         thread = threading.Thread(target=answer)
         thread.start()
         time.sleep(wait)
         if not thread.is_alive(): return None
         began = time.perf_counter()
-        wish.set()
+        stop_request.set()
         thread.join()
         return 1000 * (ended[0] - began)
     def read(talk):

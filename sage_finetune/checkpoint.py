@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STATE', 'FREE', 'BEST_KEPT', 'write_state', 'read_state', 'random_state', 'set_random_state', 'checkpoints',
            'save_checkpoint', 'own_names', 'newest_checkpoint', 'identity', 'fingerprint_rows', 'fingerprint_base',
-           'differences', 'check_folder', 'holds_run', 'tidy', 'RunWriter', 'Progress', 'CheckpointManager', 'Stop']
+           'differences', 'check_folder', 'holds_run', 'remove_stale_files', 'RunWriter', 'Progress',
+           'CheckpointManager', 'StopRequest']
 
 # %% ../nbs/11_checkpoint.ipynb #deedd413
 import errno, hashlib, json, math, os, random, re, shutil, signal, threading, time, warnings, weakref
@@ -45,16 +46,16 @@ def write_state(
 ):
     "Write a tree of tensors and plain values. Raises `TypeError` for anything else in it."
     tensors = {}
-    told = json.dumps(_apart(state, tensors))
+    told = json.dumps(_flatten_state(state, tensors))
     Path(path).write_bytes(save(tensors, metadata=dict(state=told)))
 
-def _apart(value: Any, tensors: dict) -> Any:
+def _flatten_state(value: Any, tensors: dict) -> Any:
     "A value as JSON; its tensors are put aside under a number"
     if isinstance(value, Tensor):
         tensors[str(len(tensors))] = value.detach().cpu().clone().contiguous()
         return dict(tensor=str(len(tensors) - 1))
-    if isinstance(value, dict): return dict(dict=[[_apart(name, tensors), _apart(part, tensors)] for name, part in value.items()])
-    if isinstance(value, (list, tuple)): return {type(value).__name__: [_apart(part, tensors) for part in value]}
+    if isinstance(value, dict): return dict(dict=[[_flatten_state(name, tensors), _flatten_state(part, tensors)] for name, part in value.items()])
+    if isinstance(value, (list, tuple)): return {type(value).__name__: [_flatten_state(part, tensors) for part in value]}
     if value is None or isinstance(value, (bool, int, float, str)): return value
     raise TypeError(f'a state cannot hold a {type(value).__name__}')
 
@@ -69,7 +70,7 @@ def read_state(
         raise RunError(f'{path} cannot be read ({type(error).__name__}: {str(error).strip()[:150]}). Restore it from a copy.') from error
 
 def _unflatten_state(told: Any, tensor: Any) -> Any:
-    "The value that `_apart` took apart"
+    "The value that `_flatten_state` took apart"
     if not isinstance(told, dict): return told
     (kind, parts), = told.items()
     if kind == 'tensor': return tensor(parts)
@@ -179,12 +180,12 @@ def fingerprint_rows(
     digest = hashlib.blake2b(str(len(dataset)).encode(), digest_size=8)
     if hasattr(dataset, 'with_format'):
         table = dataset.select_columns(['input_ids', 'labels']).with_format('arrow')
-        for at in range(0, len(dataset), 4096): [digest.update(_numbers(column)) for column in table[at:at + 4096].columns]
+        for at in range(0, len(dataset), 4096): [digest.update(_column_bytes(column)) for column in table[at:at + 4096].columns]
     else:
         for row in dataset: [digest.update(np.asarray(row[name], dtype=np.int64).tobytes()) for name in ('input_ids', 'labels')]
     return digest.hexdigest()
 
-def _numbers(column: Any) -> bytes:
+def _column_bytes(column: Any) -> bytes:
     "The values and lengths of an Arrow column of lists"
     lists = column.combine_chunks()
     return lists.flatten().to_numpy().astype(np.int64).tobytes() + lists.value_lengths().to_numpy().astype(np.int64).tobytes()
@@ -264,7 +265,7 @@ def _in_use(folder: Path) -> str:
 # %% ../nbs/11_checkpoint.ipynb #319c620e
 _holders = weakref.WeakValueDictionary()  # folder -> the writer of this process that holds it
 
-def _take(folder: Path, writer: 'RunWriter') -> FileLock | None:
+def _acquire_lock(folder: Path, writer: 'RunWriter') -> FileLock | None:
     "The lock of a run folder; None where the file system has none. Raises `RunError` when somebody else holds it."
     key = str(folder.resolve())
     if key in _holders and _holders[key].waiting: _holders[key].close('cancelled', 'another run of the same process took its place')
@@ -279,7 +280,7 @@ def _take(folder: Path, writer: 'RunWriter') -> FileLock | None:
     _holders[key] = writer
     return lock
 
-def tidy(
+def remove_stale_files(
     folder: str | Path # a run folder nobody else writes to
 ):
     "Remove what a killed process left half-written; where it had just put an old folder aside, bring that back."
@@ -303,16 +304,16 @@ class RunWriter:
     ):
         self.config, self.folder, self.total, self.last, self.said, self.waiting, self.metrics = config, config.output_dir, total, resumed_at or 0, 0., False, None
         check_folder(config, resume=resumed_at is not None and 'auto')
-        self.lock = _take(self.folder, self)
+        self.lock = _acquire_lock(self.folder, self)
         try: self._begin(resumed_at)
         except BaseException:
-            self._let_go()
+            self._release()
             raise
 
     def _begin(self, resumed_at: int | None):
         "Make room, write down what is about to happen, and open the file that grows by a line a step"
         claim_links(self.folder)
-        tidy(self.folder)
+        remove_stale_files(self.folder)
         left = check_folder(self.config, resume=resumed_at is not None and 'auto', locked=True)  # a killed run's files may have come back
         if resumed_at is not None and is_run(self.folder) and read_manifest(self.folder) is None: note_files(self.folder, old_files(self.folder))
         old = [name for name in run_files(self.folder) if name.split('/')[0] in (*left, 'logs')] if left and resumed_at is None else []
@@ -344,9 +345,9 @@ class RunWriter:
         except FileNotFoundError: raise RunError(f'{self.folder} was deleted or replaced while the run wrote to it.') from None
         except OSError as error: raise RunError(describe_write_error(self.folder/METRICS, error)) from error
         self.last = step.step
-        if time.monotonic() - self.said > 1: self.say('training')
+        if time.monotonic() - self.said > 1: self.set_status('training')
 
-    def say(self,
+    def set_status(self,
         state: str, # one of the states of a run
         message: str = '' # one sentence for the reader
     ):
@@ -366,13 +367,13 @@ class RunWriter:
         "Write how the run ended, and let the folder go. Where even that fails, an error that is already on its way says why."
         if not self.is_open: return
         try:
-            self.say(state, message)
+            self.set_status(state, message)
             note_files(self.folder, [METRICS, *sorted(self._curves() - self.curves)])
         except (RunError, OSError):
             if state == 'completed': raise
-        finally: self._let_go()
+        finally: self._release()
 
-    def _let_go(self):
+    def _release(self):
         "Close the file and give the lock back"
         if self.metrics: self.metrics.close()
         stop_requested(self.folder)  # one that came too late is not for the next run
@@ -393,7 +394,7 @@ class Progress:
     pending: dict | None = None # the last step, while it is not yet evaluated and written down
 
     @property
-    def written_down(self) -> int:
+    def logged_steps(self) -> int:
         "Steps that stand in the run folder's metrics."
         return self.step - bool(self.pending)
 
@@ -464,14 +465,14 @@ class CheckpointManager:
             raise RunError(f'{self.config.output_dir} was begun with other settings, so going on would be another run: {"; ".join(changed)}. Put them back, or start anew in another output_dir; '
                            f'to go on from its adapter with what is new, use continue_from={str(self.config.output_dir)!r} there.')
         restore_adapter(self.model, path)
-        try: progress = self._take_back(state, path)
+        try: progress = self._restore_state(state, path)
         except RunError: raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
             raise RunError(f'{path/STATE} does not hold what this run needs to go on ({type(error).__name__}: {str(error).strip()[:150]}). Restore it from a copy, or start anew with overwrite_output_dir=True.') from error
         self.saved = path
         self.mark_step_done(**vars(progress))
 
-    def _take_back(self, state: dict, path: Path) -> Progress:
+    def _restore_state(self, state: dict, path: Path) -> Progress:
         "Optimizer, learning rate and chance as they were; what the config says of them stays as the config says it"
         own = [{name: value for name, value in group.items() if name != 'params'} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state['optimizer'])
@@ -498,7 +499,7 @@ class CheckpointManager:
         "The folder of the best adapter so far."
         return self.config.checkpoint_dir/f'best-{self.progress.best[1]}'
 
-    def judge(self,
+    def update_best(self,
         loss: float # on the held-out rows, after the last whole step
     ):
         "Keep the adapter if it is the best so far and the best is wanted."
@@ -512,7 +513,7 @@ class CheckpointManager:
                     note_folder(self.config.output_dir, place, temp)
         self.progress = replace(self.progress, best=best, waited=waited)
 
-    def renew_best(self,
+    def reevaluate_best(self,
         held_out: str, # `fingerprint_rows` of the held-out rows as they are now; empty: there are none
         evaluate: Callable[[], float] # the loss of the model on them
     ) -> str: # a sentence; empty where nothing had to change
@@ -526,7 +527,7 @@ class CheckpointManager:
         loss = self._loss_of_best(evaluate) if changed and self.tracks_best and self.has_best_adapter else math.nan
         self.progress = replace(self.progress, best=(loss, best[1]) if math.isfinite(loss) else None, waited=0)
         if not self.progress.best: return f'{why}, so the lowest is looked for anew'
-        if self.progress.step > best[1] and not self.progress.pending: self.judge(evaluate())
+        if self.progress.step > best[1] and not self.progress.pending: self.update_best(evaluate())
         self.mark_step_done()
         return f'{why}; on the new rows that adapter has {loss:.3f}, and this counts from here on'
 
@@ -552,7 +553,7 @@ class CheckpointManager:
         "Whether the held-out loss has not fallen for too many evaluations."
         return self.config.early_stopping_patience is not None and self.progress.waited >= self.config.early_stopping_patience
 
-    def finish(self,
+    def finalize(self,
         why: str = '' # somebody wanted it to end before its last step
     ) -> tuple[bool, str]: # whether the run has ended for good, and a sentence
         "Save what a run has come to, and go back to the best adapter where that is wanted."
@@ -567,7 +568,7 @@ class CheckpointManager:
             said.append(BEST_KEPT.format(self.progress.best[1]))
         return ended, '; '.join([*said, *[f'{trouble}'] * bool(trouble)])
 
-    def rescue(self,
+    def save_interrupted(self,
         writer: Any, # of the run folder
         why: str # "left", "interrupted" or "ended"
     ) -> str: # a sentence
@@ -580,8 +581,8 @@ class CheckpointManager:
         return f'{done}, which is saved; resume=True goes on'
 
 # %% ../nbs/11_checkpoint.ipynb #7eea6362
-class Stop:
-    "A wish to stop after the step that is being made. False until somebody has it."
+class StopRequest:
+    "A request to stop after the step that is being made; false until somebody makes it."
     def __init__(self): self.why = ''
     def __bool__(self): return bool(self.why)
     def __call__(self,
@@ -591,16 +592,16 @@ class Stop:
         self.why = self.why or why
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def signal_handlers(self) -> Iterator[None]:
         "Hear Ctrl-C and SIGTERM meanwhile; the second Ctrl-C is Python's usual one. Only the main thread can, others just go on."
         before = {number: signal.getsignal(number) for number in stop_signals()} if threading.current_thread() is threading.main_thread() else {}
         before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-        for number in before: signal.signal(number, self._hear)
+        for number in before: signal.signal(number, self._on_signal)
         try: yield
         finally:
             for number, handler in before.items(): signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: Any):
+    def _on_signal(self, number: int, frame: Any):
         "What a signal does"
         if self and number == signal.SIGINT: raise KeyboardInterrupt
         self('interrupted' if number == signal.SIGINT else f'told to end ({signal.Signals(number).name})')

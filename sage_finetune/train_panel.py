@@ -599,11 +599,11 @@ class TrainPanel(Panel):
         "Go on from the newest checkpoint. Raises `RunError` when there is nothing to go on with, or the recipe is another."
         self._begin(self.control.resume)
 
-    def _begin(self, wish: Callable, *args: Any):
+    def _begin(self, stop_request: Callable, *args: Any):
         "Start or resume, and watch"
         if self._comparing: raise RunError('a copy of this run is being compared with it. Wait until that is done.')
         with self._lock:
-            wish(*args)
+            stop_request(*args)
             self.clear_failure()
         self.watch()
 

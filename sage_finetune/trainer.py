@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .batches import BatchPlan, PlannedStep, dropout_disabled, collate, forget_lengths, count_target_tokens, plan_batches
-from .checkpoint import STATE, CheckpointManager, Progress, RunWriter, Stop, check_folder, checkpoints, fingerprint_rows, identity, newest_checkpoint, own_names
+from .checkpoint import STATE, CheckpointManager, Progress, RunWriter, StopRequest, check_folder, checkpoints, fingerprint_rows, identity, newest_checkpoint, own_names
 from .config import TrainingConfig, as_config, as_folder
 from .core.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
 from .core.processes import stop_requested
@@ -1040,7 +1040,7 @@ class LoRATrainer:
     ):
         self.config = copy.deepcopy(as_config(config, type(self).__name__)).check()
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.accelerator = self.report = self.batching = self.run = None
-        self.wish, self.inherited, self.base_weights, self.compiled, self._taken, self._checked = Stop(), '', '', False, None, None
+        self.stop_request, self.inherited, self.base_weights, self.compiled, self._taken, self._checked = StopRequest(), '', '', False, None, None
 
     def load_model_and_tokenizer(self):
         "Load the base model and its tokenizer into `model` and `tokenizer`."
@@ -1161,7 +1161,7 @@ class LoRATrainer:
     @property
     def progress(self) -> Progress:
         "How far the run is."
-        return self.run.keeper.progress if self.run else Progress()
+        return self.run.checkpoint_manager.progress if self.run else Progress()
 
     def _batches(self, dataset: Any, micro_batches: Any) -> DataLoader:
         "Tensors for micro-batches of lines of row numbers"
@@ -1226,7 +1226,7 @@ class LoRATrainer:
 
     def stop(self):
         "End the run after the step that is being made, saved; may be called from any thread."
-        self.wish()
+        self.stop_request()
 
     def describe(self) -> Plan:
         "What the run is going to do; measures one batch to say how long it takes."
@@ -1311,7 +1311,7 @@ class LoRATrainer:
         self.setup(resume)
         if show and is_main(): print(self.describe(), flush=True)
         result = TrainingResult(self.config.output_dir)
-        with contextlib.closing(self.steps(resume)) as steps, self.wish.listening():
+        with contextlib.closing(self.steps(resume)) as steps, self.stop_request.signal_handlers():
             handler.call_event('on_train_begin', self)
             for step in steps:
                 result.add(step)
@@ -1345,45 +1345,45 @@ class Run:
         trainer: LoRATrainer, # set up
         resume: bool | str = False # go on from the newest checkpoint in the run folder; "auto": if there is one
     ):
-        self.trainer, self.config, self.accelerator, self.batching, self.wish = trainer, trainer.config, trainer.accelerator, trainer.batching, trainer.wish
+        self.trainer, self.config, self.accelerator, self.batching, self.stop_request = trainer, trainer.config, trainer.accelerator, trainer.batching, trainer.stop_request
         self.resume, self.message, self.note, self.part, self.warnings = resume, '', '', '', []
         torch.manual_seed(self.config.seed + self.accelerator.process_index)  # dropout draws from here on
         about = identity(trainer.resolved_config(), trainer.dataset, trainer.model, self.accelerator.num_processes, trainer.base_weights)
-        self.keeper = CheckpointManager(self.config, len(trainer.plan), trainer.model, trainer.optimizer, trainer.schedule, self.accelerator, about)
+        self.checkpoint_manager = CheckpointManager(self.config, len(trainer.plan), trainer.model, trainer.optimizer, trainer.schedule, self.accelerator, about)
         if not (found := newest_checkpoint(self.config.checkpoint_dir) if resume else None): return
-        self.keeper.restore(*found)
-        if self.keeper.progress.pending: typed(self.keeper.progress.pending, Step, found[0]/STATE)
-        self.note = f'resumed after step {self.keeper.progress.step}'
-        self.batching.eval_halvings = self.keeper.progress.eval_halvings
-        if self.batching.halvings != self.keeper.progress.halvings: self.batching.draw(self.keeper.progress.halvings)
+        self.checkpoint_manager.restore(*found)
+        if self.checkpoint_manager.progress.pending: typed(self.checkpoint_manager.progress.pending, Step, found[0]/STATE)
+        self.note = f'resumed after step {self.checkpoint_manager.progress.step}'
+        self.batching.eval_halvings = self.checkpoint_manager.progress.eval_halvings
+        if self.batching.halvings != self.checkpoint_manager.progress.halvings: self.batching.draw(self.checkpoint_manager.progress.halvings)
 
     def steps(self) -> Iterator[Step]:
         "One after the other, the run folder is written on the way."
-        writer = RunWriter(self.trainer.resolved_config(), self.keeper.total, self.keeper.progress.written_down if self.resume else None) if is_main() else NullRunWriter()
+        writer = RunWriter(self.trainer.resolved_config(), self.checkpoint_manager.total, self.checkpoint_manager.progress.logged_steps if self.resume else None) if is_main() else NullRunWriter()
         state, message, loop = 'cancelled', '', self._loop()
         (spare_memory if self.config.gradient_checkpointing else retain_freed_memory)(self.accelerator.device)
         try:
-            renewed, before, first = self._renew_best(), adapter_digest(self.trainer.model), self.keeper.progress.step
+            renewed, before, first = self._renew_best(), adapter_digest(self.trainer.model), self.checkpoint_manager.progress.step
             if is_main(): self.trainer.check_plan()
             while not self._over():
-                with self.wish.listening(), neftune(self.trainer.model, self.config.neftune_noise_alpha):
+                with self.stop_request.signal_handlers(), neftune(self.trainer.model, self.config.neftune_noise_alpha):
                     if (step := next(loop, None)) is None: break
                     self._complete(step, writer)
                 writer.waiting = True
                 yield step
                 writer.waiting = False
-            ended, self.message = self.keeper.finish(self.wish.why)
+            ended, self.message = self.checkpoint_manager.finalize(self.stop_request.why)
             call_hook(self.trainer, 'save_model', self.config.lora_dir)
             self.message = '; '.join(filter(None, [self.message, renewed]))
-            if is_main() and self.keeper.progress.step > first: self.warnings = [*self.trainer.check_plan(), *self._suspicions(before)]
+            if is_main() and self.checkpoint_manager.progress.step > first: self.warnings = [*self.trainer.check_plan(), *self._suspicions(before)]
             state, message = 'completed' if ended else 'cancelled', '; '.join(filter(None, [self.message, *self.warnings]))
-        except GeneratorExit: message = self.keeper.rescue(writer, 'left')
+        except GeneratorExit: message = self.checkpoint_manager.save_interrupted(writer, 'left')
         except (Exception, KeyboardInterrupt) as error:
             state = 'cancelled' if isinstance(error, KeyboardInterrupt) else 'failed'
             error, message = self._explained(error, writer)
             raise error
         finally:
-            self.wish.why = ''
+            self.stop_request.why = ''
             loop.close()
             unpack_weights(self.trainer.engine)
             trim_memory(self.accelerator.device)
@@ -1398,38 +1398,38 @@ class Run:
     def _renew_best(self) -> str:
         "See whether the lowest held-out loss still counts; a sentence where it does not"
         held_out = self.trainer.eval_dataset
-        renewed = self.keeper.renew_best('' if held_out is None else fingerprint_rows(held_out), self._evaluate)
+        renewed = self.checkpoint_manager.reevaluate_best('' if held_out is None else fingerprint_rows(held_out), self._evaluate)
         self.note = '; '.join(filter(None, [self.note, renewed]))
         return renewed
 
     def _over(self) -> bool:
         "Whether the run ends before its last step; all processes agree on it"
-        if is_main() and stop_requested(self.config.output_dir): self.wish()
-        wished, = all_reduce_sum(self.accelerator, int(bool(self.wish)))
-        if wished: self.wish()
-        return bool(wished) or self.keeper.should_stop_early
+        if is_main() and stop_requested(self.config.output_dir): self.stop_request()
+        requested, = all_reduce_sum(self.accelerator, int(bool(self.stop_request)))
+        if requested: self.stop_request()
+        return bool(requested) or self.checkpoint_manager.should_stop_early
 
     def _loop(self) -> Iterator[Step]:
         "The steps still to come; where memory runs out and `auto_batch` allows it, the step is made again from smaller batches"
         while True:
             try:
-                batches = iter(self.trainer._batches(self.trainer.dataset, self.batching.part.micro_batches(self.keeper.progress.step)))
+                batches = iter(self.trainer._batches(self.trainer.dataset, self.batching.part.micro_batches(self.checkpoint_manager.progress.step)))
                 self.trainer.model.train()
-                if self.keeper.progress.pending: yield Step(**self.keeper.progress.pending)  # its gradient is in the adapter already
+                if self.checkpoint_manager.progress.pending: yield Step(**self.checkpoint_manager.progress.pending)  # its gradient is in the adapter already
                 one = self.trainer
-                yield from training_loop(self.batching.part, batches, one.loss, one.model, one.optimizer, one.schedule, self.accelerator, self.config.max_grad_norm, self.keeper.progress.step, self.keeper.progress.seconds)
+                yield from training_loop(self.batching.part, batches, one.loss, one.model, one.optimizer, one.schedule, self.accelerator, self.config.max_grad_norm, self.checkpoint_manager.progress.step, self.checkpoint_manager.progress.seconds)
                 return
             except Exception as error:
-                if not (self.trainer.may_halve(error) and self.keeper.is_unmodified and self.batching.halve(self.keeper.progress.step)): raise
+                if not (self.trainer.may_halve(error) and self.checkpoint_manager.is_unmodified and self.batching.halve(self.checkpoint_manager.progress.step)): raise
             self.note = f'memory ran out, so batches are half as large from here on ({self.batching})'
             self.trainer.optimizer.zero_grad()
             free()
-            self.keeper.rewind_rng()
+            self.checkpoint_manager.rewind_rng()
 
     def _complete(self, step: Step, writer: RunWriter | NullRunWriter):
         "What belongs to a step besides its gradient: it is evaluated, written down and saved where that is due"
         step.note, self.note = step.note or self.note, ''
-        self.keeper.mark_step_done(step=step.step, seconds=step.seconds, halvings=self.batching.halvings, pending=asdict(step))
+        self.checkpoint_manager.mark_step_done(step=step.step, seconds=step.seconds, halvings=self.batching.halvings, pending=asdict(step))
         if self.trainer.eval_dataset is not None and should_evaluate(self.trainer.plan, step.step, self.config.eval_steps):
             before = self.batching.eval_halvings
             step.eval_loss = self._evaluate()
@@ -1439,9 +1439,9 @@ class Run:
             if self.config.eval_prompts and is_main(): step.answers = self._in('eval_prompts', self.trainer.answers, self.config.eval_prompts)
         writer.add(step)
         if self.config.report_to != 'none': self.accelerator.log({name: value for name, value in asdict(step).items() if isinstance(value, (int, float))}, step=step.step)
-        if step.eval_loss is not None: self.keeper.judge(step.eval_loss)
-        self.keeper.progress.pending = None
-        if step.step % self.config.save_steps == 0: self.keeper.save()
+        if step.eval_loss is not None: self.checkpoint_manager.update_best(step.eval_loss)
+        self.checkpoint_manager.progress.pending = None
+        if step.step % self.config.save_steps == 0: self.checkpoint_manager.save()
 
     def _in(self, part: str, do: Callable, *given: Any) -> Any:
         "Do something in a part of the run that is named should memory run out there"
@@ -1453,12 +1453,12 @@ class Run:
     def _evaluate(self) -> float:
         "The loss on held-out rows; how small its batches had to be is remembered, whether or not that was enough"
         try: return self._in('evaluation', self.trainer.evaluate)
-        finally: self.keeper.progress = replace(self.keeper.progress, eval_halvings=self.batching.eval_halvings)
+        finally: self.checkpoint_manager.progress = replace(self.checkpoint_manager.progress, eval_halvings=self.batching.eval_halvings)
 
     def _explained(self, error: BaseException, writer: RunWriter | NullRunWriter) -> tuple[BaseException, str]:
         "An error as one to put right, where it is one, and the sentence for the run folder; what can be saved is saved"
-        if isinstance(error, KeyboardInterrupt): return error, self.keeper.rescue(writer, 'interrupted')
-        after, error = self.keeper.rescue(writer, 'ended'), self._memory_error(error) if out_of_memory(error) else explain_distributed_error(error, self.accelerator.num_processes)
+        if isinstance(error, KeyboardInterrupt): return error, self.checkpoint_manager.save_interrupted(writer, 'interrupted')
+        after, error = self.checkpoint_manager.save_interrupted(writer, 'ended'), self._memory_error(error) if out_of_memory(error) else explain_distributed_error(error, self.accelerator.num_processes)
         said = f'{error}' if isinstance(error, FinetuneError) else f'{type(error).__name__}: {error}'
         if isinstance(error, FinetuneError): error.args = (f'{error} The run {after}.',)
         return error, f'{said} The run {after}.'
@@ -1467,11 +1467,11 @@ class Run:
         "Where memory ran out, and what would have been enough"
         size, accumulation = self.batching.batch
         config, device = replace(self.config, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation), self.accelerator.device.type
-        planned = self.batching.part[min(self.keeper.progress.step, len(self.batching.part) - 1)]
+        planned = self.batching.part[min(self.checkpoint_manager.progress.step, len(self.batching.part) - 1)]
         if self.part:
             lengths, processes = token_lengths(self.trainer.eval_dataset), self.accelerator.num_processes
-            return evaluation_memory_error(self.part, self.keeper.progress.step, self.config, error, lengths, processes)
-        return memory_error(self.keeper.progress.step + 1, planned, config, error, memory_budget(device), lengths=self.trainer.plan.lengths, device=device)
+            return evaluation_memory_error(self.part, self.checkpoint_manager.progress.step, self.config, error, lengths, processes)
+        return memory_error(self.checkpoint_manager.progress.step + 1, planned, config, error, memory_budget(device), lengths=self.trainer.plan.lengths, device=device)
 
 # %% ../nbs/13_trainer.ipynb #afbc00b5
 def train_from_meta(

@@ -11,7 +11,7 @@ import pytest
 
 from helpers import copy, prepared, recipe, tree, write_rows
 from sage_finetune import LoRATrainer, TrainingConfig, merge
-from sage_finetune.checkpoint import RunWriter, check_folder, tidy
+from sage_finetune.checkpoint import RunWriter, check_folder, remove_stale_files
 from sage_finetune.core.errors import FinetuneError, RunError
 from sage_finetune.core.places import MANIFEST, bring_back, is_own_name, note_files, own_files, put_aside, read_manifest, remove_own, why_protected
 from sage_finetune.core.storage import atomic_directory
@@ -230,7 +230,7 @@ def test_a_kill_while_overwriting_loses_nothing(run, tmp_path):
     before = {name: value for name, value in tree(mine).items() if value}
     assert subprocess.run([sys.executable, "-c", KILLED, str(mine)], timeout=120).returncode == 9
     assert not (mine/"metrics.jsonl").exists()
-    tidy(mine)
+    remove_stale_files(mine)
     assert {name: value for name, value in tree(mine).items() if value} == before
 
 
@@ -257,7 +257,7 @@ def test_only_files_that_are_put_aside_come_back(tmp_path, name, there):
     folder = put(tmp_path/"run", f".replaced-abcdefgh/{name}", content="evil")
     if there: put(folder, name)
     before = tree(folder)
-    tidy(folder)
+    remove_stale_files(folder)
     assert tree(folder) == before
 
 
@@ -267,7 +267,7 @@ def test_what_somebody_wrote_meanwhile_stays(run, tmp_path, name):
     "What lies aside stays too, and both are named"
     mine = put(copy(run, tmp_path/"run"), name)
     put(mine, f".replaced-abcdefgh/{name}", ".replaced-abcdefgh/lora_weights/LICENSE.txt", content="evil")
-    _, said = quiet(tidy, mine)
+    _, said = quiet(remove_stale_files, mine)
     assert (mine/name).read_text() == "mine" and (mine/".replaced-abcdefgh"/name).read_text() == "evil" and name in said and ".replaced-abcdefgh" in said
     assert (mine/"lora_weights"/"LICENSE.txt").read_text() == "evil"  # the stranger's own, where nothing was
 
@@ -279,7 +279,7 @@ def test_what_the_killed_program_had_written_gives_way(run, tmp_path, name):
     old = (mine/name).read_bytes()
     (mine/".replaced-abcdefgh"/name).parent.mkdir(parents=True)
     (mine/".replaced-abcdefgh"/name).write_bytes(old + b" ")
-    _, said = quiet(tidy, mine)
+    _, said = quiet(remove_stale_files, mine)
     assert (mine/name).read_bytes() == old + b" " and said == "" and not (mine/".replaced-abcdefgh").exists()
 
 
@@ -303,7 +303,7 @@ def test_nothing_comes_back_through_a_link(tmp_path, kind):
     name = (link.removeprefix("real/") if real else link) + below
     put(aside, name, content="evil")
     before = tree(victim), tree(folder)
-    quiet(tidy, folder)
+    quiet(remove_stale_files, folder)
     assert (tree(victim), tree(folder)) == before
 
 
@@ -317,7 +317,7 @@ def test_what_lay_aside_behind_a_link_comes_back(tmp_path):
         if own: claim_links(folder)
         put(scratch, ".replaced-abcdefgh/checkpoint-1/state.safetensors", ".replaced-abcdefg1.done/checkpoint-2/state.safetensors", ".checkpoint-9.abcdefgh.part/x", ".checkpoint-8.abcdefgh.old/x")
         before = tree(scratch)
-        tidy(folder)
+        remove_stale_files(folder)
         if own: assert {path for path, value in tree(scratch).items() if value} == {".linked_part.json", "checkpoint-1/state.safetensors", "checkpoint-8/x"}
         else: assert tree(scratch) == before
 
@@ -331,14 +331,14 @@ def test_tidying_goes_through_no_link(run, tmp_path, name):
     if (mine/name).is_dir(): shutil.rmtree(mine/name)
     (mine/name).symlink_to(victim)
     before = tree(victim)
-    quiet(tidy, mine)
+    quiet(remove_stale_files, mine)
     assert tree(victim) == before
 
 
 def test_tidying_leaves_an_editors_files(tmp_path):
     names = (".status.json.swp", ".lora_weights.original/adapter_model.safetensors", ".metrics.jsonl.backup12", ".checkpoint-3.old/x", ".training_config.json.bak")
     folder = put(tmp_path/"run", *names)
-    tidy(folder)
+    remove_stale_files(folder)
     assert all((folder/name).read_text() == "mine" for name in names)
 
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from helpers import metrics, prepared, status
 
-from sage_finetune.checkpoint import RunWriter, Stop
+from sage_finetune.checkpoint import RunWriter, StopRequest
 from sage_finetune.core.errors import RunError
 from sage_finetune.core.processes import STOP_REQUEST, ask_to_stop, detached, holds_lock, request_stop, stop_requested, stop_signals, wait_for, was_killed
 from sage_finetune.core.storage import atomic_directory, replace_path, write_atomic
@@ -181,8 +181,8 @@ def test_the_signal_that_only_windows_has(monkeypatch):
     "SIGBREAK asks for an end like SIGTERM, also of a run"
     monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
     assert stop_signals() == [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-    stop = Stop()
-    with stop.listening():
+    stop = StopRequest()
+    with stop.signal_handlers():
         os.kill(os.getpid(), signal.SIGUSR1)
         for _ in range(1000):
             if stop: break
