@@ -47,6 +47,37 @@ INSTALLED_AS = {"IPython": "ipython"}
 EXTRAS = {"tensorboard", "wandb"}
 # These import no torch: a form, a prompt, a run folder or a corpus is looked at, and the command line helps, without waiting seconds.
 LIGHT = ("config", "tokens", "template", "prompt", "rows", "files", "runs", "tasks", "diagnosis", "panel", "form", "world", "cli")  # and all of core
+# Names that were private to this project, and the field's: nobody takes them up again.
+RETIRED = dict(pair.split("=") for pair in """
+_alike_layers=_identical_layers _can_go_on=_check_continuable _Chance=_EpochShuffler _Copies=_ForkPool _dealt=_assign_to_ranks
+_does_the_same=_outputs_match _Draw=_GumbelNoise _drawn_out=_extrapolate_layers _each_sample=_varlen_attention
+_frozen_chance=_legacy_rng _Gate=_GatedMLP _Halted=_Cancelled _heard_between_layers=_interruptible
+_is_plain_adapter=_is_vanilla_lora _last_words=_last_error_line _lean_adapter=_fused_lora_forward
+_lean_gate=_fused_gated_mlp_forward _lean_norm=_fused_rms_norm_forward _looks_like=_matching_fused_forward
+_loss_and_slopes=_loss_and_grad_logits _Making=_StreamingGeneration _meetings=_lsh_candidates _mix_samples=disable_varlen
+_Mould=_ShapeCache _on_trial=_check_mode _reading_samples=_varlen_mode _ready_to_learn=_prepare_for_training _Recipe=_BatchArgs
+_rehearse=_trace_step _retire=_detach _same_pace=_is_comparable _sample_slopes=_attention_backward _samples_apart=_varlen_sdpa
+_ShortAttention=_VarlenAttention _Stage=_DryRun _surroundings=_process_env _unlearnt=_mask_labels _what_is_wrong=_why_rejected
+adapter_strength=adapter_scale answers_directly=disable_thinking_by_default Audience=CallbackHandler
+back_to_the_start_of_the_step=rewind_rng Batching=BatchPlanner BitsDial=QuantizationControl Bystander=NullRunWriter
+cheapest_fix=cheapest_reduction chunked_loss=chunked_cross_entropy data_remarks=report_rows earlier_pace=previous_step_time
+empty_model=build_meta_model evaluation_due=should_evaluate fields_row=flex_row find_leak=check_cross_contamination
+find_model=resolve_model folder_atomic=atomic_directory forget_models=clear_model_cache free_memory=available_memory
+go_on_with=prepare_resume hand_back=trim_memory help_phrases=field_help is_learnt=is_trained_on keep_memory=retain_freed_memory
+keep_samples_apart=enable_varlen Keeper=CheckpointManager learnt_tokens=count_target_tokens lengths_of=token_lengths
+likeliest_answers=greedy_generate line_html=alert_html line_layout=batch_layout longest_lines=largest_micro_batch
+make_lean=apply_fused_forwards make_plain=restore_forwards make_room=resize_embeddings make_schedule=make_lr_scheduler
+make_talk=prepare_conversation MemoryCount=MemoryTracker MemoryProcess=MemoryWorker never_stopped=uninterrupted_losses
+open_run=load_run pace_line=progress_line packing_path=detect_packing_mode PackingPath=PackingMode
+pass_seconds=time_forward_backward patience_is_over=should_stop_early plain_outcome=reference_loss_and_grad process_gone=is_stale
+read_shape=load_model_config readable_rows=iter_valid_rows refuse_taken=ensure_empty renew_best=reevaluate_best
+run_at_work=active_run run_here=run_in_foreground RunningMean=EMA said_by=error_message shared_model=load_cached_model
+shown_text=escape_text size_text=format_bytes standing_line=status_line StandIns=Placeholders still_works=is_running
+STRONGEST=MAX_SCALE sum_gradients=all_reduce_grads sum_over_processes=all_reduce_sum TalkView=ConversationView Ticker=RepeatingTimer
+token_shift=logprob_diff TOKENS_AT_ONCE=MICRO_BATCH_TOKENS TokenShift=TokenLogprobDiff trained_tokens=new_token_ids
+try_engine=check_equivalence wants_best=tracks_best whole_room=memory_budget why_fixed=adapter_locked_reason
+why_unwritable=describe_write_error words_of=alt_text
+""".split())
 COPIED = ("nbs", PACKAGE, "tests", "benchmarks", ".ci", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "README.md",
     "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE")
 
@@ -406,6 +437,14 @@ def _parameter_gaps(node, name, said, helped, method):
     return missing + [f"{name} has two parameters in line {line}" for line in sorted({line for line in lines if lines.count(line) > 1})]
 
 
+def retired_names(root):
+    "Names that were given up for the field's own, in a page, a test or a benchmark"
+    texts = {path: code_of(load(path)) for path in notebooks(root)}
+    texts |= {path: path.read_text(encoding="utf-8") for folder in ("tests", "benchmarks") for path in (root/folder).rglob("*.py") if path.name not in ("house.py", "test_house.py")}
+    word = re.compile(r"(?<!\w)(" + "|".join(RETIRED) + r")(?!\w)")
+    return [f"{path.relative_to(root)} says {name}; the field's word is {RETIRED[name]}" for path, text in texts.items() for name in sorted({*word.findall(text)})]
+
+
 def stale_readme(root):
     "README.md or its pictures differ from nbs/index.ipynb"
     done = subprocess.run([sys.executable, ".ci/docs.py", "--check"], cwd=root, capture_output=True, text=True, timeout=120)
@@ -448,7 +487,7 @@ def foreign_addresses(root):
 def all_guards():
     "Every guard by name; the last two run over all rooms, where libraries do things of their own"
     plain = (exports_out_of_sync, not_clean, widget_state, absolute_paths, unmatched, unintroduced, upward_imports, forbidden_imports, heavy_rooms,
-        heavy_package, side_effects, unsafe_text, undocumented, stale_readme, metadata_faults)
+        heavy_package, side_effects, unsafe_text, undocumented, retired_names, stale_readme, metadata_faults)
     return {guard.__name__: guard for guard in plain} | {"side_effects_of_all_rooms": lambda root: side_effects(root, sorted(modules(root)), NOT_OURS)}
 
 

@@ -115,6 +115,8 @@ FAULTS = {
     "a program heard in the locale's encoding": ("unsafe_text", "says no encoding", lambda copy: append(module(copy), "\nplanted = lambda: subprocess.run([], text=True)\n")),
     "markup escaped by hand": ("unsafe_text", "escapes markup itself", lambda copy: append(module(copy), "\nfrom html import escape\n")),
     "a table for a spreadsheet": ("unsafe_text", "writes a table for a spreadsheet", lambda copy: append(module(copy), "\nplanted = lambda table: table.to_csv('x')\n")),
+    "a name that was given up": ("retired_names", "00_config.ipynb says Bystander; the field's word is NullRunWriter", lambda copy: add_cell(config(copy), code_cell("class Bystander: pass"))),
+    "the same in a test": ("retired_names", "tests/helpers.py says open_run", lambda copy: append(copy/"tests/helpers.py", "\nfrom sage_finetune import open_run\n")),
     "a function without docstring": ("undocumented", "planted has no docstring", lambda copy: append(module(copy), "\ndef planted(): return 1\n")),
     "a parameter without phrase": ("undocumented", "planted(first) has no phrase",
         lambda copy: append(module(copy), "\ndef planted(\n    first: int,\n    second: int, # said\n):\n    'Said.'\n")),
