@@ -54,7 +54,7 @@ def adapter_size(rank=8, shape=SHAPE):
     return shape["num_hidden_layers"] * sum(rank * (one + other) for one, other in linear_layers(shape))
 
 
-def flops(tokens, learnt, rank=8, shape=SHAPE):
+def flops(tokens, target_tokens, rank=8, shape=SHAPE):
     """The operations a LoRA step over all linear layers cannot do without, two for each multiplication and addition.
 
     A token costs 2 N forward and 2 N backward (towards its input; frozen weights N have no gradient of their own), 6 A for an adapter of A
@@ -62,7 +62,7 @@ def flops(tokens, learnt, rank=8, shape=SHAPE):
     this length), norms and the optimizer are left out; so is whatever a program computes twice or for padding.
     """
     weights = shape["num_hidden_layers"] * sum(one * other for one, other in linear_layers(shape))
-    return tokens * (4 * weights + 6 * adapter_size(rank, shape)) + learnt * 4 * shape["vocab_size"] * shape["hidden_size"]
+    return tokens * (4 * weights + 6 * adapter_size(rank, shape)) + target_tokens * 4 * shape["vocab_size"] * shape["hidden_size"]
 
 
 # ---- the rows ---------------------------------------------------------------------------------------------------------

@@ -443,7 +443,7 @@ class BatchView:
 def _token_line(batch: dict, number: int, tokenizer: Any) -> TokenLine:
     "One line of a batch"
     ids, labels, segments = (batch[name][number].tolist() for name in ('input_ids', 'labels', 'segments'))
-    kinds = ['padding' if not segment else 'context' if label == -100 else 'learnt' for label, segment in zip(labels, segments)]
+    kinds = ['padding' if not segment else 'context' if label == -100 else 'target' for label, segment in zip(labels, segments)]
     borders = [at for at in range(1, len(ids)) if segments[at] and segments[at] != segments[at - 1]]
     return TokenLine(ids, labels, tokenizer, kinds, [f'sample {segment}' for segment in segments], weights=[float(label != -100) for label in labels], borders=borders, title=f'line {number + 1}')
 
@@ -573,17 +573,17 @@ class LongTrial(NamedTuple):
     "Samples that go beyond a limit of a model."
     limit: Limit # the one
     sizes: tuple # tokens of the samples A, B, C, D
-    learnt: int # this many of the last tokens of B
+    target_tokens: int # this many of the last tokens of B
     padding: int # columns behind B in a padded batch
     refusal: str # why it is not tried, in words; empty: it is
 
-def _long_trial(model: torch.nn.Module, limit: Limit, sizes: tuple, learnt: int, padding: int, longer: str) -> LongTrial:
+def _long_trial(model: torch.nn.Module, limit: Limit, sizes: tuple, target_tokens: int, padding: int, longer: str) -> LongTrial:
     "A trial, or why it is too much"
     tokens, weights = sum(sizes), next(model.parameters())
     work = tokens * (sum(p.numel() for p in model.parameters()) + 1000. * tokens)  # each pair of tokens counts, too
     affordable = work <= TRIAL_WORK * FASTER.get(weights.device.type, 1)
     refusal = '' if affordable else f'{limit} is shorter than {longer}, and {tokens} tokens are too many to try'
-    return LongTrial(limit, sizes, learnt, padding, refusal)
+    return LongTrial(limit, sizes, target_tokens, padding, refusal)
 
 def long_trials(
     model: torch.nn.Module, # a causal language model
@@ -662,7 +662,7 @@ def planted(
     ids[1] = torch.where(ids[0] == ids[1], vocabulary // 8, ids[1])
     draws = [[dict(input_ids=one.tolist(), labels=one.tolist()) for one in draw.split(sizes)] for draw in ids]
     if trial:
-        before = sizes[1] - trial.learnt  # the same either way
+        before = sizes[1] - trial.target_tokens  # the same either way
         for _, one, *_ in draws: one['labels'][:before] = [-100] * before
     return draws
 

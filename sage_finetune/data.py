@@ -83,7 +83,7 @@ def _up_to(example: RenderedExample, end: int, start: int = 0) -> RenderedExampl
 
 def _without_tail(example: RenderedExample, max_length: int) -> RenderedExample:
     "The example without what stands behind its last learnt token, when that alone is too much"
-    end = max((turn.end for turn in example.turns if turn.learnt), default=0)
+    end = max((turn.end for turn in example.turns if turn.is_target), default=0)
     return _up_to(example, end) if end <= max_length < len(example.ids) and end else example
 
 def _pieces(example: RenderedExample, max_length: int) -> list[RenderedExample]:
@@ -95,7 +95,7 @@ def _pieces(example: RenderedExample, max_length: int) -> list[RenderedExample]:
 # %% ../nbs/06_data.ipynb #4ceafc63
 def _stops(examples: list[RenderedExample], max_length: int) -> list[int]:
     "How many messages to keep, largest first: up to each learnt answer that stands within max_length, as do all before it"
-    turns = sorted({(turn.message, turn.end) for example in examples for turn in example.turns if turn.learnt})
+    turns = sorted({(turn.message, turn.end) for example in examples for turn in example.turns if turn.is_target})
     return [message + 1 for message, _ in itertools.takewhile(lambda turn: turn[1] <= max_length, turns)][::-1]
 
 def _shortened(sample: Sample, examples: list[RenderedExample], max_length: int, renderer: Renderer) -> TruncationResult:
@@ -159,14 +159,14 @@ class Counts:
     "Examples of one side, training or held out."
     examples: int = 0 # how many
     tokens: int = 0 # of all of them
-    learnt: int = 0 # tokens with a label
+    target_tokens: int = 0 # tokens with a label
     longest: int = 0 # tokens of the longest
 
     def count(self,
         other: 'Counts' # of more examples
     ):
         "Count more examples."
-        for name in ('examples', 'tokens', 'learnt'): setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ('examples', 'tokens', 'target_tokens'): setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
 
 class Note(NamedTuple):
@@ -196,7 +196,7 @@ class LongRow:
         tokenizer: Any # the vocabulary of the ids
     ) -> TokenLine: # what was kept and what was cut, near the cut
         "The tokens around the cut, to look at."
-        kinds = ['cut' if at >= self.cut_at else 'context' if label == -100 else 'learnt' for at, label in enumerate(self.labels)]
+        kinds = ['cut' if at >= self.cut_at else 'context' if label == -100 else 'target' for at, label in enumerate(self.labels)]
         return TokenLine(self.ids, self.labels, tokenizer, kinds=kinds, title=str(self))
 
 # %% ../nbs/06_data.ipynb #de8bd63d
@@ -233,7 +233,7 @@ class DataReport(Counts):
     long_rows: list[LongRow] = field(default_factory=list) # the first few of each kind
     unrolled: int = 0 # conversations made into several examples, because the template rewrites earlier turns
     unrolled_to: int = 0 # examples made of those
-    silent: int = 0 # examples without a learnt token, left out
+    without_targets: int = 0 # examples without a learnt token, left out
     notes: dict[str, Note] = field(default_factory=dict) # what was noticed or changed -> how often and where first
     unread: dict[str, str] = field(default_factory=dict) # fields that are not read -> the first thing they hold
     said: list[str] = field(default_factory=list) # sentences about the data as a whole
@@ -276,7 +276,7 @@ def add_report(
     "Add up two reports; the lists of rows keep their beginnings."
     report.count(piece)
     report.held_out.count(piece.held_out)
-    for name in ('rows', 'bad', 'untrained', 'turns_cut', 'unrolled', 'unrolled_to', 'silent'): setattr(report, name, getattr(report, name) + getattr(piece, name))
+    for name in ('rows', 'bad', 'untrained', 'turns_cut', 'unrolled', 'unrolled_to', 'without_targets'): setattr(report, name, getattr(report, name) + getattr(piece, name))
     report.bad_rows += piece.bad_rows[:_KEPT_BAD - len(report.bad_rows)]
     for row in piece.long_rows: _note_long(report, row)
     for what, count in piece.overlong.items(): report.overlong[what] = report.overlong.get(what, 0) + count
@@ -292,14 +292,14 @@ def report_line(
     report: DataReport # of some data
 ) -> str:
     "What became of the rows, on one line."
-    share = report.learnt / max(report.tokens, 1)
-    said = [f'{_many(report.examples, "example")}, {report.tokens:,} tokens, {report.learnt:,} of them learnt ({share:.0%}), longest {report.longest:,}']
+    share = report.target_tokens / max(report.tokens, 1)
+    said = [f'{_many(report.examples, "example")}, {report.tokens:,} tokens, {report.target_tokens:,} of them learnt ({share:.0%}), longest {report.longest:,}']
     if report.held_out.examples: said.append(f'held out: {report.held_out.examples:,}')
     said += [f'{_WHAT[what]}: {count:,}' + f' ({_many(report.turns_cut, "turn")})' * (what == 'shortened') for what, count in report.overlong.items()]
     if report.bad: said.append(f'bad rows skipped: {report.bad:,} of {report.rows:,}')
     if report.untrained: said.append(f'left out, as they say themselves that they are not to be learnt: {_many(report.untrained, "row")}')
     if report.unrolled: said.append(f'made into several examples, as the template rewrites earlier turns: {_many(report.unrolled, "conversation")} into {report.unrolled_to:,}')
-    if report.silent: said.append(f'left out for want of anything to learn: {report.silent:,}')
+    if report.without_targets: said.append(f'left out for want of anything to learn: {report.without_targets:,}')
     return '; '.join(said)
 
 # %% ../nbs/06_data.ipynb #307dcc51
@@ -403,7 +403,7 @@ class Made:
 def _check_stops(raw: RawRow, example: RenderedExample, stops: set[int]):
     "Each learnt turn must end in a token that ends it"
     for turn in example.turns:
-        if turn.learnt and (turn.end == turn.start or example.labels[turn.end - 1] not in stops):
+        if turn.is_target and (turn.end == turn.start or example.labels[turn.end - 1] not in stops):
             raise DataError(f'{raw.place()}: an answer does not end in a stop token, so a model tuned on it would never stop. Mend the chat template.')
 
 def _fit_in(report: DataReport, raw: RawRow, sample: Sample, examples: list[RenderedExample], maker: 'Preprocessor') -> list[RenderedExample]:
@@ -475,7 +475,7 @@ def _take_examples(made: Made, raw: RawRow, sample: Sample, examples: list[Rende
     columns = made.columns[settings.eval_ratio > 0 and prompt_key(sample) < settings.eval_ratio]
     for example in examples:
         if example.labels.count(-100) < len(example.labels): columns.add(example, raw.number if raw.file.endswith('.json') else raw.line)
-        else: report.silent += 1
+        else: report.without_targets += 1
 
 # %% ../nbs/06_data.ipynb #f52b64fc
 def ordered_map(
@@ -571,7 +571,7 @@ def _judge(report: DataReport, maker: Preprocessor, folder: Path) -> DataReport:
         report.said.append(f'eval_ratio={ratio:g} would hold out every question, so none is held out. Name a file of held-out rows to evaluate on.')
     elif ratio and not held.examples:
         report.said.append(f'eval_ratio={ratio:g} holds out none of these questions. Name a file of held-out rows to evaluate on, or add rows.')
-    if not report.learnt: raise DataError(f'{report.source}: {_nothing(report)}')
+    if not report.target_tokens: raise DataError(f'{report.source}: {_nothing(report)}')
     if not report.held_out.examples: (folder/EVALUATION).unlink(missing_ok=True)
     if not report.bad: (folder/BAD_ROWS).unlink()
     report.unread = redact_object(report.unread)
@@ -714,11 +714,16 @@ def report_to_dict(
     "A report as plain values."
     return asdict(report)
 
+_OLD_NAMES = dict(learnt='target_tokens', silent='without_targets')  # as version 0.1.0 wrote them
+
+def _renamed(content: dict) -> dict: return {_OLD_NAMES.get(name, name): value for name, value in content.items()}
+
 def report_from_dict(
     content: dict # made by `report_to_dict`
 ) -> DataReport:
     "A report back from plain values."
-    given = dict(held_out=Counts(**content['held_out']), bad_rows=[BadRow(**row) for row in content['bad_rows']],
+    content = _renamed(content)
+    given = dict(held_out=Counts(**_renamed(content['held_out'])), bad_rows=[BadRow(**row) for row in content['bad_rows']],
                  long_rows=[LongRow(**row) for row in content['long_rows']], notes={kind: Note(*values) for kind, values in content['notes'].items()})
     report = DataReport(**content | given)
     wrong = [name for made in (report, report.held_out) for name, plain in vars(type(made)()).items() if isinstance(plain, (int, str, list, dict)) and type(getattr(made, name)) is not type(plain)]

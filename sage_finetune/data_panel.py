@@ -53,8 +53,8 @@ def messages_html(
     parts, left = [], letters
     if sample.tools: turns = [dict(role='tools', content=json.dumps(sample.tools, ensure_ascii=False, indent=1, default=str)), *turns]
     for turn in turns[:MOST_MESSAGES]:
-        text, learnt = message_text(turn), '' if turn.get('weight', 1) else ' <i>(not learnt)</i>'
-        parts.append(_turn_html(f'{sanitize_html(turn["role"])}{learnt}', escape_text(text, max(left, 100))))
+        text, note = message_text(turn), '' if turn.get('weight', 1) else ' <i>(not trained on)</i>'
+        parts.append(_turn_html(f'{sanitize_html(turn["role"])}{note}', escape_text(text, max(left, 100))))
         left -= len(text)
     more = len(turns) - MOST_MESSAGES
     return ''.join(parts) + (f'<div><i>… {more:,} more messages</i></div>' if more > 0 else '')
@@ -104,10 +104,10 @@ def decoded_row(
     tokenizer: Any # made the ids
 ) -> Sample: # its stretches, read and learnt, in turn
     "A prepared row as text, where its source is out of reach."
-    ids, learnt = example['input_ids'], [label != -100 for label in example['labels']]
-    edges = [0, *(at for at in range(1, len(ids)) if learnt[at] != learnt[at - 1]), len(ids)]
+    ids, is_target = example['input_ids'], [label != -100 for label in example['labels']]
+    edges = [0, *(at for at in range(1, len(ids)) if is_target[at] != is_target[at - 1]), len(ids)]
     texts = decoded([ids[start:end] for start, end in zip(edges, edges[1:])], tokenizer)
-    return Sample([dict(role='learnt' if learnt[start] else 'read', content=text.strip('\n')) for start, text in zip(edges, texts)], None, None, [])
+    return Sample([dict(role='trained on' if is_target[start] else 'read', content=text.strip('\n')) for start, text in zip(edges, texts)], None, None, [])
 
 # %% ../nbs/24_data_panel.ipynb #c49c7a18
 def lengths_picture(

@@ -38,8 +38,8 @@ def cross_entropy_sum(
     labels: Tensor # int64 (lines, longest), -100 where not learnt
 ) -> Tensor: # scalar, in 32 bits
     "Cross-entropy summed over the learnt tokens, in nats."
-    learnt = labels[:, 1:] != -100                        # (lines, longest - 1)
-    return F.cross_entropy(logits[:, :-1][learnt].float(), labels[:, 1:][learnt], reduction='sum')
+    is_target = labels[:, 1:] != -100                        # (lines, longest - 1)
+    return F.cross_entropy(logits[:, :-1][is_target].float(), labels[:, 1:][is_target], reduction='sum')
 
 # %% ../nbs/09_engine.ipynb #314dc7b0
 def _loss_and_grad_logits(
@@ -107,10 +107,10 @@ def chunked_cross_entropy(
     packed: PackedWeight | None = None # the weight, packed
 ) -> Tensor: # scalar, in 32 bits
     "Cross-entropy summed over the learnt tokens, in nats, without ever holding all logits; equal to `cross_entropy_sum` of them."
-    learnt = labels != -100
+    is_target = labels != -100
     chunk = chunk or max(1, 3 * 2**25 // (len(weight) * weight.element_size()) // PAD_MULTIPLE) * PAD_MULTIPLE
     if packed and not packed.matches(weight): packed = None
-    return _ChunkedLoss.apply(hidden[learnt].to(weight.dtype), weight, bias, labels[learnt], softcap, scale, chunk, packed)
+    return _ChunkedLoss.apply(hidden[is_target].to(weight.dtype), weight, bias, labels[is_target], softcap, scale, chunk, packed)
 
 # %% ../nbs/09_engine.ipynb #5546bdff
 class Head(NamedTuple):

@@ -162,13 +162,13 @@ _EMPTY_NOTES = ('an empty thinking block stands before an answer: ask the tuned 
 def _plan(talk: Conversation, text: str, count: int, answers: list[_Answer], wanted: set[int]) -> _Plan:
     "Those answers that stand in `text` as they would when they are generated"
     here = [answer for answer in answers if answer.message < count and text.startswith(answer.text[:answer.end])]
-    turns = [(one.message, begin, one.end, one.message in wanted, learnt) for one in here for begin, learnt in [_learnt_from(talk, one)]]
+    turns = [(one.message, begin, one.end, one.message in wanted, is_target) for one in here for begin, is_target in [_target_start(talk, one)]]
     notes = [*talk.notes, *(note for one in here if one.message in wanted or not one.whole for note in one.notes)]
-    notes += [_EMPTY_NOTES[begin == one.start] for (_, begin, _, learnt, first), one in zip(turns, here) if learnt and first > one.start]
+    notes += [_EMPTY_NOTES[begin == one.start] for (_, begin, _, is_target, first), one in zip(turns, here) if is_target and first > one.start]
     return _Plan(text, turns, count, talk.marks, list(dict.fromkeys(notes)))
 
 # %% ../nbs/03_prompt.ipynb #0cbb5679
-def _learnt_from(talk: Conversation, answer: _Answer) -> tuple[int, int]:
+def _target_start(talk: Conversation, answer: _Answer) -> tuple[int, int]:
     "Where generation begins and where learning begins; the latter may be behind an empty thinking block"
     text, start = answer.text, answer.start
     block = next((o for o in EMPTY_THINKING.finditer(text, max(0, start - 64), answer.end) if o.end() > start), None)
@@ -226,7 +226,7 @@ def _has_silent_part(talk: Conversation, at: int, whole: str) -> bool:
 def _plans(talk: Conversation, single: bool = False) -> list[_Plan]:
     "Examples in which each answer is learnt once; `single`: only the one of the whole conversation"
     answers = [_answer(talk, at) for at, message in enumerate(talk.messages) if message.get('role') == 'assistant']
-    wanted, count, found = {one.message for one in answers if one.whole and talk.learnt[one.message]}, len(talk.messages), []
+    wanted, count, found = {one.message for one in answers if one.whole and talk.is_target[one.message]}, len(talk.messages), []
     text = answers[-1].text if answers and answers[-1].message == count - 1 else talk.text()
     while True:
         plan = _plan(talk, text, count, answers, wanted)
@@ -316,7 +316,7 @@ class Turn(NamedTuple):
     start: int # position of its first token, where generation begins
     end: int # position behind its stop token
     message: int # its number in the conversation
-    learnt: bool # whether this example teaches it
+    is_target: bool # whether this example teaches it
 
 # %% ../nbs/03_prompt.ipynb #7aeb0a2a
 @dataclass(repr=False)
@@ -369,9 +369,9 @@ def _assembled(plan: _Plan, edges: list[int], coded: list[list[int]], form: Chat
     while form.bos is not None and ids[extra:extra + 2] == [form.bos, form.bos]: extra += 1  # a doubled beginning counts once
     ids, places = ids[extra:], dict(zip(edges, accumulate(map(len, coded), initial=-extra)))
     labels, turns = [-100] * len(ids), []
-    for message, start, end, learnt, first in plan.turns:
-        turns.append(Turn(places[start], places[end], message, learnt))
-        if learnt: labels[places[first]:places[end]] = ids[places[first]:places[end]]
+    for message, start, end, is_target, first in plan.turns:
+        turns.append(Turn(places[start], places[end], message, is_target))
+        if is_target: labels[places[first]:places[end]] = ids[places[first]:places[end]]
     return RenderedExample(ids, labels, turns, form.tokenizer, messages, plan.notes)
 
 # %% ../nbs/03_prompt.ipynb #452feeca
@@ -485,7 +485,7 @@ def check_prefix(
     ways = [(Renderer(tokenizer, thinking), switches) for thinking in ('ignore_empty', 'as_is') for switches in ({}, *_SWITCHES)]
     for turn in rendered.turns:
         head = rendered.ids[:turn.start]
-        if turn.learnt and turn.message and not any(head == _prompt(renderer, messages[:turn.message], tools, **switches) for renderer, switches in ways):
+        if turn.is_target and turn.message and not any(head == _prompt(renderer, messages[:turn.message], tools, **switches) for renderer, switches in ways):
             raise DataError(f'the tokenizer of {tokenizer.name_or_path!r} splits the prompt of turn {turn.message + 1} differently in training and in generation, '
                             'so the model would be asked in a form it was not taught. Train on conversations of one answer each.')
     return rendered
@@ -585,8 +585,8 @@ def _poured(mould: _ShapeCache, contents: list[str], text: str) -> _Plan | None:
         filled = mould.literals[0] + ''.join([filling[slot] + literal for slot, literal in zip(mould.slots, mould.literals[1:])])
         if filled != text + mould.tail: continue
         shift = list(accumulate((len(filling[slot]) - 1 for slot in mould.slots), initial=0))
-        turns = [(message, start + shift[n_start], end + shift[n_end], learnt, first + shift[n_first])
-                 for (message, start, end, learnt, first), (n_start, n_end, n_first) in zip(mould.plan.turns, mould.counts)]
+        turns = [(message, start + shift[n_start], end + shift[n_end], is_target, first + shift[n_first])
+                 for (message, start, end, is_target, first), (n_start, n_end, n_first) in zip(mould.plan.turns, mould.counts)]
         return _Plan(filled, turns, mould.plan.count, {}, mould.plan.notes)
     return None
 
@@ -606,7 +606,7 @@ def _shape(renderer: Renderer, messages: list[dict]) -> tuple | None:
 def _moulds(renderer: Renderer, shape: tuple) -> list[_ShapeCache]:
     "The moulds of a shape: those of its slots as contents"
     messages = [dict(role=role, content=chr(0x100000 + at)) for at, (role, _) in enumerate(shape)]
-    talk = Conversation(renderer.form, messages, None, [learnt for _, learnt in shape], {}, [], renderer.thinking == 'ignore_empty')
+    talk = Conversation(renderer.form, messages, None, [is_target for _, is_target in shape], {}, [], renderer.thinking == 'ignore_empty')
     try: return [_mould(talk, plan) for plan in _plans(talk)]
     except (*TEMPLATE_ERRORS, DataError): return []
 

@@ -136,7 +136,7 @@ def refuse_preference(
     names = list_names(name for name in pair if name is not None) if pair else list_names(several[0])
     names = ' and '.join(names.rsplit(', ', 1))
     found = f'the row has {names}, so it is a preference row, made for training by comparison'
-    advice = _learn_chosen(row, *pair) if pair else _learn_best(row, *several)
+    advice = _train_on_chosen(row, *pair) if pair else _train_on_best(row, *several)
     raise RowError(found, f'Here a row has one answer. {advice} Comparing answers (DPO, RLHF) is not done here.')
 
 def _question_field(row: dict, without: tuple) -> str | None:
@@ -145,7 +145,7 @@ def _question_field(row: dict, without: tuple) -> str | None:
              'context', 'history', 'post', 'problem')
     return next((name for name in names if _filled(row, name) and name not in without), None)
 
-def _learn_chosen(row: dict, better: str, worse: str | None) -> str:
+def _train_on_chosen(row: dict, better: str, worse: str | None) -> str:
     "How to learn the better of two answers, as a sentence"
     asks, turns = _question_field(row, (better, worse)), listed_turns(row[better])
     roles = {str(turn.get('role') or turn.get('from')).strip().lower() for turn in turns or () if isinstance(turn, dict)}
@@ -163,7 +163,7 @@ def _learn_chosen(row: dict, better: str, worse: str | None) -> str:
     else: return f'To learn the chosen ones, the question too where it stands in them, pass column_map={json.dumps({"text": better})}.'
     return f'To learn the chosen ones pass column_map={json.dumps(mapped, ensure_ascii=False)}.'
 
-def _learn_best(row: dict, answers: list, verdict: str | None) -> str:
+def _train_on_best(row: dict, answers: list, verdict: str | None) -> str:
     "How to learn the best of several answers, as a sentence"
     asks, first = _question_field(row, tuple(answers)) or 'prompt', f'"{answers[0]}"'
     if len(answers) == 1:
@@ -469,7 +469,7 @@ def _truth(value: Any) -> bool | None:
     if isinstance(value, str): return _TRUTH.get(value.strip().lower()[:80])
     return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
-def _asks_to_learn(name: str, value: Any, what: str, part: str) -> bool:
+def _asks_to_train(name: str, value: Any, what: str, part: str) -> bool:
     "Whether a mark asks to learn its turn or row"
     low, learn = str(name).strip().lower(), _truth(value)
     role = _ROLES.get(value.strip().lower()) if low == 'mask' and isinstance(value, str) else None
@@ -510,8 +510,8 @@ def _check_marks(row: dict, data_format: str) -> tuple[list, set]:
     fields, lists, marks = _special_fields(tuple(row)), [], {}
     for name in fields.marks:
         if isinstance(row[name], list):
-            lists.append((name, [_asks_to_learn(name, value, f'turn {at}', 'turn') for at, value in enumerate(row[name], 1)]))
-        elif _filled(row, name): marks[name] = _asks_to_learn(name, row[name], 'the row', 'row')
+            lists.append((name, [_asks_to_train(name, value, f'turn {at}', 'turn') for at, value in enumerate(row[name], 1)]))
+        elif _filled(row, name): marks[name] = _asks_to_train(name, row[name], 'the row', 'row')
     for name in fields.labels:
         good = _says_good(row, name, data_format) if _filled(row, name) else None
         if good is not None: marks[name] = good
@@ -561,10 +561,10 @@ def _detail(turn: dict, at: int) -> bool | None:
     way_out = 'A turn is learnt as a whole or not at all here: mark it with "train": true or false.'
     raise RowError(f'train_detail of turn {at} marks a part of the text', way_out)
 
-def _learn_mark(turn: dict, role: str, at: int, notes: list[str]) -> dict:
+def _train_flag(turn: dict, role: str, at: int, notes: list[str]) -> dict:
     "The marks of an assistant's turn as `weight` or `train`, checked"
     names = [name for name in _special_fields(tuple(turn)).marks if _filled(turn, name)]
-    marks = {name: _asks_to_learn(name, turn[name], f'turn {at}', 'turn') for name in names}
+    marks = {name: _asks_to_train(name, turn[name], f'turn {at}', 'turn') for name in names}
     if (detail := _detail(turn, at)) is not None: marks['train_detail'] = detail
     if role != 'assistant':
         if any(marks.values()): notes.append(f'weight or train on a {role} turn has no effect')
@@ -607,7 +607,7 @@ def _message(turn: dict, speaker: str, at: int, notes: list[str]) -> dict:
         calls = [_call(call, at) for call in calls] + _calls(turn, speaker, at)
         if calls: message['tool_calls'] = calls
     message |= {key: turn[key] for key in ('tool_call_id', 'name') if isinstance(turn.get(key), str)}
-    return message | _learn_mark(turn, role, at, notes)
+    return message | _train_flag(turn, role, at, notes)
 
 # %% ../nbs/04_rows.ipynb #2cfcaa95
 _PLAIN_KEYS = {'role', 'content'}

@@ -90,7 +90,7 @@ def token_texts(
     return [visible(data) for data in _token_bytes(ids, tokenizer)]
 
 # %% ../nbs/01_tokens.ipynb #3c2dca74
-KINDS = ('learnt', 'context', 'padding', 'cut')
+KINDS = ('target', 'context', 'padding', 'cut')
 
 @dataclass(repr=False)
 class TokenLine:
@@ -106,7 +106,7 @@ class TokenLine:
 
     def __post_init__(self):
         "Work out the kinds, refuse lists that do not fit together"
-        if self.kinds is None: self.kinds = ['context' if label == -100 else 'learnt' for label in self.labels]
+        if self.kinds is None: self.kinds = ['context' if label == -100 else 'target' for label in self.labels]
         for name in ('labels', 'kinds', 'names', 'weights'):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.ids): raise DataError(f'{name} has {len(values)} values for {len(self.ids)} ids. Give one for each token.')
@@ -120,7 +120,7 @@ class TokenLine:
 
     def counts(self) -> str:
         "How many tokens are learnt, in words."
-        said = f'{self.kinds.count("learnt")} of {len(self.ids)} tokens are learnt'
+        said = f'{self.kinds.count("target")} of {len(self.ids)} tokens are learnt'
         return said + ''.join(f', {self.kinds.count(kind)} are {kind}' for kind in ('padding', 'cut') if kind in self.kinds)
 
 # %% ../nbs/01_tokens.ipynb #8264d978
@@ -165,7 +165,7 @@ def _runs(parts: list[_Part]) -> list[tuple[str, str]]:
 
 def _marked(run: tuple[str, str]) -> str:
     "One run in plain characters"
-    marks = dict(learnt='⟦{}⟧', cut='~~{}~~', border=f'\n{_RULE}\n', hole='\n{}\n')
+    marks = dict(target='⟦{}⟧', cut='~~{}~~', border=f'\n{_RULE}\n', hole='\n{}\n')
     return marks.get(run[0], '{}').replace('{}', run[1])
 
 def tokens_text(
@@ -177,7 +177,7 @@ def tokens_text(
     return '\n\n'.join(f'{sanitize_line(line.title)}\n'.lstrip('\n') + f'{text}\n({line.counts()})' for line, text in zip(lines, shown))
 
 # %% ../nbs/01_tokens.ipynb #b9ba83b6
-_ANSI = dict(learnt='30;42', context='0', padding='90', cut='9;31', border='33', hole='90')
+_ANSI = dict(target='30;42', context='0', padding='90', cut='9;31', border='33', hole='90')
 
 def tokens_ansi(
     lines: list[TokenLine], # one below the other
@@ -189,7 +189,7 @@ def tokens_ansi(
     return '\n\n'.join(f'{sanitize_line(line.title)}\n'.lstrip('\n') + f'{text}\n({line.counts()})' for line, text in zip(lines, shown))
 
 # %% ../nbs/01_tokens.ipynb #ee19d678
-_TAGS = dict(learnt=('ins', 'background:#b7e4c7;color:#212529'), context=('span', 'background:#e9ecef;color:#212529'), padding=('sub', 'color:#868e96'), cut=('del', 'background:#ffc9c9;color:#212529'))
+_TAGS = dict(target=('ins', 'background:#b7e4c7;color:#212529'), context=('span', 'background:#e9ecef;color:#212529'), padding=('sub', 'color:#868e96'), cut=('del', 'background:#ffc9c9;color:#212529'))
 
 def _tag(part: _Part) -> str:
     "One part as HTML, its text escaped"

@@ -158,9 +158,9 @@ def marked(ids, mask):
     return [stretch for stretch in stretches if stretch]
 
 
-def learnt(examples):
+def targets(examples):
     "For each message that is learnt, the ids of its answer"
-    return {turn.message: example.ids[turn.start:turn.end] for example in examples for turn in example.turns if turn.learnt}
+    return {turn.message: example.ids[turn.start:turn.end] for example in examples for turn in example.turns if turn.is_target}
 
 
 def opening(name, kind, message):
@@ -214,7 +214,7 @@ def reasons(name, kind):
     if len(examples) == 1 and examples[0].ids == other[0] and prompt.trained_mask(examples[0]) == list(map(bool, other[1])): return AGREE
     found, stops = set(), [tokenizer.decode([stop]) for stop in prompt.stop_ids(tokenizer)] + ["<|end|>", "<|call|>"]
     marks = [tokenizer.decode(stretch) for stretch in marked(*other)]
-    turns = {turn.message: (example, turn) for example in examples for turn in example.turns if turn.learnt}
+    turns = {turn.message: (example, turn) for example in examples for turn in example.turns if turn.is_target}
     places = [at for at, message in enumerate(TALKS[kind][0]) if message["role"] == "assistant"]
     if len(marks) != len(places): return "?"
     for place, their in zip(places, marks):

@@ -181,7 +181,7 @@ def test_the_thread_prints_nothing(tmp_path, capfd):
 def test_many_rows(tmp_path):
     content = [dict(question=f"Lamp {at}?", answer=f"{at}") for at in range(HEALTH_ROWS + 2000)]
     panel = DataPanel(recipe(tmp_path, data_path=write_rows(tmp_path/"rows.jsonl", content))).join()
-    assert "evenly spread" in control(panel, "sage-health").value and len(panel.health["learnt share"].rows) > 0
+    assert "evenly spread" in control(panel, "sage-health").value and len(panel.health["trained tokens"].rows) > 0
     began = time.monotonic()
     panel.show(len(panel.dataset) - 1)
     assert time.monotonic() - began < 3 and f"Lamp {len(content) - 1}?" in control(panel, "sage-messages").value

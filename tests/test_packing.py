@@ -60,10 +60,10 @@ def make(name, kernel="eager", seed=0):
     return getattr(transformers, MODELS.get(kind, f"{kind}ForCausalLM"))._from_config(config, attn_implementation=kernel).eval()
 
 
-def sample(size, seed, learnt=None):
+def sample(size, seed, target_tokens=None):
     "An example of random tokens of which the last `learnt` are learnt"
     ids = torch.randint(10, VOCABULARY, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return dict(input_ids=ids, labels=[-100] * (size - (learnt or size)) + ids[size - (learnt or size):])
+    return dict(input_ids=ids, labels=[-100] * (size - (target_tokens or size)) + ids[size - (target_tokens or size):])
 
 
 A, OTHER_A, B, C = sample(9, 1), sample(9, 2), sample(12, 3), sample(5, 4)

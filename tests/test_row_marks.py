@@ -112,8 +112,8 @@ def test_labels_that_say_nothing_against_an_answer(row):
 
 def test_rows_that_are_not_to_be_learnt_are_left_out_and_counted(tokenizer, tmp_path):
     rows = [dict(prompt=f"{at} + 1?", completion=f"{'Right' if at % 4 else 'Wrong'} {at}.", label=bool(at % 4)) for at in range(200)]
-    learnt, report = trained_text(rows, tokenizer)
-    assert "Wrong" not in learnt and learnt.count("Right") == 150 and (report.untrained, report.rows, report.examples, report.bad) == (50, 200, 150, 0)
+    trained, report = trained_text(rows, tokenizer)
+    assert "Wrong" not in trained and trained.count("Right") == 150 and (report.untrained, report.rows, report.examples, report.bad) == (50, 200, 150, 0)
     assert "left out, as they say themselves that they are not to be learnt: 50 rows" in repr(report) and "first: the data, row 1" in repr(report)
     assert report_from_dict(json.loads(json.dumps(report_to_dict(report)))) == report
     training, held = split(rows, 0.5)
@@ -126,8 +126,8 @@ def test_rows_that_are_not_to_be_learnt_are_left_out_and_counted(tokenizer, tmp_
 
 def test_marks_hold_on_the_way_to_tokens(tokenizer):
     rows = [dict(messages=[ASK, dict(TELL, content="First."), ASK, dict(TELL, content="Second.", loss=False), ASK, dict(TELL, content="Third.", loss_weight=1.0)])]
-    learnt, _ = trained_text(rows, tokenizer)
-    assert "First." in learnt and "Third." in learnt and "Second." not in learnt
+    trained, _ = trained_text(rows, tokenizer)
+    assert "First." in trained and "Third." in trained and "Second." not in trained
 
 
 # ---- pictures, thinking, the rest -------------------------------------------------------------------------------------

@@ -165,12 +165,12 @@ class Reader(HTMLParser):
 def test_the_page_says_everything_without_its_colours(tiny):
     question, answer = tiny("Who keeps the light?")["input_ids"], tiny(" Ada.")["input_ids"]
     line = TokenLine(question + answer + question + [0] * 37, [-100] * len(question) + answer + [-100] * (len(question) + 37), tiny,
-        kinds=["context"] * len(question) + ["learnt"] * len(answer) + ["cut"] * len(question) + ["padding"] * 37,
+        kinds=["context"] * len(question) + ["target"] * len(answer) + ["cut"] * len(question) + ["padding"] * 37,
         names=["user"] * len(question) + ["turn 2, assistant"] * len(answer) + ["user"] * len(question) + [""] * 37,
         weights=[0.] * len(question) + [1.] * len(answer) + [0.] * (len(question) + 37), borders=[len(question + answer)])
     found = Reader(re.sub(r' style="[^"]*"', "", line._repr_html_())).found
-    learnt = [text for tag, title, text in found if tag == "ins" and title]
-    assert "".join(learnt).replace("·", " ") == " Ada."
+    target = [text for tag, title, text in found if tag == "ins" and title]
+    assert "".join(target).replace("·", " ") == " Ada."
     assert ("ins", f"id {answer[0]} · label {answer[0]} · turn 2, assistant · weight 1") in {(tag, title) for tag, title, _ in found}
     assert sum(tag == "del" and bool(title) for tag, title, _ in found) == len(question)
     assert [text for tag, title, text in found if tag == "sub" and title] == ["… 37 padding"]
