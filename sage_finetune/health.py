@@ -109,13 +109,13 @@ class Example(NamedTuple):
     "One row of a prepared data set, read back."
     row: int # its number in the data, from 1
     ids: np.ndarray # int64 (tokens,): token ids
-    is_target: np.ndarray # bool (tokens,): which of them are learnt
+    is_target: np.ndarray # bool (tokens,): which of them are trained on
     pieces: list[tuple] # (start, end) token positions of its parts, the frame left out
-    spoken: list[tuple] # those of them that are learnt
+    spoken: list[tuple] # those of them that are trained on
     asked: str # what stands before the first answer; empty for plain text
-    answers: list[str] # what is learnt, one text a piece
+    answers: list[str] # what is trained on, one text a piece
     text: str # all of it, without special tokens
-    turns: tuple = () # (question, learnt answer) of each user turn that is answered
+    turns: tuple = () # (question, answer that is trained on) of each user turn that is answered
     system: str = '' # what stands before the first of them: a system prompt, with the template's words around it
 
 def _pieces(ids: list[int], is_target: np.ndarray, frame: tuple) -> list[tuple]:
@@ -132,7 +132,7 @@ def _pieces(ids: list[int], is_target: np.ndarray, frame: tuple) -> list[tuple]:
 _THINKING = re.compile(r'\s*\w*\s*<think>\s*(</think>)?\s*$')  # opened by the template behind the question
 
 def _question(raw: str, marks: TurnMarks | None) -> str:
-    "The user's turn that stands last in a piece that is not learnt; a tool's result is none. Empty when there is none"
+    "The user's turn that stands last in a piece that is not trained on; a tool's result is none. Empty when there is none"
     turns = raw.split(marks.opening)[1:] if marks else []
     texts = (turn.partition(marks.closing)[0].strip() for turn in reversed(turns))
     return next((text for text in texts if not (marks.tool and text.startswith(marks.tool))), '')
@@ -321,7 +321,7 @@ def bare_words(
     return ' '.join([word.strip(_EDGES) for word in text.split()])
 
 def only_thinking(
-    answer: str # as it is learnt
+    answer: str # as it is trained on
 ) -> bool: # True when the thinking block is all there is, or never ends
     "Whether an answer is nothing but thoughts."
     for opened, closed in THINKING_TAGS:
@@ -353,7 +353,7 @@ class Measured(NamedTuple):
     row: int # its number in the data, from 1
     tokens: int # its length
     target_tokens: int # tokens with a label
-    answers: int # learnt stretches
+    answers: int # stretches that are trained on
     longest_answer: int # tokens of the longest of them
     silent: bool # is there an answer without anything to see?
     one_word: bool # are all answers single words?
@@ -426,7 +426,7 @@ HEAD_AND_TAIL = 256  # of longer rows, so many tokens of the beginning and of th
 def shingles(
     example: Example, # a row
     codes: np.ndarray # as from `token_codes`
-) -> tuple[np.ndarray, np.ndarray]: # uint32 (n,): a number for each run of three tokens; bool (n,): does it end in a learnt token?
+) -> tuple[np.ndarray, np.ndarray]: # uint32 (n,): a number for each run of three tokens; bool (n,): does it end in a trained token?
     "A row cut into overlapping runs of three tokens."
     ids, is_target = (np.concatenate([values[start:end] for start, end in example.pieces]) for values in (example.ids, example.is_target))
     if len(ids) and ids.max() >= len(codes):
@@ -669,9 +669,9 @@ class Survey:
     table: pd.DataFrame # a `Measured` a row
     places: list[int] # rows of the table, from 0, whose shingles were kept
     shingles: list[np.ndarray] # of those rows
-    in_answer: list[np.ndarray] # which of them end in a learnt token
+    in_answer: list[np.ndarray] # which of them end in a trained token
     questions: pd.DataFrame # a `Question` a line
-    max_length: int | None = None # longest row that is learnt
+    max_length: int | None = None # longest row that is trained on
     evaluation: 'Survey | None' = None # the held-out rows, if any
 
     def look(self,
@@ -688,7 +688,7 @@ _KEYS = ('whole', 'asked', 'answer', 'opening', 'content')  # columns of 64 bits
 def survey(
     dataset: Dataset, # columns `input_ids` and `labels`
     tokenizer: 'PreTrainedTokenizerBase', # what it was made with
-    max_length: int | None = None, # longest row that is learnt
+    max_length: int | None = None, # longest row that is trained on
     show: bool = True # a progress bar where it takes long
 ) -> Survey: # all that is needed for the findings
     "Measure every row, in one pass and little memory."
@@ -768,7 +768,7 @@ def _findings_html(findings: list[Finding]) -> str:
 
 # %% ../nbs/17_health.ipynb #59fe1297
 ADVICE = {
-    'preparation': 'Look at it in dataset.report: what is left out is not learnt.',
+    'preparation': 'Look at it in dataset.report: what is left out is not trained on.',
     'trained tokens': 'Look at one of them token by token: its answer is missing, was cut off, or has the wrong role.',
     'small share': 'Nearly all computing goes into reading; shorter questions would make training faster.',
     'stop token': 'Do not train on this: the model would not stop. Make these rows with prepare_dataset, and do not cut them off.',
@@ -778,10 +778,10 @@ ADVICE = {
     'in both splits': 'Remove these questions from training, or divide the data with split: measured like this, learning by heart looks like understanding.',
     'nearly in both splits': 'Look at a few pairs; remove from training what asks the same in other words, or the exam measures memory.',
     'not compared': 'Pass the held-out rows as evaluation=, if there are any.',
-    'exact duplicates': 'Remove them: a row that stands there twice is learnt twice as hard.',
+    'exact duplicates': 'Remove them: a row that stands there twice is trained on twice as often.',
     'near duplicates': 'Look at a few pairs and remove the weaker row of each. One answer to a question in other words is wanted.',
     'answers differ': 'Keep the better answer, unless several are right.',
-    'one answer only': 'There is nothing to learn but this one sentence: look whether it is the right column.',
+    'one answer only': 'There is nothing to train on but this one sentence: look whether it is the right column.',
     'same answers': 'Add rows with other answers, or the model will learn that this one is nearly always right.',
     'length': 'Raise max_length, or shorten these rows, or let prepare_dataset drop whole turns.',
     'at the limit': 'Look whether they were cut off there: many rows of exactly this length are no coincidence.',
@@ -840,16 +840,16 @@ def preparation(survey: Survey) -> Finding: # a measured data set
     return _finding('preparation', level, said, lost=lost, share=round(share, 4), **figures)
 
 def trained_tokens(survey: Survey) -> Finding: # a measured data set
-    "How many of the tokens are learnt. Rows: those with the smallest share."
+    "How many of the tokens are trained on. Rows: those with the smallest share."
     table = survey.table
     tokens, target_tokens = int(table.tokens.sum()), int(table.target_tokens.sum())
     shares = (table.target_tokens / table.tokens.clip(lower=1)).sort_values(kind='stable')
     least = [dict(row=int(table.row[at]), share=round(float(share), 4)) for at, share in shares[:5].items()]
     nothing, total = table.row[table.target_tokens == 0].tolist(), target_tokens / max(tokens, 1)
     figures = dict(rows=len(table), tokens=tokens, target_tokens=target_tokens, share=round(total, 4), without_targets=len(nothing), smallest=least)
-    said = f'{len(table):,} rows, {tokens:,} tokens, {target_tokens:,} of them learnt ({total:.1%}); ' \
+    said = f'{len(table):,} rows, {tokens:,} tokens, {target_tokens:,} of them trained on ({total:.1%}); ' \
         f'the smallest share is {shares.iloc[0]:.1%} (row {least[0]["row"]:,}).'
-    if nothing: return _finding('trained tokens', 'error', f'Nothing is learnt from {_of(len(nothing), len(table))}: {_numbers(nothing)}. In all: {said}', nothing, **figures)
+    if nothing: return _finding('trained tokens', 'error', f'No token is trained on in {_of(len(nothing), len(table))}: {_numbers(nothing)}. In all: {said}', nothing, **figures)
     small = total < 0.02
     return _finding('trained tokens', 'note' if small else 'ok', said, [one['row'] for one in least], 'small share' if small else '', **figures)
 
@@ -869,7 +869,7 @@ def longest_rows(survey: Survey) -> Finding: # a measured data set
 # %% ../nbs/17_health.ipynb #af35885a
 def histogram(
     lengths: np.ndarray, # tokens of each row
-    max_length: int | None = None # longest row that is learnt; a bar ends there when it is near
+    max_length: int | None = None # longest row that is trained on; a bar ends there when it is near
 ) -> dict: # `edges`, `counts` and `longest`; a last bar, far from the others, holds all the rest
     "Some forty bars that show most rows well, a few giants notwithstanding."
     longest, usual = int(lengths.max()), int(np.quantile(lengths, 0.99))
@@ -936,11 +936,11 @@ def one_word_answers(survey: Survey) -> Finding: # a measured data set
     return _found('one-word answers', survey.table, short, 'are answered in a single word', 'No row is answered in a single word.', level='note')
 
 def answer_lengths(survey: Survey) -> Finding: # a measured data set
-    "Learnt tokens of an answer: the middle, and the longest. Rows: the one with the longest answer."
+    "Trained tokens of an answer: the middle, and the longest. Rows: the one with the longest answer."
     table = survey.table
     middle, place = float(np.median(table.target_tokens / table.answers.clip(lower=1))), int(table.longest_answer.idxmax())
     longest, row = int(table.longest_answer[place]), int(table.row[place])
-    said = f'Half of the rows have answers of {middle:,.0f} learnt tokens or fewer, the stop token included; the longest has {longest:,} (row {row:,}).'
+    said = f'Half of the rows have answers of {middle:,.0f} trained tokens or fewer, the stop token included; the longest has {longest:,} (row {row:,}).'
     return _finding('answer length', 'ok', said, [row], 'answer length', median=middle, longest=longest)
 
 # %% ../nbs/17_health.ipynb #3ad09452
@@ -994,7 +994,7 @@ def answers_differ(survey: Survey) -> Finding: # a measured data set
 
 # %% ../nbs/17_health.ipynb #42a14274
 def _answers_alike(survey: Survey, one: int, other: int) -> bool:
-    "Whether what is learnt from two kept rows is alike, too"
+    "Whether what is trained on in two kept rows is alike, too"
     return alike(*(survey.shingles[at][survey.in_answer[at]] for at in (one, other))) >= 0.5
 
 def near_duplicates(survey: Survey) -> Finding: # a measured data set
@@ -1207,8 +1207,8 @@ def _as_text(findings: list[Finding]) -> str:
     for one in findings:
         lines.append(wrapped(one.said, sanitize_line(f'{one.level:<6} {one.name}')))
         if not one.do.startswith('Nothing'): lines.append(wrapped(f'→ {one.do}'))
-    lines += ['', 'longest rows:  row    tokens  learnt  begins with']
-    return '\n'.join(lines + [f'{one["row"]:>18,} {one["tokens"]:>9,} {one["share"]:>7.1%}  {sanitize_line(one["head"])}' for one in longest])
+    lines += ['', 'longest rows:  row    tokens  trained on  begins with']
+    return '\n'.join(lines + [f'{one["row"]:>18,} {one["tokens"]:>9,} {one["share"]:>11.1%}  {sanitize_line(one["head"])}' for one in longest])
 
 # %% ../nbs/17_health.ipynb #c9438162
 @dataclass(repr=False)
@@ -1247,7 +1247,7 @@ class HealthReport:
 def health_report(
     dataset: Any, # a prepared data set, or what `prepare_dataset` takes: a file, rows, a Dataset of rows
     evaluation: Any = None, # the held-out rows, likewise
-    max_length: int | None = None, # longest row that is learnt; None: as the data set was prepared
+    max_length: int | None = None, # longest row that is trained on; None: as the data set was prepared
     tokenizer: 'PreTrainedTokenizerBase | None' = None, # what the ids were made with; None: the data set's own
     show: bool = True # a progress bar where it takes long
 ) -> HealthReport: # shows itself, saves itself as JSON
@@ -1266,6 +1266,6 @@ def _prepared(data: Any, tokenizer: Any, max_length: int | None, show: bool) -> 
     if isinstance(names, dict): raise DataError(f'this holds several data sets ({", ".join(names)}). Pass one of them, and another as evaluation.')
     if names is None or 'input_ids' not in names:
         data = prepare_dataset(data, tokenizer, show=show, **(dict(max_length=max_length) if max_length else {}))
-    elif 'labels' not in names: raise DataError('the data set has input_ids but no labels, so what is learnt is unknown. Make it with prepare_dataset.')
+    elif 'labels' not in names: raise DataError('the data set has input_ids but no labels, so what is trained on is unknown. Make it with prepare_dataset.')
     if not len(data): raise DataError('the data set has no rows. Prepare one with prepare_dataset.')
     return data

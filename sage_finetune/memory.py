@@ -291,7 +291,7 @@ class _DryRun:
         return inputs
 
     def loss(self, lines: list[list[int]], target_fraction: float, count: MemoryTracker) -> Tensor:
-        "Forward: hidden states or logits of all tokens, then the loss of those that are learnt"
+        "Forward: hidden states or logits of all tokens, then the loss of those that are trained on"
         inputs = self.inputs(lines)
         with engines._varlen_mode() if 'samples' in self.ways else nullcontext():
             found = self.head.body(**inputs).last_hidden_state if self.head else self.model(**inputs).logits
@@ -521,7 +521,7 @@ def estimate_memory(
     config: TrainingConfig, # of the run
     lengths: Sequence[int] | None = None, # tokens of each row; None: rows of max_length
     device: str | None = None, # "cpu" or "cuda", there or not; None: where the run will be
-    target_fraction: float = 1., # share of the tokens that is learnt, from 0 to 1
+    target_fraction: float = 1., # share of the tokens that is trained on, from 0 to 1
     **dials: Any # fields to set differently
 ) -> MemoryEstimate:
     "What a run is going to take, from its config alone. Raises `ModelError` when the model's config.json cannot be read, `ConfigError` for a dial there is not."
@@ -646,7 +646,7 @@ def _ways(config: TrainingConfig, device: str) -> Iterator[tuple[dict, str]]:
 # %% ../nbs/12_memory.ipynb #500ed25b
 def advice(
     config: TrainingConfig, # of the run
-    **options: Any # what `estimate_memory` takes: lengths, device, learnt
+    **options: Any # what `estimate_memory` takes: lengths, device, target_fraction
 ) -> Iterator[Reduction]: # made one by one, as they are asked for
     "Ways to need less: each change alone, the cheapest first, then one after the other added up. What does not help is left out."
     now, helpful, added = estimate_memory(config, **options), [], {}
@@ -672,7 +672,7 @@ def fits(
 def cheapest_reduction(
     config: TrainingConfig, # of the run that does not fit
     free_bytes: float, # what there is for weights, adapter and step together
-    **options: Any # what `estimate_memory` takes: lengths, device, learnt
+    **options: Any # what `estimate_memory` takes: lengths, device, target_fraction
 ) -> tuple[str, dict]: # a sentence, and the fields to set; no fields when nothing is enough
     "The cheapest change that makes a run fit."
     least, free = None, f'{format_bytes(free_bytes)} are free'
@@ -696,7 +696,7 @@ def fitting(
     free_bytes: float, # what there is for weights, adapter and step together
     seconds: float = 5., # to think about it
     most: int = 3, # fixes
-    **options: Any # what `estimate_memory` takes: lengths, device, learnt
+    **options: Any # what `estimate_memory` takes: lengths, device, target_fraction
 ) -> list[Reduction]: # none where the estimate takes the run for one that fits: then nothing it says can help
     "The cheapest changes that are predicted to fit, as far as they are found in time."
     found = []

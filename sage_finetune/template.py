@@ -311,10 +311,10 @@ class Conversation(NamedTuple):
     form: ChatFormat # the template
     messages: list[dict] # with stand-ins, without `weight` and `train`
     tools: list | None # with stand-ins
-    is_target: list[bool] # for each message: may it be learnt
+    is_target: list[bool] # for each message: may it be trained on
     marks: dict[str, str] # the stand-ins and what they stand for
     notes: list[str] # what was changed
-    quiet: bool = True # an empty thinking block is not learnt
+    quiet: bool = True # an empty thinking block is not trained on
 
     def text(
         self,
@@ -329,7 +329,7 @@ class Conversation(NamedTuple):
 def is_trained_on(
     message: dict # a turn; `weight` 0 or `train` false ask for not learning it
 ) -> bool:
-    "Whether a message is an answer that may be learnt."
+    "Whether a message is an answer that may be trained on."
     weight, train = message.get('weight'), message.get('train')
     return message.get('role') == 'assistant' and (weight is None or bool(weight)) and (train is None or bool(train))
 

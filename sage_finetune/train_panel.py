@@ -75,7 +75,7 @@ class RunSummary:
     eval_losses: tuple = () # held-out loss at the first evaluation and at the last
     best: tuple = () # (loss on held-out rows, step) where it was lowest
     tokens: int = 0 # real tokens read
-    target_tokens: int = 0 # tokens learnt
+    target_tokens: int = 0 # tokens trained on
     seconds: float = 0. # duration
     message: str = '' # what the run said last
 

@@ -60,14 +60,14 @@ class Step:
     step: int # its number, from 1
     total: int # steps of the whole run
     epoch: float # passes over the data when it was done
-    loss: float # mean over the step's learnt tokens, in nats
+    loss: float # mean over the step's trained tokens, in nats
     learning_rate: float # the rate it was made with
     grad_norm: float # length of the gradient before clipping
     tokens: int # real tokens it read
-    target_tokens: int # tokens it learnt
+    target_tokens: int # tokens in its loss
     seconds: float # time since the run began
     tokens_per_second: float # real tokens a second, over the last steps
-    eval_loss: float | None = None # mean over the held-out rows' learnt tokens, when they were looked at
+    eval_loss: float | None = None # mean over the held-out rows' target tokens, when they were looked at
     generations: list[str] | None = None # what the model then said to `eval_prompts`
     note: str = '' # what else happened, for the reader
 
@@ -106,7 +106,7 @@ class ThroughputMeter:
 # %% ../nbs/13_trainer.ipynb #232e45d6
 def count_tokens(
     micro_batches: list[dict] # what `collate` makes
-) -> tuple[int, int]: # real tokens, learnt tokens
+) -> tuple[int, int]: # real tokens, trained tokens
     "The tokens of a step."
     return sum(int((batch['segments'] > 0).sum()) for batch in micro_batches), sum(count_target_tokens(batch['labels']) for batch in micro_batches)
 
@@ -133,7 +133,7 @@ def all_reduce_grads(
 def training_loop(
     plan: BatchPlan, # every step of the run
     batches: Iterator[dict], # tensors of the micro-batches still to come, in the plan's order
-    loss: Callable, # batch -> its loss, summed over its learnt tokens
+    loss: Callable, # batch -> its loss, summed over its trained tokens
     model: torch.nn.Module, # with a trainable adapter
     optimizer: torch.optim.Optimizer, # over the adapter
     schedule: Any, # moves the learning rate
@@ -361,7 +361,7 @@ class TrainingResult:
     losses: list[float] = field(default_factory=list) # training loss of every step
     eval_losses: list[tuple] = field(default_factory=list) # (step, loss on held-out rows)
     tokens: int = 0 # real tokens read
-    target_tokens: int = 0 # tokens learnt
+    target_tokens: int = 0 # tokens trained on
     seconds: float = 0. # duration
     peak_memory_gb: float = 0. # highest memory use in 10**9 bytes: of the card, or of the whole process without one
     stopped: bool = False # ended before its last step
@@ -384,7 +384,7 @@ class TrainingResult:
         held = f'{self.eval_losses[0][1]:.3f} → {self.eval_losses[-1][1]:.3f}' if self.eval_losses else 'no rows held out'
         loss = f'{self.losses[0]:.3f} → {self.losses[-1]:.3f}' if self.losses else 'no steps'
         if self.best: held += f', lowest {self.best[0]:.3f} at step {self.best[1]}'
-        return [('loss', loss), ('held-out loss', held), ('steps', f'{self.steps}' + f' ({self.message})' * bool(self.message)), ('tokens', f'{self.tokens:,} ({self.target_tokens:,} learnt)'),
+        return [('loss', loss), ('held-out loss', held), ('steps', f'{self.steps}' + f' ({self.message})' * bool(self.message)), ('tokens', f'{self.tokens:,} ({self.target_tokens:,} trained on)'),
                 ('time', f'{clock(self.seconds)} ({self.tokens_per_second:,.0f} tokens a second)'), ('peak memory', f'{self.peak_memory_gb:.2f} GB'), ('adapter', self.lora_dir), *[('warning', warning) for warning in self.warnings]]
 
     def __str__(self): return text_table(('result', ''), self._rows())
@@ -518,7 +518,7 @@ def check_vocabulary(
 
 # %% ../nbs/13_trainer.ipynb #a69fe3b6
 def disable_thinking_by_default(
-    tokenizer: Any, # its chat template is changed where every answer was learnt behind an empty thinking block
+    tokenizer: Any, # its chat template is changed where every answer was trained on behind an empty thinking block
     report: Any # a `DataReport`
 ):
     "Make not thinking the default of a template whose rows never think; said in the report."
@@ -830,10 +830,10 @@ def should_evaluate(
 @torch.no_grad()
 def mean_loss(
     batches: Iterable[dict], # of this process
-    loss: Callable, # batch -> its loss, summed over its learnt tokens
+    loss: Callable, # batch -> its loss, summed over its trained tokens
     accelerator: Accelerator # knows the other processes
 ) -> float: # in nats
-    "Mean loss over the learnt tokens of all processes' batches."
+    "Mean loss over the target tokens of all processes' batches."
     total, target_tokens = 0., 0
     for batch in batches: total, target_tokens = total + loss(batch).item(), target_tokens + count_target_tokens(batch['labels'])
     total, target_tokens = all_reduce_sum(accelerator, total, target_tokens)
@@ -1166,11 +1166,11 @@ class LoRATrainer:
     def loss(self,
         batch: dict # `input_ids`, `labels`, `position_ids`, `segments`, each (lines, longest)
     ) -> Tensor: # scalar, in 32 bits
-        "The loss of one batch, summed over its learnt tokens. Override it to train towards something else, with `self.logits(batch)`."
+        "The loss of one batch, summed over its trained tokens. Override it to train towards something else, with `self.logits(batch)`."
         return self.engine.loss({name: value.to(self.accelerator.device) for name, value in batch.items()})
 
     def evaluate(self) -> float: # in nats
-        "Mean loss over the learnt tokens of the held-out rows; where memory runs out and `auto_batch` allows it, once more from smaller batches."
+        "Mean loss over the target tokens of the held-out rows; where memory runs out and `auto_batch` allows it, once more from smaller batches."
         lengths = token_lengths(self.eval_dataset)
         while True:
             mine = self.batching.once(lengths)[self.accelerator.process_index::self.accelerator.num_processes]

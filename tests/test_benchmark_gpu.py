@@ -45,7 +45,7 @@ def test_operations_are_those_torch_counts():
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.002)
 
 
-def test_operations_grow_with_what_is_learnt_and_with_length():
+def test_operations_grow_with_what_is_trained_on_and_with_length():
     shape = SHAPES["0.5B"]
     assert training_flops(100, 60, [100], 8, shape) - training_flops(100, 50, [100], 8, shape) == 10 * 4 * shape["vocab_size"] * shape["hidden_size"]
     short, long = (training_flops(8192, 0, [length], 8, shape) for length in (1024, 2048))

@@ -65,7 +65,7 @@ def test_operations_are_those_torch_counts():
     assert counter.get_total_flops() - attention == flops(tokens, tokens, rank, SMALL) - saved
 
 
-def test_operations_grow_with_tokens_and_with_those_learnt():
+def test_operations_grow_with_tokens_and_with_those_trained_on():
     assert flops(200, 100) == 2 * flops(100, 50)
     assert flops(100, 60) - flops(100, 50) == 10 * 4 * SHAPE["vocab_size"] * SHAPE["hidden_size"]
 

@@ -84,10 +84,10 @@ def test_weights_decide_and_rows_without_anything_to_learn_are_left_out(tokenize
     dataset, _ = encode([dict(messages=messages)], tokenizer)
     assert tokenizer.decode([label for label in dataset[0]["labels"] if label != -100]) == "yes<|im_end|>"
     silent = dict(messages=[dict(one, train=False) if one["role"] == "assistant" else one for one in talk(1)["messages"]])
-    with pytest.raises(DataError, match="nothing to learn"): encode([silent], tokenizer)
+    with pytest.raises(DataError, match="nothing to train on"): encode([silent], tokenizer)
 
 
-def test_an_example_without_a_learnt_token_is_never_kept(tokenizer):
+def test_an_example_without_a_trained_token_is_never_kept(tokenizer):
     maker = Preprocessor(tokenizer)
     batch = maker.renderer.batch
     def silence(talks):
@@ -106,7 +106,7 @@ def test_an_answer_without_a_stop_token_is_refused(tokenizer):
     with pytest.raises((DataError, ValueError), match="stop token"): encode(rows(2), bare)
 
 
-def test_every_learnt_turn_must_end_in_a_token_that_ends_it(tokenizer):
+def test_every_trained_turn_must_end_in_a_token_that_ends_it(tokenizer):
     maker = Preprocessor(tokenizer)
     batch = maker.renderer.batch
     def shorter(talks):
@@ -187,7 +187,7 @@ def test_truncate(tokenizer, long_rows):
     lines = dataset.long_lines()
     assert [line.kinds.count("cut") for line in lines] == [min(60, len(whole(content[at], tokenizer).ids) - limit) for at in (1, 2)] and "~~" in repr(lines[0])
     question = dict(instruction="word " * 300, output="Yes.")
-    assert prepare([rows(1)[0], question], tokenizer, limit, overlong="truncate", show=False).report.overlong == {"left out": 1}  # nothing to learn remains
+    assert prepare([rows(1)[0], question], tokenizer, limit, overlong="truncate", show=False).report.overlong == {"left out": 1}  # nothing to train on remains
 
 
 @pytest.mark.parametrize("overlong", data.OVERLONG)
@@ -272,7 +272,7 @@ def test_a_hundred_thousand_bad_rows_are_not_kept_in_memory(tokenizer, tmp_path)
 
 
 def test_all_rows_bad(tokenizer):
-    with pytest.raises(DataError, match="all 3 rows are bad, so there is nothing to learn. The first: the data, row 1"): prepare([{}, {"a": 1}, {"text": None}], tokenizer, on_bad_row="skip", show=False)
+    with pytest.raises(DataError, match="all 3 rows are bad, so there is nothing to train on. The first: the data, row 1"): prepare([{}, {"a": 1}, {"text": None}], tokenizer, on_bad_row="skip", show=False)
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "[]"])

@@ -175,7 +175,7 @@ def test_of_many_configs_the_last_one_is_shown(tmp_path):
 def test_the_thread_prints_nothing(tmp_path, capfd):
     panel = DataPanel(recipe(tmp_path, eval_ratio=0.2)).join()
     panel.next()
-    assert capfd.readouterr() == ("", "") and "learnt" in repr(panel)
+    assert capfd.readouterr() == ("", "") and "trained on" in repr(panel)
 
 
 def test_many_rows(tmp_path):

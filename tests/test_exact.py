@@ -111,10 +111,10 @@ def test_the_number_of_rows_at_once_changes_nothing(tmp_path):
     assert together.train(show=False).losses == pytest.approx(alone.train(show=False).losses, rel=1e-5)
 
 
-# ---- what is learnt ---------------------------------------------------------------------------------------------------
+# ---- what is trained on ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("packing", (False, True), ids=("padded", "packed"))
-def test_the_answer_and_its_end_are_learnt_and_nothing_else(tmp_path, packing):
+def test_the_answer_and_its_end_are_trained_on_and_nothing_else(tmp_path, packing):
     "On the batches the model really saw: no prompt, no padding, every turn of the assistant with its end"
     content = rows(16)
     content += [dict(messages=[dict(role="system", content="Be short."), dict(role="user", content=f"Lamp {at}?"), dict(role="assistant", content="It is lit."),

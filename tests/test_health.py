@@ -197,7 +197,7 @@ def test_one_word_answers(look):
     assert look(healthy(40) + [dict(messages=talk)])["one-word answers"].level == "ok"
 
 
-def test_nothing_learnt(look, made):
+def test_no_trained_tokens(look, made):
     report = look(replaced(made(healthy(40)), {2}, labels=lambda row: [-100] * len(row["labels"])))
     assert report["trained tokens"].level == "error" and report["trained tokens"].rows == [3]
     assert alarms(report) == {"trained tokens": "error"}
@@ -209,7 +209,7 @@ def test_no_stop_token(look, made):
     assert alarms(report) == {"stop token": "error"} and report["stop token"].rows == [2, 7]
 
 
-def test_a_stop_that_is_not_learnt(look, made):
+def test_a_stop_that_is_not_trained_on(look, made):
     def masked(row): return [-100 if place >= max(at for at, label in enumerate(row["labels"]) if label != -100) else label for place, label in enumerate(row["labels"])]
     report = look(replaced(made(healthy(40)), {0}, labels=masked))
     assert alarms(report) == {"stop token": "error"} and report["stop token"].rows == [1]
@@ -365,7 +365,7 @@ def test_small_talk_in_later_turns_is_no_leak(look):
     assert leaked(look, lessons, held) == [11]
 
 
-def test_what_is_not_learnt_is_no_lesson(look, made, tokenizer):
+def test_what_is_not_trained_on_is_no_lesson(look, made, tokenizer):
     pairs = wide(20)
     shown = [dict(messages=[*chat(*pairs[0])["messages"], *chat(*pair)["messages"]]) for pair in pairs[1:12]]
     for row in shown: row["messages"][1]["train"] = False

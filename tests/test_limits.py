@@ -65,7 +65,7 @@ def make(name, limit, dtype=torch.float32):
 
 
 def examples(lengths=LENGTHS, seed=1):
-    "Rows of random tokens, all of them learnt"
+    "Rows of random tokens, all of them trained on"
     ids = torch.randint(3, 160, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
     return [dict(input_ids=one.tolist(), labels=one.tolist()) for one in ids.split(lengths)]
 

@@ -177,7 +177,7 @@ def test_a_figure_remembers_nothing_of_the_runs_before():
 @pytest.mark.parametrize("by,label", [("step", "optimizer step"), ("epoch", "epoch (passes over the data)"), ("tokens", "tokens read (thousands)"), ("seconds", "time (seconds)")])
 def test_every_axis_has_a_label(by, label, tmp_path):
     figure = plot_run(folder_of(tmp_path/"run", run_of(900)), by=by).figure
-    assert isinstance(figure, Figure) and [axes.get_ylabel() for axes in figure.axes] == ["loss\n(nats per learnt token)", "learning\nrate", "tokens\nper second"]
+    assert isinstance(figure, Figure) and [axes.get_ylabel() for axes in figure.axes] == ["loss\n(nats per trained token)", "learning\nrate", "tokens\nper second"]
     assert figure.axes[-1].get_xlabel() == label
     figure.savefig(tmp_path/"run.svg")
     assert "<svg" in (tmp_path/"run.svg").read_text()

@@ -47,7 +47,7 @@ def holds(examples, messages, tokenizer):
 
 
 def said(example, turn, content, tokenizer, special):
-    "The learnt tokens spell the answer, up to blanks at its edges; thinking tags are the template's own business"
+    "The trained tokens spell the answer, up to blanks at its edges; thinking tags are the template's own business"
     if "</think>" in content or "<think>" in content: return
     text = tokenizer.decode(example.ids[turn.start:turn.end])
     spelt = unicodedata.normalize("NFC", mended(content).strip())

@@ -99,7 +99,7 @@ def test_notes_name_what_templates_do():
     assert "You are Qwen" in said("qwen2_5") and "that has no system message" in said("qwen2_5")
     assert "becomes several examples" in said("qwen3") and "drops the thinking of earlier answers" in said("qwen3")
     assert "generation begins with '<think>\\n'" in said("deepseek_r1_distill")
-    assert "list of parts" in said("idefics3") and "<|user|>, is learnt as its end" in said("glm4moe")
+    assert "list of parts" in said("idefics3") and "<|user|>, is trained on as its end" in said("glm4moe")
     assert template_notes(tiny())[0].startswith("the tokenizer has no chat template")
 
 
@@ -121,7 +121,7 @@ def any_tokenizer(name): return shown.public_tokenizer(name) if name in shown.PU
 
 
 def prompts_and_examples(name, talks=TALKS):
-    "(conversation, number of the answer, ids everybody asks with, ids before what is learnt, notes) of every learnt answer"
+    "(conversation, number of the answer, ids everybody asks with, ids before what is trained on, notes) of every answer that is trained on"
     tokenizer = any_tokenizer(name)
     for kind, (messages, tools) in talks.items():
         try: examples = render_all(messages, tokenizer, tools)
@@ -248,7 +248,7 @@ def test_rows_of_one_shape_are_told_alike():
 
 # ---- thinking, weights, tools -----------------------------------------------------------------------------------------
 
-def test_empty_thinking_is_read_and_not_learnt():
+def test_empty_thinking_is_read_and_not_trained_on():
     for name in ("qwen3", "qwen3_5_think", "qwen3_6"):
         tokenizer, (messages, _) = tokenizer_for(name), TALKS["single"]
         quiet, full = render(messages, tokenizer), render(messages, tokenizer, thinking="as_is")
@@ -283,7 +283,7 @@ def test_stripped_thinking_leaves_no_trace_in_any_form():
 
 @pytest.mark.parametrize("flag", [dict(weight=0), dict(train=False), dict(weight=0.0), dict(train=0)])
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "gptoss", "gemma"])
-def test_an_answer_without_weight_is_read_and_not_learnt(name, flag):
+def test_an_answer_without_weight_is_read_and_not_trained_on(name, flag):
     tokenizer, (messages, _) = tokenizer_for(name), TALKS["multi"]
     marked = [*messages[:3], messages[3] | flag, *messages[4:]]
     found = render_all(marked, tokenizer)
@@ -302,7 +302,7 @@ def test_arguments_of_tool_calls_may_be_an_object_or_json():
         assert render_all(as_json, tokenizer, tools) == [example.__class__(**{**vars(example), "messages": as_json}) for example in expected]
 
 
-def test_tools_that_a_template_leaves_out_are_not_learnt_as_silence():
+def test_tools_that_a_template_leaves_out_are_not_trained_on_as_silence():
     tokenizer, (messages, tools) = tokenizer_for("llama3"), TALKS["tools"]
     example = render(messages, tokenizer, tools)
     assert sorted(trained_texts([example], tokenizer)) == [3] and "the template leaves tool calls of an answer out" in example.notes

@@ -114,7 +114,7 @@ def test_half_a_character_is_shown_as_bytes(tiny):
     ids = tiny("€")["input_ids"]
     assert token_texts(ids, tiny) == ["⟨E2⟩", "⟨82⟩", "⟨AC⟩"]
     assert "⟦€⟧" in repr(TokenLine(ids, list(ids), tiny))                       # neighbours of one kind are whole again
-    assert "⟨E2⟩⟦⟨82⟩⟨AC⟩⟧" in repr(TokenLine(ids, [-100, *ids[1:]], tiny))    # unless only a part is learnt
+    assert "⟨E2⟩⟦⟨82⟩⟨AC⟩⟧" in repr(TokenLine(ids, [-100, *ids[1:]], tiny))    # unless only a part is trained on
     page = TokenLine(ids, list(ids), tiny)._repr_html_()
     assert "\ufffd" not in page and page.count("· part of €") == 3
 
@@ -175,12 +175,12 @@ def test_the_page_says_everything_without_its_colours(tiny):
     assert sum(tag == "del" and bool(title) for tag, title, _ in found) == len(question)
     assert [text for tag, title, text in found if tag == "sub" and title] == ["… 37 padding"]
     assert [text.strip() for tag, title, text in found if "another example" in title] == ["┃"]
-    assert f"{len(answer)} of {len(line.ids)} tokens are learnt, 37 are padding, {len(question)} are cut" in line._repr_html_()
+    assert f"{len(answer)} of {len(line.ids)} tokens are trained on, 37 are padding, {len(question)} are cut" in line._repr_html_()
 
 
 def test_brackets_in_the_data_are_not_taken_for_ours(tiny):
-    shown = repr(line_of("⟦not learnt⟧", tiny, labels=[-100] * len(tiny("⟦not learnt⟧")["input_ids"])))
-    assert "⟦" not in shown and "⟨U+27E6⟩not learnt⟨U+27E7⟩" in shown
+    shown = repr(line_of("⟦not trained on⟧", tiny, labels=[-100] * len(tiny("⟦not trained on⟧")["input_ids"])))
+    assert "⟦" not in shown and "⟨U+27E6⟩not trained on⟨U+27E7⟩" in shown
 
 
 # ---- size -------------------------------------------------------------------------------------------------------------

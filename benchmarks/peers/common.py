@@ -77,7 +77,7 @@ class Watch:
         self.processor, self.machine, self.marks = time.process_time(), machine_seconds(), [time.perf_counter()]
 
     def read(self, tokens, target_tokens, area):
-        "A micro-batch of the step that is being made: its real tokens, those learnt, and its rectangle with padding"
+        "A micro-batch of the step that is being made: its real tokens, those trained on, and its rectangle with padding"
         if len(self.tokens) < len(self.marks):
             for counts in (self.tokens, self.target_tokens, self.area): counts.append(0)
         for counts, count in ((self.tokens, tokens), (self.target_tokens, target_tokens), (self.area, area)): counts[-1] += count
