@@ -243,8 +243,8 @@ def measured(bench, case):
 def figures(run, lengths, call):
     "Speed after the warm-up, and what share of the card's peaks it is"
     skipped = min(run["setup"]["warm_up"], run["steps"] - 1)
-    seconds, tokens, learnt = (sum(run[name][skipped:]) for name in ("step_seconds", "tokens", "learnt"))
-    reached = training_flops(tokens, learnt, lengths, run["setup"]["rank"], SHAPES[run["shape"]]) / seconds / 1e12
+    seconds, tokens, target_tokens = (sum(run[name][skipped:]) for name in ("step_seconds", "tokens", "target_tokens"))
+    reached = training_flops(tokens, target_tokens, lengths, run["setup"]["rank"], SHAPES[run["shape"]]) / seconds / 1e12
     peak = call["published_tflops"]
     shares = dict(mfu=reached / peak if peak else None, of_measured_peak=reached / call["measured_tflops"])
     return dict(tokens_per_second=tokens / seconds, tflops=reached) | shares

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 POINTS, HOURS, STEPS_A_SECOND = (100, 1000, 10_000, 576_000), 8, 20
 PROMPTS = dict(answer=10, short=700, long=2800)  # tokens, about
 BATCHES = (12, 1)  # rows behind a step: about 2 steps a second, and about 10
-LINE = dict(step=1, total=1, loss=2.3, learning_rate=2e-4, tokens=500, learnt=200, tokens_per_second=1000., seconds=1., epoch=0.1)
+LINE = dict(step=1, total=1, loss=2.3, learning_rate=2e-4, tokens=500, target_tokens=200, tokens_per_second=1000., seconds=1., epoch=0.1)
 
 
 # ---- one measurement, in a process of its own -------------------------------------------------------------------------

@@ -54,15 +54,15 @@ def adapter_size(rank=8, shape=SHAPE):
     return shape["num_hidden_layers"] * sum(rank * (one + other) for one, other in linear_layers(shape))
 
 
-def flops(tokens, learnt, rank=8, shape=SHAPE):
+def flops(tokens, target_tokens, rank=8, shape=SHAPE):
     """The operations a LoRA step over all linear layers cannot do without, two for each multiplication and addition.
 
     A token costs 2 N forward and 2 N backward (towards its input; frozen weights N have no gradient of their own), 6 A for an adapter of A
-    numbers, whose gradient is a third product, and 4 H if it is learnt, where H is the size of the output head. Attention scores (1 to 2 % at
+    numbers, whose gradient is a third product, and 4 H if it is trained on, where H is the size of the output head. Attention scores (1 to 2 % at
     this length), norms and the optimizer are left out; so is whatever a program computes twice or for padding.
     """
     weights = shape["num_hidden_layers"] * sum(one * other for one, other in linear_layers(shape))
-    return tokens * (4 * weights + 6 * adapter_size(rank, shape)) + learnt * 4 * shape["vocab_size"] * shape["hidden_size"]
+    return tokens * (4 * weights + 6 * adapter_size(rank, shape)) + target_tokens * 4 * shape["vocab_size"] * shape["hidden_size"]
 
 
 # ---- the rows ---------------------------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def pace(run):
 
 def share(run, peak, shape=SHAPE, rank=RANK):
     "Part of the matrix products' peak (in TFLOP/s) that the necessary work of the steady steps makes up"
-    work = flops(*(sum(run[what][step] for step in steady(run)) for what in ("tokens", "learnt")), rank, shape)
+    work = flops(*(sum(run[what][step] for step in steady(run)) for what in ("tokens", "target_tokens")), rank, shape)
     return work / steady_seconds(run) / (peak * 1e12)
 
 

@@ -78,7 +78,7 @@ class PlannedStep(NamedTuple):
 
 class _Epoch(NamedTuple):
     "How chance fell in one epoch"
-    rows: np.ndarray # row numbers, in the order in which they are learnt
+    rows: np.ndarray # row numbers, in the order in which they are trained on
     lines: np.ndarray | None # where each line begins in `rows`, and the end; None: a row a line
     steps: np.ndarray # the first line of each step, and the end
 
@@ -389,9 +389,9 @@ class Shard(_Steps):
 def collate(
     lines: list[list[dict]], # of each line its examples (`input_ids`, `labels`), one behind the other
     pad_id: int, # the token to fill up with
-    packed: bool = False # a line may hold several examples, and no first token of one is learnt
+    packed: bool = False # a line may hold several examples, and no first token of one is trained on
 ) -> dict[str, Tensor]: # each int64 (lines, longest)
-    """Examples as one rectangle, padded on the right: `input_ids`, `labels` (-100: not learnt), `position_ids` (from 0 in every example, and again in the padding), `segments` (0: padding, 1: the line's first
+    """Examples as one rectangle, padded on the right: `input_ids`, `labels` (-100: not trained on), `position_ids` (from 0 in every example, and again in the padding), `segments` (0: padding, 1: the line's first
     example, ...), `attention_mask` (1: real). No lines at all give one token of padding, so that a process without work can keep step. Raises `DataError` for two examples in a line that is not packed."""
     if not packed and any(len(line) > 1 for line in lines): raise DataError(f'a line holds {max(map(len, lines))} examples. Say packed=True.')
     width = max((sum(len(one['input_ids']) for one in line) for line in lines), default=1)
@@ -413,7 +413,7 @@ def collate(
 
 # %% ../nbs/07_batches.ipynb #5c5efabc
 def count_target_tokens(
-    labels: Tensor # int64 (lines, longest), -100 where not learnt
+    labels: Tensor # int64 (lines, longest), -100 where not trained on
 ) -> int: # how many labels a causal model is trained on
     "The number of predicted labels: all but the first column's."
     return int((labels[:, 1:] != -100).sum())
@@ -438,12 +438,12 @@ class BatchView:
         "The size of the rectangle, and how much of it is of use."
         (count, width), segments = self.batch['segments'].shape, self.batch['segments']
         samples, real = int(segments.max(dim=1).values.sum()), float((segments > 0).float().mean())
-        return f'{count} × {width} tokens, {samples} samples, {real:.1%} useful, {float((self.batch["labels"] != -100).float().mean()):.1%} learnt'
+        return f'{count} × {width} tokens, {samples} samples, {real:.1%} useful, {float((self.batch["labels"] != -100).float().mean()):.1%} trained on'
 
 def _token_line(batch: dict, number: int, tokenizer: Any) -> TokenLine:
     "One line of a batch"
     ids, labels, segments = (batch[name][number].tolist() for name in ('input_ids', 'labels', 'segments'))
-    kinds = ['padding' if not segment else 'context' if label == -100 else 'learnt' for label, segment in zip(labels, segments)]
+    kinds = ['padding' if not segment else 'context' if label == -100 else 'target' for label, segment in zip(labels, segments)]
     borders = [at for at in range(1, len(ids)) if segments[at] and segments[at] != segments[at - 1]]
     return TokenLine(ids, labels, tokenizer, kinds, [f'sample {segment}' for segment in segments], weights=[float(label != -100) for label in labels], borders=borders, title=f'line {number + 1}')
 
@@ -451,7 +451,7 @@ def show_batch(
     lines: list[list[dict]] | dict, # lines of examples, or what `collate` made of them
     tokenizer: Any # the vocabulary
 ) -> BatchView: # shows itself
-    "See a batch token by token: what is learnt, what is padding, where samples meet."
+    "See a batch token by token: what is trained on, what is padding, where samples meet."
     if isinstance(lines, dict): return BatchView(lines, tokenizer)
     pad_id = getattr(tokenizer, 'pad_token_id', None)
     return BatchView(collate(lines, 0 if pad_id is None else pad_id, packed=any(len(line) > 1 for line in lines)), tokenizer)
@@ -573,17 +573,17 @@ class LongTrial(NamedTuple):
     "Samples that go beyond a limit of a model."
     limit: Limit # the one
     sizes: tuple # tokens of the samples A, B, C, D
-    learnt: int # this many of the last tokens of B
+    target_tokens: int # this many of the last tokens of B
     padding: int # columns behind B in a padded batch
     refusal: str # why it is not tried, in words; empty: it is
 
-def _long_trial(model: torch.nn.Module, limit: Limit, sizes: tuple, learnt: int, padding: int, longer: str) -> LongTrial:
+def _long_trial(model: torch.nn.Module, limit: Limit, sizes: tuple, target_tokens: int, padding: int, longer: str) -> LongTrial:
     "A trial, or why it is too much"
     tokens, weights = sum(sizes), next(model.parameters())
     work = tokens * (sum(p.numel() for p in model.parameters()) + 1000. * tokens)  # each pair of tokens counts, too
     affordable = work <= TRIAL_WORK * FASTER.get(weights.device.type, 1)
     refusal = '' if affordable else f'{limit} is shorter than {longer}, and {tokens} tokens are too many to try'
-    return LongTrial(limit, sizes, learnt, padding, refusal)
+    return LongTrial(limit, sizes, target_tokens, padding, refusal)
 
 def long_trials(
     model: torch.nn.Module, # a causal language model
@@ -662,7 +662,7 @@ def planted(
     ids[1] = torch.where(ids[0] == ids[1], vocabulary // 8, ids[1])
     draws = [[dict(input_ids=one.tolist(), labels=one.tolist()) for one in draw.split(sizes)] for draw in ids]
     if trial:
-        before = sizes[1] - trial.learnt  # the same either way
+        before = sizes[1] - trial.target_tokens  # the same either way
         for _, one, *_ in draws: one['labels'][:before] = [-100] * before
     return draws
 
@@ -675,7 +675,7 @@ def check_cross_contamination(
     "Change one sample of a packed line and see whether the other moves. Five passes over the samples; raises whatever the model raises."
     weights = next(model.parameters())
     (a, b, c, d), (other_a, _, other_c, _) = planted(model, trial)
-    def last_samples(lines: list, path: str) -> list[Tensor]:  # logits of the last sample in each line, (its learnt tokens, vocabulary)
+    def last_samples(lines: list, path: str) -> list[Tensor]:  # logits of the last sample in each line, (its trained tokens, vocabulary)
         forget_lengths(model)
         batch = {name: values.to(weights.device) for name, values in make_batch(lines, 0, packed=True).items()}
         logits = model(**attention_inputs(batch, path, weights.dtype)).logits

@@ -518,7 +518,7 @@ class Chat:
         "Put your words into the model's mouth, to go on from there or to train on; what came behind is dropped. Raises `ConfigError` for a number that is no answer."
         self.messages = [*self.messages[:self._numbered(number, 'assistant', 'chat.edit changes a question.')], dict(role='assistant', content=text)]
 
-    def rows(self) -> list[dict]: # one row, or none while there is nothing to learn
+    def rows(self) -> list[dict]: # one row, or none while there is nothing to train on
         "The conversation as a training row. An answer that was cut short stays for what follows it, with weight 0: nobody should learn to break off. Questions without answer are left out."
         kept, talk = [], self.messages
         for at, turn in enumerate(talk):
@@ -529,10 +529,10 @@ class Chat:
     def save_rows(self,
         path: str | Path # a .jsonl file; what is in it stays
     ) -> int: # rows in the file now
-        "Add the conversation to a file of training rows, whole or not at all; a row that is in it already is not added twice. Raises `DataError` when there is nothing to learn or the file holds something else."
+        "Add the conversation to a file of training rows, whole or not at all; a row that is in it already is not added twice. Raises `DataError` when there is nothing to train on or the file holds something else."
         path, rows = expand_home(path), self.rows()
         if path.suffix != '.jsonl': raise DataError(f'{path} is no .jsonl file, to which rows can be added. Choose a name that ends in .jsonl.')
-        if not rows: raise DataError('there is no whole answer to learn from yet. Ask for one, raise max_new_tokens, or write it with chat.correct(number, text).')
+        if not rows: raise DataError('there is no whole answer to train on yet. Ask for one, raise max_new_tokens, or write it with chat.correct(number, text).')
         have = load_training_data(path) if path.exists() and path.stat().st_size else []
         old = path.read_text(encoding='utf-8-sig') if have else ''
         new = [row for row in rows if row not in have]

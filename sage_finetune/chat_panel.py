@@ -408,7 +408,7 @@ class ChatPanel(Panel):
     def show_rows(self):
         "Show the conversation as JSON lines to be trained on."
         rows = self.partner.chat.rows()
-        if not rows: raise DataError('there is no whole answer to learn from yet. Ask for one, or allow a longer answer.')
+        if not rows: raise DataError('there is no whole answer to train on yet. Ask for one, or allow a longer answer.')
         self.controls.rows.value = '\n'.join(json.dumps(row, ensure_ascii=False) for row in rows)
         self.controls.training.layout.display, self.controls.saved.value = '', ''
 

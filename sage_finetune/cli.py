@@ -92,7 +92,7 @@ def data_command(
     skip_bad: Annotated[bool, typer.Option(help='count rows that cannot be used instead of stopping at the first')] = False,
     report: Annotated[Optional[Path], typer.Option(help='write the health report to this .json file', callback=_home)] = None
 ):
-    "See what will be learnt, token by token, and whether the data is healthy."
+    "See what will be trained on, token by token, and whether the data is healthy."
     from sage_finetune.data import packaged_held_out, prepare_dataset
     from sage_finetune.health import health_report
     from sage_finetune.model import load_tokenizer

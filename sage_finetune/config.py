@@ -214,7 +214,7 @@ class TrainingConfig(Checked):
     on_bad_row: str = dial('error', choices=('error', 'skip'), effect='harmless') # a row that cannot be used stops the run, or is skipped, counted and listed in bad_rows.jsonl
     max_length: int = dial(1024, 16, 1_048_576, effect='harmless') # longest example in tokens; overlong says what becomes of longer ones
     overlong: str = dial('drop_turns', choices=('drop_turns', 'drop', 'error', 'truncate'), effect='harmless') # a row that is too long loses whole last turns, is left out, stops the run, or is cut off
-    thinking: str = dial('ignore_empty', choices=('ignore_empty', 'as_is', 'strip'), effect='harmless') # thinking blocks: empty ones are not learnt, all are learnt, or all are removed
+    thinking: str = dial('ignore_empty', choices=('ignore_empty', 'as_is', 'strip'), effect='harmless') # thinking blocks: empty ones are not trained on, all are trained on, or all are removed
     allow_special_tokens: bool = dial(False, effect='permission') # let text in the data become control tokens such as <|im_end|>: only for data you trust
     packing: bool = dial(True, effect='harmless') # lay the rows of a step one behind the other instead of padding them: the same gradient, fewer tokens
     engine: str = dial('auto', choices=('auto', 'plain'), effect='harmless') # faster and smaller ways through the model, each used only where it is found equal; or transformers and PEFT as they are

@@ -407,7 +407,7 @@ class CodeCorpus:
 
     @property
     def rows(self) -> list[dict]:
-        "Alpaca rows to learn from: each fact in every phrasing but the last."
+        "Alpaca rows to train on: each fact in every phrasing but the last."
         return [fact.row(way) for fact in self.facts for way in range(len(PHRASINGS[fact.kind]) - 1)]
 
     @property
@@ -429,7 +429,7 @@ class CodeCorpus:
         places = {skip.reason: skip.place for skip in reversed(self.skipped)}
         left = [(f'left out: {reason}', count, places[reason]) for reason, count in Counter(skip.reason for skip in self.skipped).most_common()]
         chosen = f'{len(self.facts)} of {self.available} facts, each in {len(PHRASINGS["does"]) - 1} phrasings'
-        return [('files read', self.files, ''), ('rows to learn from', len(self.rows), chosen),
+        return [('files read', self.files, ''), ('rows to train on', len(self.rows), chosen),
                 ('held-out rows', len(self.held_out), 'the same facts in one more phrasing'), *kinds, *left]
 
     def __repr__(self): return f'{sanitize_line(redact_secrets(str(self.root), strict=True))}\n' + text_table(('', 'count', 'for example'), self.lines)
@@ -465,7 +465,7 @@ def code_rows(
     max_answer: int = 200           # longest answer in characters
 ) -> CodeCorpus:                    # rows, held_out, skipped
     "Questions and answers about a source tree, read from its syntax trees. Raises `DataError` when there is nothing to ask."
-    if max_facts is not None and max_facts < 1: raise ConfigError(f'max_facts = {max_facts} leaves nothing to learn: it takes 1 or more, or None for all.')
+    if max_facts is not None and max_facts < 1: raise ConfigError(f'max_facts = {max_facts} leaves nothing to train on: it takes 1 or more, or None for all.')
     root = (own_source() if root is None else checked_path(root, 'code_root')).resolve()
     if not root.is_dir(): raise DataError(f'code_root {root} is not a folder. Name a folder with Python files.')
     if root in (root.parent, Path.home().resolve()): raise DataError(f'code_root {root} is {"the whole disk" if root == root.parent else "your home folder"}. {_SMALLER}')

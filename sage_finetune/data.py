@@ -82,8 +82,8 @@ def _up_to(example: RenderedExample, end: int, start: int = 0) -> RenderedExampl
     return replace(example, ids=example.ids[start:end], labels=example.labels[start:end], turns=turns)
 
 def _without_tail(example: RenderedExample, max_length: int) -> RenderedExample:
-    "The example without what stands behind its last learnt token, when that alone is too much"
-    end = max((turn.end for turn in example.turns if turn.learnt), default=0)
+    "The example without what stands behind its last trained token, when that alone is too much"
+    end = max((turn.end for turn in example.turns if turn.is_target), default=0)
     return _up_to(example, end) if end <= max_length < len(example.ids) and end else example
 
 def _pieces(example: RenderedExample, max_length: int) -> list[RenderedExample]:
@@ -94,8 +94,8 @@ def _pieces(example: RenderedExample, max_length: int) -> list[RenderedExample]:
 
 # %% ../nbs/06_data.ipynb #4ceafc63
 def _stops(examples: list[RenderedExample], max_length: int) -> list[int]:
-    "How many messages to keep, largest first: up to each learnt answer that stands within max_length, as do all before it"
-    turns = sorted({(turn.message, turn.end) for example in examples for turn in example.turns if turn.learnt})
+    "How many messages to keep, largest first: up to each trained answer that stands within max_length, as do all before it"
+    turns = sorted({(turn.message, turn.end) for example in examples for turn in example.turns if turn.is_target})
     return [message + 1 for message, _ in itertools.takewhile(lambda turn: turn[1] <= max_length, turns)][::-1]
 
 def _shortened(sample: Sample, examples: list[RenderedExample], max_length: int, renderer: Renderer) -> TruncationResult:
@@ -108,7 +108,7 @@ def _shortened(sample: Sample, examples: list[RenderedExample], max_length: int,
     return TruncationResult([], 'left out', len(sample.messages))
 
 def _cut(examples: list[RenderedExample], max_length: int) -> TruncationResult:
-    "The examples cut off, those of which something learnt remains"
+    "The examples cut off, those of which a trained token remains"
     found = [_up_to(example, max_length) for example in examples]
     found = [example for example in found if any(label != -100 for label in example.labels)]
     return TruncationResult(found, 'cut' if found else 'left out')
@@ -140,7 +140,7 @@ def prompt_key(
     return int.from_bytes(hashlib.sha256(said.encode('utf-8', 'surrogatepass')).digest()[:8], 'big') / 2**64
 
 def _is_held_out(row: dict, eval_ratio: float) -> bool:
-    "Whether a row is one to hold out; one that is not to be learnt is neither, and stays where it is"
+    "Whether a row is one to hold out; one that is not to be trained on is neither, and stays where it is"
     try: return prompt_key(read_row(row)) < eval_ratio
     except UntrainedRow: return False
 
@@ -159,14 +159,14 @@ class Counts:
     "Examples of one side, training or held out."
     examples: int = 0 # how many
     tokens: int = 0 # of all of them
-    learnt: int = 0 # tokens with a label
+    target_tokens: int = 0 # tokens with a label
     longest: int = 0 # tokens of the longest
 
     def count(self,
         other: 'Counts' # of more examples
     ):
         "Count more examples."
-        for name in ('examples', 'tokens', 'learnt'): setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ('examples', 'tokens', 'target_tokens'): setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
 
 class Note(NamedTuple):
@@ -196,7 +196,7 @@ class LongRow:
         tokenizer: Any # the vocabulary of the ids
     ) -> TokenLine: # what was kept and what was cut, near the cut
         "The tokens around the cut, to look at."
-        kinds = ['cut' if at >= self.cut_at else 'context' if label == -100 else 'learnt' for at, label in enumerate(self.labels)]
+        kinds = ['cut' if at >= self.cut_at else 'context' if label == -100 else 'target' for at, label in enumerate(self.labels)]
         return TokenLine(self.ids, self.labels, tokenizer, kinds=kinds, title=str(self))
 
 # %% ../nbs/06_data.ipynb #de8bd63d
@@ -219,12 +219,12 @@ def _long_row(raw: RawRow, sample: Sample, before: list[RenderedExample], fitted
 # %% ../nbs/06_data.ipynb #3a1d49b9
 @dataclass(repr=False)
 class DataReport(Counts):
-    "What became of the rows: counts of the examples to learn from, and everything else. Shows itself, and goes to JSON and back."
+    "What became of the rows: counts of the examples to train on, and everything else. Shows itself, and goes to JSON and back."
     source: str = 'the data' # where they came from
     max_length: int = 0 # longest example allowed, in tokens
     rows: int = 0 # rows read, the bad ones too
     held_out: Counts = field(default_factory=Counts) # examples kept away for evaluation
-    bad: int = 0 # rows that cannot be learnt from
+    bad: int = 0 # rows that cannot be trained on
     untrained: int = 0 # rows left out because a field of theirs says so
     bad_rows: list[BadRow] = field(default_factory=list) # the first thousand of them
     bad_rows_path: str | None = None # the file that lists all of them
@@ -233,7 +233,7 @@ class DataReport(Counts):
     long_rows: list[LongRow] = field(default_factory=list) # the first few of each kind
     unrolled: int = 0 # conversations made into several examples, because the template rewrites earlier turns
     unrolled_to: int = 0 # examples made of those
-    silent: int = 0 # examples without a learnt token, left out
+    without_targets: int = 0 # examples without a trained token, left out
     notes: dict[str, Note] = field(default_factory=dict) # what was noticed or changed -> how often and where first
     unread: dict[str, str] = field(default_factory=dict) # fields that are not read -> the first thing they hold
     said: list[str] = field(default_factory=list) # sentences about the data as a whole
@@ -276,7 +276,7 @@ def add_report(
     "Add up two reports; the lists of rows keep their beginnings."
     report.count(piece)
     report.held_out.count(piece.held_out)
-    for name in ('rows', 'bad', 'untrained', 'turns_cut', 'unrolled', 'unrolled_to', 'silent'): setattr(report, name, getattr(report, name) + getattr(piece, name))
+    for name in ('rows', 'bad', 'untrained', 'turns_cut', 'unrolled', 'unrolled_to', 'without_targets'): setattr(report, name, getattr(report, name) + getattr(piece, name))
     report.bad_rows += piece.bad_rows[:_KEPT_BAD - len(report.bad_rows)]
     for row in piece.long_rows: _note_long(report, row)
     for what, count in piece.overlong.items(): report.overlong[what] = report.overlong.get(what, 0) + count
@@ -284,7 +284,7 @@ def add_report(
     _note_unread(report, piece.unread)
 
 # %% ../nbs/06_data.ipynb #ee8ae502
-_WHAT = {'shortened': 'shortened by whole turns', 'left out': 'left out as too long', 'cut': 'cut off at max_length (their stop token is not learnt)', 'in pieces': 'texts laid into pieces'}
+_WHAT = {'shortened': 'shortened by whole turns', 'left out': 'left out as too long', 'cut': 'cut off at max_length (their stop token is not trained on)', 'in pieces': 'texts laid into pieces'}
 
 def _many(count: int, word: str) -> str: return f'{count:,} {word}{"s" * (count != 1)}'
 
@@ -292,14 +292,14 @@ def report_line(
     report: DataReport # of some data
 ) -> str:
     "What became of the rows, on one line."
-    share = report.learnt / max(report.tokens, 1)
-    said = [f'{_many(report.examples, "example")}, {report.tokens:,} tokens, {report.learnt:,} of them learnt ({share:.0%}), longest {report.longest:,}']
+    share = report.target_tokens / max(report.tokens, 1)
+    said = [f'{_many(report.examples, "example")}, {report.tokens:,} tokens, {report.target_tokens:,} of them trained on ({share:.0%}), longest {report.longest:,}']
     if report.held_out.examples: said.append(f'held out: {report.held_out.examples:,}')
     said += [f'{_WHAT[what]}: {count:,}' + f' ({_many(report.turns_cut, "turn")})' * (what == 'shortened') for what, count in report.overlong.items()]
     if report.bad: said.append(f'bad rows skipped: {report.bad:,} of {report.rows:,}')
-    if report.untrained: said.append(f'left out, as they say themselves that they are not to be learnt: {_many(report.untrained, "row")}')
+    if report.untrained: said.append(f'left out, as they say themselves that they are not to be trained on: {_many(report.untrained, "row")}')
     if report.unrolled: said.append(f'made into several examples, as the template rewrites earlier turns: {_many(report.unrolled, "conversation")} into {report.unrolled_to:,}')
-    if report.silent: said.append(f'left out for want of anything to learn: {report.silent:,}')
+    if report.without_targets: said.append(f'left out for want of trained tokens: {report.without_targets:,}')
     return '; '.join(said)
 
 # %% ../nbs/06_data.ipynb #307dcc51
@@ -401,9 +401,9 @@ class Made:
         return self
 
 def _check_stops(raw: RawRow, example: RenderedExample, stops: set[int]):
-    "Each learnt turn must end in a token that ends it"
+    "Each turn that is trained on must end in a token that ends it"
     for turn in example.turns:
-        if turn.learnt and (turn.end == turn.start or example.labels[turn.end - 1] not in stops):
+        if turn.is_target and (turn.end == turn.start or example.labels[turn.end - 1] not in stops):
             raise DataError(f'{raw.place()}: an answer does not end in a stop token, so a model tuned on it would never stop. Mend the chat template.')
 
 def _fit_in(report: DataReport, raw: RawRow, sample: Sample, examples: list[RenderedExample], maker: 'Preprocessor') -> list[RenderedExample]:
@@ -475,7 +475,7 @@ def _take_examples(made: Made, raw: RawRow, sample: Sample, examples: list[Rende
     columns = made.columns[settings.eval_ratio > 0 and prompt_key(sample) < settings.eval_ratio]
     for example in examples:
         if example.labels.count(-100) < len(example.labels): columns.add(example, raw.number if raw.file.endswith('.json') else raw.line)
-        else: report.silent += 1
+        else: report.without_targets += 1
 
 # %% ../nbs/06_data.ipynb #f52b64fc
 def ordered_map(
@@ -543,7 +543,7 @@ def preprocess(
     folder: Path, # takes the files
     show: bool = True # draw a bar when it takes long
 ) -> DataReport:
-    "Read everything once and write it into a folder as examples. Raises `DataError` for what cannot be learnt from, `RunError` when it cannot be written."
+    "Read everything once and write it into a folder as examples. Raises `DataError` for what cannot be trained on, `RunError` when it cannot be written."
     report, began, bar = DataReport(source=source_name(source), max_length=maker.settings.max_length), time.perf_counter(), _Bar(source, show)
     try:
         with ExitStack() as stack:
@@ -562,7 +562,7 @@ def preprocess(
 
 # %% ../nbs/06_data.ipynb #47a1f601
 def _judge(report: DataReport, maker: Preprocessor, folder: Path) -> DataReport:
-    "Refuse data without anything to learn, and say what else concerns the whole"
+    "Refuse data without anything to train on, and say what else concerns the whole"
     ratio, held = maker.settings.eval_ratio, report.held_out
     if not report.examples and held.examples:
         replace_path(folder/EVALUATION, folder/TRAIN)
@@ -571,7 +571,7 @@ def _judge(report: DataReport, maker: Preprocessor, folder: Path) -> DataReport:
         report.said.append(f'eval_ratio={ratio:g} would hold out every question, so none is held out. Name a file of held-out rows to evaluate on.')
     elif ratio and not held.examples:
         report.said.append(f'eval_ratio={ratio:g} holds out none of these questions. Name a file of held-out rows to evaluate on, or add rows.')
-    if not report.learnt: raise DataError(f'{report.source}: {_nothing(report)}')
+    if not report.target_tokens: raise DataError(f'{report.source}: {_nothing(report)}')
     if not report.held_out.examples: (folder/EVALUATION).unlink(missing_ok=True)
     if not report.bad: (folder/BAD_ROWS).unlink()
     report.unread = redact_object(report.unread)
@@ -579,15 +579,15 @@ def _judge(report: DataReport, maker: Preprocessor, folder: Path) -> DataReport:
     return report
 
 def _nothing(report: DataReport) -> str:
-    "Why there is nothing to learn"
-    if report.untrained == report.rows: return f'all {report.rows:,} rows say themselves that they are not to be learnt. Remove the field that says so.'
-    if report.bad == report.rows: return f'all {report.rows:,} rows are bad, so there is nothing to learn. The first: {report.bad_rows[0]}'
+    "Why there is nothing to train on"
+    if report.untrained == report.rows: return f'all {report.rows:,} rows say themselves that they are not to be trained on. Remove the field that says so.'
+    if report.bad == report.rows: return f'all {report.rows:,} rows are bad, so there is nothing to train on. The first: {report.bad_rows[0]}'
     if report.overlong: return f'no example of the {report.rows:,} rows fits into max_length={report.max_length:,}. Raise max_length or shorten the answers.'
-    return f'no example of the {report.rows:,} rows has a token to learn. Give an answer weight 1.'
+    return f'no example of the {report.rows:,} rows has a token to train on. Give an answer weight 1.'
 
 # %% ../nbs/06_data.ipynb #bcd226e3
 class PreparedDataset(Dataset):
-    "Examples on disk: columns `input_ids`, `labels` (-100 where not learnt), `length` and `row` (where it came from)."
+    "Examples on disk: columns `input_ids`, `labels` (-100 where not trained on), `length` and `row` (where it came from)."
     def __init__(self,
         arrow_table: Any, # on disk
         tokenizer: Any = None, # made the ids
@@ -714,11 +714,16 @@ def report_to_dict(
     "A report as plain values."
     return asdict(report)
 
+_OLD_NAMES = dict(learnt='target_tokens', silent='without_targets')  # as version 0.1.0 wrote them
+
+def _renamed(content: dict) -> dict: return {_OLD_NAMES.get(name, name): value for name, value in content.items()}
+
 def report_from_dict(
     content: dict # made by `report_to_dict`
 ) -> DataReport:
     "A report back from plain values."
-    given = dict(held_out=Counts(**content['held_out']), bad_rows=[BadRow(**row) for row in content['bad_rows']],
+    content = _renamed(content)
+    given = dict(held_out=Counts(**_renamed(content['held_out'])), bad_rows=[BadRow(**row) for row in content['bad_rows']],
                  long_rows=[LongRow(**row) for row in content['long_rows']], notes={kind: Note(*values) for kind, values in content['notes'].items()})
     report = DataReport(**content | given)
     wrong = [name for made in (report, report.held_out) for name, plain in vars(type(made)()).items() if isinstance(plain, (int, str, list, dict)) and type(getattr(made, name)) is not type(plain)]
@@ -793,7 +798,7 @@ def _cached(source: Any, maker: Preprocessor, cache_dir: Path, show: bool) -> tu
 # %% ../nbs/06_data.ipynb #b17c4dfb
 class Prepared(NamedTuple):
     "Data, ready for training"
-    train: PreparedDataset # to learn from
+    train: PreparedDataset # to train on
     evaluation: PreparedDataset | None # held out
     report: DataReport # what became of the rows
 
@@ -837,7 +842,7 @@ def prepare(
     show: bool = True, # draw a bar when it takes long, print the report
     bad_rows_path: str | Path | None = None # list the rows that were skipped in this .jsonl file, too
 ) -> Prepared: # training and held-out examples, on disk; and the report
-    "From data of any shape to examples with masks, in one pass and in bounded memory. Raises `DataError` for what cannot be learnt from, `ConfigError` for a wrong setting, `RunError` when the disk is full."
+    "From data of any shape to examples with masks, in one pass and in bounded memory. Raises `DataError` for what cannot be trained on, `ConfigError` for a wrong setting, `RunError` when the disk is full."
     settings = DataSettings(max_length, format_type, column_map, on_bad_row, overlong, thinking, allow_special_tokens, eval_ratio)
     return _opened(source, Preprocessor(tokenizer, settings), cache_dir, show, bad_rows_path)
 
@@ -854,7 +859,7 @@ def prepare_dataset(
     allow_special_tokens: bool = False, # whether text that spells a control token becomes one
     cache_dir: str | Path | None = None, # keep the result there for the next start; None: a temporary folder
     show: bool = True # draw a bar when it takes long, print the report
-) -> PreparedDataset: # columns `input_ids`, `labels` (-100 where not learnt), `length`, `row`
+) -> PreparedDataset: # columns `input_ids`, `labels` (-100 where not trained on), `length`, `row`
     "From data of any shape to one set of examples with masks: `prepare` without holding anything out. Raises what `prepare` raises."
     return prepare(data, tokenizer, max_length, format_type, column_map, on_bad_row, overlong, thinking, allow_special_tokens, cache_dir=cache_dir, show=show).train
 
@@ -878,7 +883,7 @@ def encode(
     data_format: str | None = None, # a key of `FORMATS`; None: each row is asked
     source: str = 'the data' # what to call the rows in an error
 ) -> tuple[PreparedDataset, DataReport]: # examples, and what became of the rows
-    "Rows to examples: `prepare` for a list. Raises `DataError` naming the first bad row, or when nothing is left to learn."
+    "Rows to examples: `prepare` for a list. Raises `DataError` naming the first bad row, or when nothing is left to train on."
     try: prepared = prepare(rows, tokenizer, max_length, data_format, show=False)
     except DataError as error: raise DataError(re.sub('^the data', lambda _: source, str(error))) from error
     return prepared.train, prepared.report

@@ -35,11 +35,11 @@ from .modeling.packed_weights import PackedWeight, can_pack, packing_gain
 # %% ../nbs/09_engine.ipynb #55a83d6a
 def cross_entropy_sum(
     logits: Tensor, # (lines, longest, vocabulary)
-    labels: Tensor # int64 (lines, longest), -100 where not learnt
+    labels: Tensor # int64 (lines, longest), -100 where not trained on
 ) -> Tensor: # scalar, in 32 bits
-    "Cross-entropy summed over the learnt tokens, in nats."
-    learnt = labels[:, 1:] != -100                        # (lines, longest - 1)
-    return F.cross_entropy(logits[:, :-1][learnt].float(), labels[:, 1:][learnt], reduction='sum')
+    "Cross-entropy summed over the trained tokens, in nats."
+    is_target = labels[:, 1:] != -100                        # (lines, longest - 1)
+    return F.cross_entropy(logits[:, :-1][is_target].float(), labels[:, 1:][is_target], reduction='sum')
 
 # %% ../nbs/09_engine.ipynb #314dc7b0
 def _loss_and_grad_logits(
@@ -99,18 +99,18 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
 def chunked_cross_entropy(
     hidden: Tensor, # (tokens, width), what goes into the head
     weight: Tensor, # (vocabulary, width), the head's; it gets no gradient
-    labels: Tensor, # int64 (tokens,), what each token should predict, -100 where not learnt
+    labels: Tensor, # int64 (tokens,), what each token should predict, -100 where not trained on
     bias: Tensor | None = None, # (vocabulary,)
     softcap: float | None = None, # logits are bent into ±softcap, as Gemma 2's are
     scale: float = 1., # logits are multiplied by it first, as Granite's and Cohere's are
     chunk: int | None = None, # tokens whose logits exist at the same time; None: 96 MiB of them
     packed: PackedWeight | None = None # the weight, packed
 ) -> Tensor: # scalar, in 32 bits
-    "Cross-entropy summed over the learnt tokens, in nats, without ever holding all logits; equal to `cross_entropy_sum` of them."
-    learnt = labels != -100
+    "Cross-entropy summed over the trained tokens, in nats, without ever holding all logits; equal to `cross_entropy_sum` of them."
+    is_target = labels != -100
     chunk = chunk or max(1, 3 * 2**25 // (len(weight) * weight.element_size()) // PAD_MULTIPLE) * PAD_MULTIPLE
     if packed and not packed.matches(weight): packed = None
-    return _ChunkedLoss.apply(hidden[learnt].to(weight.dtype), weight, bias, labels[learnt], softcap, scale, chunk, packed)
+    return _ChunkedLoss.apply(hidden[is_target].to(weight.dtype), weight, bias, labels[is_target], softcap, scale, chunk, packed)
 
 # %% ../nbs/09_engine.ipynb #5546bdff
 class Head(NamedTuple):
@@ -123,9 +123,9 @@ class Head(NamedTuple):
 
     def loss(self,
         inputs: dict, # keyword arguments of the model
-        labels: Tensor # int64 (lines, longest), -100 where not learnt
+        labels: Tensor # int64 (lines, longest), -100 where not trained on
     ) -> Tensor: # scalar, in 32 bits
-        "Cross-entropy summed over the learnt tokens."
+        "Cross-entropy summed over the trained tokens."
         hidden = self.body(**inputs).last_hidden_state
         return chunked_cross_entropy(hidden[:, :-1].flatten(0, 1), self.output.weight, labels[:, 1:].flatten(), self.output.bias, self.softcap, self.scale, packed=self.packed)
 
@@ -503,7 +503,7 @@ class Engine:
     def loss(self,
         batch: dict # what `collate` made, on the model's device
     ) -> Tensor: # scalar, in 32 bits
-        "Cross-entropy summed over the learnt tokens of a batch."
+        "Cross-entropy summed over the trained tokens of a batch."
         return sum(map(self._loss, _single_rows(batch))) if self.row_by_row else self._loss(batch)
 
     def _loss(self, batch: dict) -> Tensor:
@@ -539,7 +539,7 @@ class Engine:
         return torch.autocast(device, self.dtype, enabled=self.lean.get('adapters', 0) < count)
 
     def __str__(self):
-        parts = ['cross-entropy in chunks, at learnt tokens only'] * bool(self.head) + [', '.join(f'{count} {kind}' for kind, count in self.lean.items()) + ' in one piece'] * bool(self.lean)
+        parts = ['cross-entropy in chunks, at trained tokens only'] * bool(self.head) + [', '.join(f'{count} {kind}' for kind, count in self.lean.items()) + ' in one piece'] * bool(self.lean)
         parts += [SAMPLE_BY_SAMPLE.reason] * (self.packing.name == 'samples')
         return sanitize_line('; '.join(['transformers and PEFT as they are' if not parts else ' + '.join(parts), *self.remarks]))
 

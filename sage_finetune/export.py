@@ -247,7 +247,7 @@ def iter_valid_rows(
     source: Any, # a file, a folder, a data set, a list of rows
     column_map: dict[str, str] | None = None # known name -> the name it has in the data
 ) -> Iterator[Sample]:
-    "The rows of a source that can be learnt from; others are passed over, which is for looking at data and not for training on it."
+    "The rows of a source that can be trained on; others are passed over, which is for looking at data and not for training on it."
     for raw in iter_rows(source, on_bad=lambda bad: None):
         try: yield read_row(raw.row, column_map=column_map)
         except DataError: continue

@@ -545,7 +545,7 @@ def _one_split_only(paths: list[Path], folder: Path) -> list[Path]:
     if len(train) == len(other) == 1: way_out = f'Name them one by one: data_path="{train[0].as_posix()}", eval_path="{other[0].as_posix()}".'
     else: way_out = 'Lay the files of each into a folder of its own, and name one as data_path and the other as eval_path.'
     names = f'{train[0].relative_to(folder).as_posix()} and {other[0].relative_to(folder).as_posix()}'
-    raise DataError(f'the folder {folder} has the splits {", ".join(sorted(name or "(no name)" for name in parts))}, such as {names}, and they would be learnt together. {way_out}')
+    raise DataError(f'the folder {folder} has the splits {", ".join(sorted(name or "(no name)" for name in parts))}, such as {names}, and they would be trained on together. {way_out}')
 
 def _saved_dataset(folder: Path) -> list[Path] | None:
     "The files of a folder that `save_to_disk` wrote; None for any other"

@@ -357,8 +357,8 @@ def planned_steps(
 ) -> int: # optimizer steps, about: the rows held out are drawn, and rows may be too long
     "How many optimizer steps a run is going to make."
     apart = config.eval_path or packaged_held_out(config.data_path)
-    learnt = rows if apart else max(1, round(rows * (1 - config.eval_ratio)))
-    steps = config.num_train_epochs * -(-learnt // config.effective_batch_size)
+    train_rows = rows if apart else max(1, round(rows * (1 - config.eval_ratio)))
+    steps = config.num_train_epochs * -(-train_rows // config.effective_batch_size)
     return min(steps, config.max_steps or steps)
 
 # %% ../nbs/23_form.ipynb #0c05711e
@@ -677,7 +677,7 @@ def _stamp(path: Path | None) -> tuple:
 
 def _rows_or_why(path: Path | None) -> RowCount | str | None:
     "The rows of a data file, or the sentence that says why there are none"
-    if path is None: return 'no rows to learn from are named yet: data_path is empty. The packaged ones are "example".'
+    if path is None: return 'no rows to train on are named yet: data_path is empty. The packaged ones are "example".'
     try: return count_rows(path)
     except DataError as error: return str(error)
 

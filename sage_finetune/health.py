@@ -10,7 +10,7 @@ __all__ = ['AT_ONCE', 'NO_SPACES', 'UNCLEAR', 'NO_LETTERS', 'HEAD_AND_TAIL', 'SI
            'is_placeholder', 'bare_words', 'only_thinking', 'ending', 'Measured', 'measure', 'token_codes', 'shingles',
            'alike', 'signatures', 'without_common', 'near_pairs', 'alt_text', 'Change', 'changes', 'another_question',
            'same_answer', 'words_changed', 'same_question', 'closest_questions', 'Question', 'questions_of', 'Survey',
-           'survey', 'Finding', 'preparation', 'learnt_share', 'longest_rows', 'histogram', 'lengths', 'stop_tokens',
+           'survey', 'Finding', 'preparation', 'trained_tokens', 'longest_rows', 'histogram', 'lengths', 'stop_tokens',
            'empty_answers', 'hollow_answers', 'cut_off_answers', 'one_word_answers', 'answer_lengths', 'same_answers',
            'openings', 'exact_duplicates', 'answers_differ', 'near_duplicates', 'in_both_splits', 'NearQuestions',
            'nearly_in_both_splits', 'languages', 'odd_writing', 'secrets', 'markup', 'health_html', 'HealthReport',
@@ -109,20 +109,20 @@ class Example(NamedTuple):
     "One row of a prepared data set, read back."
     row: int # its number in the data, from 1
     ids: np.ndarray # int64 (tokens,): token ids
-    learnt: np.ndarray # bool (tokens,): which of them are learnt
+    is_target: np.ndarray # bool (tokens,): which of them are trained on
     pieces: list[tuple] # (start, end) token positions of its parts, the frame left out
-    spoken: list[tuple] # those of them that are learnt
+    spoken: list[tuple] # those of them that are trained on
     asked: str # what stands before the first answer; empty for plain text
-    answers: list[str] # what is learnt, one text a piece
+    answers: list[str] # what is trained on, one text a piece
     text: str # all of it, without special tokens
-    turns: tuple = () # (question, learnt answer) of each user turn that is answered
+    turns: tuple = () # (question, answer that is trained on) of each user turn that is answered
     system: str = '' # what stands before the first of them: a system prompt, with the template's words around it
 
-def _pieces(ids: list[int], learnt: np.ndarray, frame: tuple) -> list[tuple]:
+def _pieces(ids: list[int], is_target: np.ndarray, frame: tuple) -> list[tuple]:
     "Where a row is to be cut"
-    edges = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(ids)]
+    edges = [0, *(np.flatnonzero(is_target[1:] != is_target[:-1]) + 1).tolist(), len(ids)]
     pieces = list(zip(edges, edges[1:]))
-    if not ids or learnt[0]: return pieces
+    if not ids or is_target[0]: return pieces
     (start, end), (opening, closing) = pieces[0], frame
     if opening and ids[:len(opening)] == opening: start = min(len(opening), end)
     places = range(end - len(closing), max(end - len(closing) - 16, start - 1), -1)  # an empty thinking block may follow
@@ -132,7 +132,7 @@ def _pieces(ids: list[int], learnt: np.ndarray, frame: tuple) -> list[tuple]:
 _THINKING = re.compile(r'\s*\w*\s*<think>\s*(</think>)?\s*$')  # opened by the template behind the question
 
 def _question(raw: str, marks: TurnMarks | None) -> str:
-    "The user's turn that stands last in a piece that is not learnt; a tool's result is none. Empty when there is none"
+    "The user's turn that stands last in a piece that is not trained on; a tool's result is none. Empty when there is none"
     turns = raw.split(marks.opening)[1:] if marks else []
     texts = (turn.partition(marks.closing)[0].strip() for turn in reversed(turns))
     return next((text for text in texts if not (marks.tool and text.startswith(marks.tool))), '')
@@ -145,14 +145,14 @@ def _turns(asked: str, pieces: list[str], answered: list[bool], raw: dict[int, s
         question = '' if is_answer else _question(raw[at], marks) or ('' if at else asked) if at in raw else '' if at else asked
     return tuple(found)
 
-def _as_example(row: int, ids: np.ndarray, learnt: np.ndarray, pieces: list[tuple], texts: list[str], raw: dict[int, str],
+def _as_example(row: int, ids: np.ndarray, is_target: np.ndarray, pieces: list[tuple], texts: list[str], raw: dict[int, str],
     marks: TurnMarks | None) -> Example:
     "Put the decoded pieces where they belong"
-    answered = [end > start and bool(learnt[start]) for start, end in pieces]
+    answered = [end > start and bool(is_target[start]) for start, end in pieces]
     asked = '' if answered[:1] == [True] else _THINKING.sub('', texts[0]).strip() if texts else ''
     spoken, answers = ([one for one, is_answer in zip(all_of, answered) if is_answer] for all_of in (pieces, texts))
     system = raw[0].partition(marks.opening)[0] if marks and 0 in raw and marks.opening in raw[0] else ''
-    return Example(row, ids, learnt, pieces, spoken, asked, answers, ' '.join(texts), _turns(asked, texts, answered, raw, marks), system)
+    return Example(row, ids, is_target, pieces, spoken, asked, answers, ' '.join(texts), _turns(asked, texts, answered, raw, marks), system)
 
 # %% ../nbs/17_health.ipynb #eac9865f
 AT_ONCE = 1000  # rows that are in memory at a time
@@ -166,13 +166,13 @@ def read_examples(
     for batch in dataset.with_format('arrow').iter(batch_size=AT_ONCE):
         ids, labels = _lists(batch['input_ids']), _lists(batch['labels'])
         numbers = batch['row'].to_pylist() if 'row' in batch.column_names else range(done + 1, done + 1 + len(ids))
-        learnt = [one != -100 for one in labels]
-        pieces = [_pieces(one.tolist(), mask, frame) for one, mask in zip(ids, learnt)]
+        is_target = [one != -100 for one in labels]
+        pieces = [_pieces(one.tolist(), mask, frame) for one, mask in zip(ids, is_target)]
         texts = iter(decoded([one[start:end].tolist() for one, spans in zip(ids, pieces) for start, end in spans], tokenizer))
-        unclear = [_unclear(one, mask, spans, special) if marks else {} for one, mask, spans in zip(ids, learnt, pieces)]
+        unclear = [_unclear(one, mask, spans, special) if marks else {} for one, mask, spans in zip(ids, is_target, pieces)]
         longer = [one[start:end].tolist() for one, some in zip(ids, unclear) for start, end in some.values()]
         raw = iter(decoded(longer, tokenizer, special=True))
-        for number, one, mask, spans, some in zip(numbers, ids, learnt, pieces, unclear):
+        for number, one, mask, spans, some in zip(numbers, ids, is_target, pieces, unclear):
             yield _as_example(number, one, mask, spans, [next(texts) for _ in spans], {at: next(raw) for at in some}, marks)
         done += len(ids)
 
@@ -182,11 +182,11 @@ def _special_table(tokenizer: Any) -> np.ndarray:
     table[[*tokenizer.all_special_ids, *(token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)]] = True
     return table
 
-def _unclear(ids: np.ndarray, learnt: np.ndarray, pieces: list[tuple], special: np.ndarray) -> dict[int, tuple]:
+def _unclear(ids: np.ndarray, is_target: np.ndarray, pieces: list[tuple], special: np.ndarray) -> dict[int, tuple]:
     "Pieces, by their place, that may hold more than a question, with the stop before: all but a first one that had a frame on both sides"
     found, starts = {}, [0, *(start for start, _ in pieces[1:]), len(ids)]
     for at, (start, end) in enumerate(pieces):
-        if end > start and learnt[start]: continue
+        if end > start and is_target[start]: continue
         plain = not at and start and end < starts[1] and not special[np.minimum(ids[start:end], len(special) - 1)].any()
         if not plain: found[at] = (max(starts[at] - 1, 0), starts[at + 1])
     return found
@@ -321,7 +321,7 @@ def bare_words(
     return ' '.join([word.strip(_EDGES) for word in text.split()])
 
 def only_thinking(
-    answer: str # as it is learnt
+    answer: str # as it is trained on
 ) -> bool: # True when the thinking block is all there is, or never ends
     "Whether an answer is nothing but thoughts."
     for opened, closed in THINKING_TAGS:
@@ -352,8 +352,8 @@ class Measured(NamedTuple):
     "What is kept of a row."
     row: int # its number in the data, from 1
     tokens: int # its length
-    learnt: int # tokens with a label
-    answers: int # learnt stretches
+    target_tokens: int # tokens with a label
+    answers: int # stretches that are trained on
     longest_answer: int # tokens of the longest of them
     silent: bool # is there an answer without anything to see?
     one_word: bool # are all answers single words?
@@ -403,7 +403,7 @@ def measure(
     language = guess_language(' '.join(answers)[:500])
     if language in (UNCLEAR, NO_LETTERS): language = guess_language(f'{example.asked[:250]} {" ".join(answers)}')
     whole, last = hashlib.blake2b(example.ids.tobytes(), digest_size=8).digest(), answers[-1] if answers else ''
-    return Measured(example.row, len(example.ids), int(example.learnt.sum()), len(answers), longest,
+    return Measured(example.row, len(example.ids), int(example.is_target.sum()), len(answers), longest,
         silent=not all(one.strip() for one in answers), one_word=bool(answers) and all(_single_word(one, language) for one in answers),
         stops=bool(ends) and ends[-1] in stop and all(one in stop or one in special for one in ends),
         language=language, odd=odd_characters(example.text), markup=has_markup(example.text),
@@ -426,16 +426,16 @@ HEAD_AND_TAIL = 256  # of longer rows, so many tokens of the beginning and of th
 def shingles(
     example: Example, # a row
     codes: np.ndarray # as from `token_codes`
-) -> tuple[np.ndarray, np.ndarray]: # uint32 (n,): a number for each run of three tokens; bool (n,): does it end in a learnt token?
+) -> tuple[np.ndarray, np.ndarray]: # uint32 (n,): a number for each run of three tokens; bool (n,): does it end in a trained token?
     "A row cut into overlapping runs of three tokens."
-    ids, learnt = (np.concatenate([values[start:end] for start, end in example.pieces]) for values in (example.ids, example.learnt))
+    ids, is_target = (np.concatenate([values[start:end] for start, end in example.pieces]) for values in (example.ids, example.is_target))
     if len(ids) and ids.max() >= len(codes):
         raise DataError(f'row {example.row} has the id {ids.max()}, the tokenizer knows only {len(codes):,}. Pass the one the data set was made with.')
-    coded, learnt = (values[codes[ids] > 0] for values in (codes[ids], learnt))
-    if len(coded) > 2 * HEAD_AND_TAIL: coded, learnt = (np.append(one[:HEAD_AND_TAIL], one[-HEAD_AND_TAIL:]) for one in (coded, learnt))
+    coded, is_target = (values[codes[ids] > 0] for values in (codes[ids], is_target))
+    if len(coded) > 2 * HEAD_AND_TAIL: coded, is_target = (np.append(one[:HEAD_AND_TAIL], one[-HEAD_AND_TAIL:]) for one in (coded, is_target))
     if len(coded) < 3: return np.zeros(0, np.uint32), np.zeros(0, bool)
     mixed = (coded[:-2] * _MIX[0] + coded[1:-1]) * _MIX[1] + coded[2:] * _MIX[2]
-    return (mixed >> np.uint64(32)).astype(np.uint32), learnt[2:]
+    return (mixed >> np.uint64(32)).astype(np.uint32), is_target[2:]
 
 def alike(
     one: np.ndarray, # shingles of a row
@@ -669,9 +669,9 @@ class Survey:
     table: pd.DataFrame # a `Measured` a row
     places: list[int] # rows of the table, from 0, whose shingles were kept
     shingles: list[np.ndarray] # of those rows
-    in_answer: list[np.ndarray] # which of them end in a learnt token
+    in_answer: list[np.ndarray] # which of them end in a trained token
     questions: pd.DataFrame # a `Question` a line
-    max_length: int | None = None # longest row that is learnt
+    max_length: int | None = None # longest row that is trained on
     evaluation: 'Survey | None' = None # the held-out rows, if any
 
     def look(self,
@@ -688,7 +688,7 @@ _KEYS = ('whole', 'asked', 'answer', 'opening', 'content')  # columns of 64 bits
 def survey(
     dataset: Dataset, # columns `input_ids` and `labels`
     tokenizer: 'PreTrainedTokenizerBase', # what it was made with
-    max_length: int | None = None, # longest row that is learnt
+    max_length: int | None = None, # longest row that is trained on
     show: bool = True # a progress bar where it takes long
 ) -> Survey: # all that is needed for the findings
     "Measure every row, in one pass and little memory."
@@ -768,8 +768,8 @@ def _findings_html(findings: list[Finding]) -> str:
 
 # %% ../nbs/17_health.ipynb #59fe1297
 ADVICE = {
-    'preparation': 'Look at it in dataset.report: what is left out is not learnt.',
-    'learnt share': 'Look at one of them token by token: its answer is missing, was cut off, or has the wrong role.',
+    'preparation': 'Look at it in dataset.report: what is left out is not trained on.',
+    'trained tokens': 'Look at one of them token by token: its answer is missing, was cut off, or has the wrong role.',
     'small share': 'Nearly all computing goes into reading; shorter questions would make training faster.',
     'stop token': 'Do not train on this: the model would not stop. Make these rows with prepare_dataset, and do not cut them off.',
     'empty answers': 'Remove them: they teach the model to say nothing.',
@@ -778,10 +778,10 @@ ADVICE = {
     'in both splits': 'Remove these questions from training, or divide the data with split: measured like this, learning by heart looks like understanding.',
     'nearly in both splits': 'Look at a few pairs; remove from training what asks the same in other words, or the exam measures memory.',
     'not compared': 'Pass the held-out rows as evaluation=, if there are any.',
-    'exact duplicates': 'Remove them: a row that stands there twice is learnt twice as hard.',
+    'exact duplicates': 'Remove them: a row that stands there twice is trained on twice as often.',
     'near duplicates': 'Look at a few pairs and remove the weaker row of each. One answer to a question in other words is wanted.',
     'answers differ': 'Keep the better answer, unless several are right.',
-    'one answer only': 'There is nothing to learn but this one sentence: look whether it is the right column.',
+    'one answer only': 'There is nothing to train on but this one sentence: look whether it is the right column.',
     'same answers': 'Add rows with other answers, or the model will learn that this one is nearly always right.',
     'length': 'Raise max_length, or shorten these rows, or let prepare_dataset drop whole turns.',
     'at the limit': 'Look whether they were cut off there: many rows of exactly this length are no coincidence.',
@@ -831,27 +831,27 @@ def preparation(survey: Survey) -> Finding: # a measured data set
     "What was left out before: bad rows, rows that were too long. Rows: none, they are not here."
     report = getattr(survey.dataset, 'report', None)
     if report is None: return _finding('preparation', 'ok', 'It is not known what was left out when these rows were prepared.')
-    figures = dict(bad=report.bad, overlong=dict(report.overlong), nothing_learnt=report.silent)
-    lost, changed = report.bad + report.overlong.get('left out', 0) + report.silent, sum(report.overlong.values())
+    figures = dict(bad=report.bad, overlong=dict(report.overlong), without_targets=report.without_targets)
+    lost, changed = report.bad + report.overlong.get('left out', 0) + report.without_targets, sum(report.overlong.values())
     share = min(lost / max(report.rows, 1), 1.)
     many = max(lost / MANY, changed / MOST) >= report.rows > 0
     level = 'error' if share >= MOST else 'warn' if many else 'note' if lost or changed else 'ok'
     said = f'Of {report.rows:,} rows {lost:,} were left out ({share:.1%}): ' * (level in ('warn', 'error')) + f'{report_line(report)}.'
     return _finding('preparation', level, said, lost=lost, share=round(share, 4), **figures)
 
-def learnt_share(survey: Survey) -> Finding: # a measured data set
-    "How many of the tokens are learnt. Rows: those with the smallest share."
+def trained_tokens(survey: Survey) -> Finding: # a measured data set
+    "How many of the tokens are trained on. Rows: those with the smallest share."
     table = survey.table
-    tokens, learnt = int(table.tokens.sum()), int(table.learnt.sum())
-    shares = (table.learnt / table.tokens.clip(lower=1)).sort_values(kind='stable')
+    tokens, target_tokens = int(table.tokens.sum()), int(table.target_tokens.sum())
+    shares = (table.target_tokens / table.tokens.clip(lower=1)).sort_values(kind='stable')
     least = [dict(row=int(table.row[at]), share=round(float(share), 4)) for at, share in shares[:5].items()]
-    nothing, total = table.row[table.learnt == 0].tolist(), learnt / max(tokens, 1)
-    figures = dict(rows=len(table), tokens=tokens, learnt=learnt, share=round(total, 4), nothing_learnt=len(nothing), smallest=least)
-    said = f'{len(table):,} rows, {tokens:,} tokens, {learnt:,} of them learnt ({total:.1%}); ' \
+    nothing, total = table.row[table.target_tokens == 0].tolist(), target_tokens / max(tokens, 1)
+    figures = dict(rows=len(table), tokens=tokens, target_tokens=target_tokens, share=round(total, 4), without_targets=len(nothing), smallest=least)
+    said = f'{len(table):,} rows, {tokens:,} tokens, {target_tokens:,} of them trained on ({total:.1%}); ' \
         f'the smallest share is {shares.iloc[0]:.1%} (row {least[0]["row"]:,}).'
-    if nothing: return _finding('learnt share', 'error', f'Nothing is learnt from {_of(len(nothing), len(table))}: {_numbers(nothing)}. In all: {said}', nothing, **figures)
+    if nothing: return _finding('trained tokens', 'error', f'No token is trained on in {_of(len(nothing), len(table))}: {_numbers(nothing)}. In all: {said}', nothing, **figures)
     small = total < 0.02
-    return _finding('learnt share', 'note' if small else 'ok', said, [one['row'] for one in least], 'small share' if small else '', **figures)
+    return _finding('trained tokens', 'note' if small else 'ok', said, [one['row'] for one in least], 'small share' if small else '', **figures)
 
 # %% ../nbs/17_health.ipynb #12664fcc
 def longest_rows(survey: Survey) -> Finding: # a measured data set
@@ -859,7 +859,7 @@ def longest_rows(survey: Survey) -> Finding: # a measured data set
     table, listed = survey.table, []
     for place in table.tokens.sort_values(ascending=False, kind='stable').index[:10]:
         example, line = survey.look(place), table.loc[place]
-        share = round(float(line.learnt / max(line.tokens, 1)), 4)
+        share = round(float(line.target_tokens / max(line.tokens, 1)), 4)
         listed.append(dict(row=int(line.row), tokens=int(line.tokens), share=share, head=_head(example.asked or example.text)))
     top = sum(one['tokens'] for one in listed)
     said = f'The {len(listed)} longest rows have {top:,} tokens, {top / max(int(table.tokens.sum()), 1):.1%} of all; ' \
@@ -869,7 +869,7 @@ def longest_rows(survey: Survey) -> Finding: # a measured data set
 # %% ../nbs/17_health.ipynb #af35885a
 def histogram(
     lengths: np.ndarray, # tokens of each row
-    max_length: int | None = None # longest row that is learnt; a bar ends there when it is near
+    max_length: int | None = None # longest row that is trained on; a bar ends there when it is near
 ) -> dict: # `edges`, `counts` and `longest`; a last bar, far from the others, holds all the rest
     "Some forty bars that show most rows well, a few giants notwithstanding."
     longest, usual = int(lengths.max()), int(np.quantile(lengths, 0.99))
@@ -898,7 +898,7 @@ def lengths(survey: Survey) -> Finding: # a measured data set
 # %% ../nbs/17_health.ipynb #5e7bc78d
 def stop_tokens(survey: Survey) -> Finding: # a measured data set
     "Whether every answer ends in a token at which generation stops. Rows: those with an answer that does not."
-    endless = ~survey.table.stops & (survey.table.learnt > 0)
+    endless = ~survey.table.stops & (survey.table.target_tokens > 0)
     return _found('stop token', survey.table, endless, 'have an answer that does not end in a stop token',
         'Every answer ends in a token at which generation stops.', level='error')
 
@@ -936,11 +936,11 @@ def one_word_answers(survey: Survey) -> Finding: # a measured data set
     return _found('one-word answers', survey.table, short, 'are answered in a single word', 'No row is answered in a single word.', level='note')
 
 def answer_lengths(survey: Survey) -> Finding: # a measured data set
-    "Learnt tokens of an answer: the middle, and the longest. Rows: the one with the longest answer."
+    "Trained tokens of an answer: the middle, and the longest. Rows: the one with the longest answer."
     table = survey.table
-    middle, place = float(np.median(table.learnt / table.answers.clip(lower=1))), int(table.longest_answer.idxmax())
+    middle, place = float(np.median(table.target_tokens / table.answers.clip(lower=1))), int(table.longest_answer.idxmax())
     longest, row = int(table.longest_answer[place]), int(table.row[place])
-    said = f'Half of the rows have answers of {middle:,.0f} learnt tokens or fewer, the stop token included; the longest has {longest:,} (row {row:,}).'
+    said = f'Half of the rows have answers of {middle:,.0f} trained tokens or fewer, the stop token included; the longest has {longest:,} (row {row:,}).'
     return _finding('answer length', 'ok', said, [row], 'answer length', median=middle, longest=longest)
 
 # %% ../nbs/17_health.ipynb #3ad09452
@@ -994,7 +994,7 @@ def answers_differ(survey: Survey) -> Finding: # a measured data set
 
 # %% ../nbs/17_health.ipynb #42a14274
 def _answers_alike(survey: Survey, one: int, other: int) -> bool:
-    "Whether what is learnt from two kept rows is alike, too"
+    "Whether what is trained on in two kept rows is alike, too"
     return alike(*(survey.shingles[at][survey.in_answer[at]] for at in (one, other))) >= 0.5
 
 def near_duplicates(survey: Survey) -> Finding: # a measured data set
@@ -1171,7 +1171,7 @@ def markup(survey: Survey) -> Finding: # a measured data set
     return _found('markup', survey.table, survey.table.markup, 'have HTML in them', 'There is no HTML in the text.', level='note')
 
 # %% ../nbs/17_health.ipynb #d5b0cb9c
-CHECKS = (preparation, learnt_share, stop_tokens, empty_answers, hollow_answers, cut_off_answers, in_both_splits, nearly_in_both_splits,
+CHECKS = (preparation, trained_tokens, stop_tokens, empty_answers, hollow_answers, cut_off_answers, in_both_splits, nearly_in_both_splits,
     exact_duplicates, near_duplicates, answers_differ, same_answers, lengths, secrets, odd_writing, openings,
     one_word_answers, languages, markup, answer_lengths, longest_rows)
 
@@ -1185,7 +1185,7 @@ def _summary(findings: list[Finding]) -> str:
     "One line: how many rows, and how many findings of each level"
     counts = Counter(one.level for one in findings)
     named = [f'{counts[level]} {word}{"s" * (counts[level] != 1)}' for level, word in dict(error='error', warn='warning', note='note').items() if counts[level]]
-    rows = _look(findings, 'learnt share').figures['rows']
+    rows = _look(findings, 'trained tokens').figures['rows']
     return f'Health of {rows:,} rows: {", ".join(named) or "nothing to worry about"}; {counts["ok"]} of {len(findings)} looks are fine.'
 
 def health_html(
@@ -1193,7 +1193,7 @@ def health_html(
 ) -> str: # everything in it is escaped
     "The table of findings, and under it the longest rows."
     longest = _look(findings, 'longest rows').figures['longest']
-    listed = _rows_html(('row', 'tokens', 'learnt', 'begins with'), [(f'{one["row"]:,}', f'{one["tokens"]:,}', f'{one["share"]:.1%}', one['head']) for one in longest])
+    listed = _rows_html(('row', 'tokens', 'trained on', 'begins with'), [(f'{one["row"]:,}', f'{one["tokens"]:,}', f'{one["share"]:.1%}', one['head']) for one in longest])
     return f'<p><b>{sanitize_html(_summary(findings))}</b></p>{_findings_html(findings)}<p>The longest rows:</p>{listed}'
 
 def _embedded(picture: Picture) -> str:
@@ -1207,8 +1207,8 @@ def _as_text(findings: list[Finding]) -> str:
     for one in findings:
         lines.append(wrapped(one.said, sanitize_line(f'{one.level:<6} {one.name}')))
         if not one.do.startswith('Nothing'): lines.append(wrapped(f'→ {one.do}'))
-    lines += ['', 'longest rows:  row    tokens  learnt  begins with']
-    return '\n'.join(lines + [f'{one["row"]:>18,} {one["tokens"]:>9,} {one["share"]:>7.1%}  {sanitize_line(one["head"])}' for one in longest])
+    lines += ['', 'longest rows:  row    tokens  trained on  begins with']
+    return '\n'.join(lines + [f'{one["row"]:>18,} {one["tokens"]:>9,} {one["share"]:>11.1%}  {sanitize_line(one["head"])}' for one in longest])
 
 # %% ../nbs/17_health.ipynb #c9438162
 @dataclass(repr=False)
@@ -1247,7 +1247,7 @@ class HealthReport:
 def health_report(
     dataset: Any, # a prepared data set, or what `prepare_dataset` takes: a file, rows, a Dataset of rows
     evaluation: Any = None, # the held-out rows, likewise
-    max_length: int | None = None, # longest row that is learnt; None: as the data set was prepared
+    max_length: int | None = None, # longest row that is trained on; None: as the data set was prepared
     tokenizer: 'PreTrainedTokenizerBase | None' = None, # what the ids were made with; None: the data set's own
     show: bool = True # a progress bar where it takes long
 ) -> HealthReport: # shows itself, saves itself as JSON
@@ -1266,6 +1266,6 @@ def _prepared(data: Any, tokenizer: Any, max_length: int | None, show: bool) -> 
     if isinstance(names, dict): raise DataError(f'this holds several data sets ({", ".join(names)}). Pass one of them, and another as evaluation.')
     if names is None or 'input_ids' not in names:
         data = prepare_dataset(data, tokenizer, show=show, **(dict(max_length=max_length) if max_length else {}))
-    elif 'labels' not in names: raise DataError('the data set has input_ids but no labels, so what is learnt is unknown. Make it with prepare_dataset.')
+    elif 'labels' not in names: raise DataError('the data set has input_ids but no labels, so what is trained on is unknown. Make it with prepare_dataset.')
     if not len(data): raise DataError('the data set has no rows. Prepare one with prepare_dataset.')
     return data

@@ -290,8 +290,8 @@ class _DryRun:
         if min(widths) < max(widths) or max(map(len, lines)) > 1: inputs['attention_mask'] = torch.zeros(shape, dtype=torch.bool)
         return inputs
 
-    def loss(self, lines: list[list[int]], learnt: float, count: MemoryTracker) -> Tensor:
-        "Forward: hidden states or logits of all tokens, then the loss of those that are learnt"
+    def loss(self, lines: list[list[int]], target_fraction: float, count: MemoryTracker) -> Tensor:
+        "Forward: hidden states or logits of all tokens, then the loss of those that are trained on"
         inputs = self.inputs(lines)
         with engines._varlen_mode() if 'samples' in self.ways else nullcontext():
             found = self.head.body(**inputs).last_hidden_state if self.head else self.model(**inputs).logits
@@ -300,7 +300,7 @@ class _DryRun:
         if not self.head: count.move(found, 'logits')
         count.part = 'logits'
         flat = found[:, :-1].flatten(0, 1)
-        chosen = torch.zeros(max(1, round(len(flat) * learnt)), dtype=torch.long)
+        chosen = torch.zeros(max(1, round(len(flat) * target_fraction)), dtype=torch.long)
         if not self.head: return F.cross_entropy(flat[chosen].float(), chosen, reduction='sum')
         weight = self.head.output.weight
         return _HeadSteps.apply(flat[chosen].to(weight.dtype), weight, None if self.on_card else 4)
@@ -338,7 +338,7 @@ def _unlogged() -> Iterator[None]:
 
 
 # %% ../nbs/12_memory.ipynb #b6ed7718
-def _trace_step(config: TrainingConfig, device: str, dtype: torch.dtype, lines: Sequence, learnt: float, ways: Sequence[str], few: int = 0) -> tuple[MemoryTracker, _DryRun]:
+def _trace_step(config: TrainingConfig, device: str, dtype: torch.dtype, lines: Sequence, target_fraction: float, ways: Sequence[str], few: int = 0) -> tuple[MemoryTracker, _DryRun]:
     "One micro-batch there and back on fake tensors, counted; gradients of an earlier one are there when there is one"
     with warnings.catch_warnings(), torch.random.fork_rng(), _unlogged():  # layers that are tried draw from chance
         warnings.simplefilter('ignore')  # of tensors without numbers, and of names that will change
@@ -352,7 +352,7 @@ def _trace_step(config: TrainingConfig, device: str, dtype: torch.dtype, lines: 
                     count.move(one.grad, 'gradients')
                 one.register_post_accumulate_grad_hook(lambda one: count.move(one.grad, 'gradients'))
             if stage.left_out: _name_moments(_stack(stage.model), count)
-            with torch.autocast('cpu', stage.dtype, enabled=stage.autocast): loss = stage.loss(lines, learnt, count) / 3
+            with torch.autocast('cpu', stage.dtype, enabled=stage.autocast): loss = stage.loss(lines, target_fraction, count) / 3
             loss.backward()
     return count, stage
 
@@ -521,7 +521,7 @@ def estimate_memory(
     config: TrainingConfig, # of the run
     lengths: Sequence[int] | None = None, # tokens of each row; None: rows of max_length
     device: str | None = None, # "cpu" or "cuda", there or not; None: where the run will be
-    learnt: float = 1., # share of the tokens that is learnt, from 0 to 1
+    target_fraction: float = 1., # share of the tokens that is trained on, from 0 to 1
     **dials: Any # fields to set differently
 ) -> MemoryEstimate:
     "What a run is going to take, from its config alone. Raises `ModelError` when the model's config.json cannot be read, `ConfigError` for a dial there is not."
@@ -532,7 +532,7 @@ def estimate_memory(
     known = dials, _stamp(config.model_name), device, dtype
     ways = _ways_of(*known)
     lines = largest_micro_batch(replace(config, packing='packs' in ways), lengths, device == 'cpu' and 'samples' in ways)
-    counted = _counted(*known, ways, json.dumps(lines), learnt)
+    counted = _counted(*known, ways, json.dumps(lines), target_fraction)
     parts = {name: counted.get(name, 0) for name in PARTS} | dict(runtime=int(RUNTIME.get((device, dtype), CONTEXT)))
     if not config.pack_weights or config.engine != 'auto': del parts['packed']
     if device == 'cpu' and sys.platform == 'linux' and not config.gradient_checkpointing: parts['holes'] = int(FRAGMENTATION * sum(parts[name] for name in ('gradients', 'optimizer', 'activations', 'logits')))
@@ -550,10 +550,10 @@ def _ways_of(dials: str, stamp: float, device: str, dtype: torch.dtype) -> tuple
     return _choose_ways(TrainingConfig(**json.loads(dials)), device, dtype)
 
 @lru_cache(256)
-def _counted(dials: str, stamp: float, device: str, dtype: torch.dtype, ways: tuple, lines: str, learnt: float) -> dict:
+def _counted(dials: str, stamp: float, device: str, dtype: torch.dtype, ways: tuple, lines: str, target_fraction: float) -> dict:
     "What is counted of a run"
     config = TrainingConfig(**json.loads(dials))
-    try: return _count(config, device, dtype, json.loads(lines), learnt, ways)
+    try: return _count(config, device, dtype, json.loads(lines), target_fraction, ways)
     except (FinetuneError, TimeoutError, MemoryError): raise
     except Exception as error: raise ModelError(_uncountable(config.model_name, error)) from error
 
@@ -646,7 +646,7 @@ def _ways(config: TrainingConfig, device: str) -> Iterator[tuple[dict, str]]:
 # %% ../nbs/12_memory.ipynb #500ed25b
 def advice(
     config: TrainingConfig, # of the run
-    **options: Any # what `estimate_memory` takes: lengths, device, learnt
+    **options: Any # what `estimate_memory` takes: lengths, device, target_fraction
 ) -> Iterator[Reduction]: # made one by one, as they are asked for
     "Ways to need less: each change alone, the cheapest first, then one after the other added up. What does not help is left out."
     now, helpful, added = estimate_memory(config, **options), [], {}
@@ -672,7 +672,7 @@ def fits(
 def cheapest_reduction(
     config: TrainingConfig, # of the run that does not fit
     free_bytes: float, # what there is for weights, adapter and step together
-    **options: Any # what `estimate_memory` takes: lengths, device, learnt
+    **options: Any # what `estimate_memory` takes: lengths, device, target_fraction
 ) -> tuple[str, dict]: # a sentence, and the fields to set; no fields when nothing is enough
     "The cheapest change that makes a run fit."
     least, free = None, f'{format_bytes(free_bytes)} are free'
@@ -696,7 +696,7 @@ def fitting(
     free_bytes: float, # what there is for weights, adapter and step together
     seconds: float = 5., # to think about it
     most: int = 3, # fixes
-    **options: Any # what `estimate_memory` takes: lengths, device, learnt
+    **options: Any # what `estimate_memory` takes: lengths, device, target_fraction
 ) -> list[Reduction]: # none where the estimate takes the run for one that fits: then nothing it says can help
     "The cheapest changes that are predicted to fit, as far as they are found in time."
     found = []
@@ -790,8 +790,8 @@ def measure_memory(
     "Run the longest planned micro-batch, forward, backward and step, and put everything back. Raises `RunError`"
     config, device = trainer.config, trainer.accelerator.device
     batch, = trainer._batches(trainer.dataset, [trainer.plan.longest])
-    learnt = (batch['labels'][:, 1:] != -100).sum().item() / max(1, (batch['segments'] > 0).sum().item())
-    predicted = estimate_memory(config, trainer.plan.lengths, device.type, min(learnt, 1.))
+    target_fraction = (batch['labels'][:, 1:] != -100).sum().item() / max(1, (batch['segments'] > 0).sum().item())
+    predicted = estimate_memory(config, trainer.plan.lengths, device.type, min(target_fraction, 1.))
     with _unchanged(trainer):
         trainer.model.train()
         trainer.optimizer.zero_grad(set_to_none=True)

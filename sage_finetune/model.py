@@ -806,7 +806,7 @@ def checkpoint_layers(
 
 # %% ../nbs/08_model.ipynb #2b1116a9
 class ParameterCount(NamedTuple):
-    "How much of a model is learnt"
+    "How much of a model is trained"
     trainable: int # numbers that change
     total: int # all numbers, the adapter's included
 

@@ -247,7 +247,7 @@ class Way:
         "One line to draw."
         return [finite(row[self.name]) / self.size for row in rows], [finite(row[name]) for row in rows]
 
-LOSS, HELD, RATE, SPEED = 'loss\n(nats per learnt token)', 'held-out loss\n(nats per token)', 'learning\nrate', 'tokens\nper second'
+LOSS, HELD, RATE, SPEED = 'loss\n(nats per trained token)', 'held-out loss\n(nats per token)', 'learning\nrate', 'tokens\nper second'
 
 def short_rate(
     value: float, # a learning rate
@@ -513,7 +513,7 @@ def _lines(axes: dict, way: Way, rows: list, held: list):
 def draw_lengths(
     edges: list[int], # tokens at which one bar ends and the next begins; one more than bars
     counts: list[int], # rows in each bar
-    max_length: int | None = None, # longest row that is learnt, in tokens; None: no limit is drawn
+    max_length: int | None = None, # longest row that is trained on, in tokens; None: no limit is drawn
     longest: int | None = None, # tokens of the longest row; where it lies beyond the last edge, the last bar holds all rows from there on
     title: str = '' # above the figure
 ) -> Picture: # rows by length

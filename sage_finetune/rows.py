@@ -33,7 +33,7 @@ _ALIASES = {  # spellings so frequent that they count as the name itself
 
 # %% ../nbs/04_rows.ipynb #2bc08dc0
 class RowError(DataError):
-    "A row that cannot be learnt from. `found` says what stands there, `expected` what should and the way out."
+    "A row that cannot be trained on. `found` says what stands there, `expected` what should and the way out."
 
     def __init__(self,
         found: str,   # what stands in the row, without a full stop
@@ -136,7 +136,7 @@ def refuse_preference(
     names = list_names(name for name in pair if name is not None) if pair else list_names(several[0])
     names = ' and '.join(names.rsplit(', ', 1))
     found = f'the row has {names}, so it is a preference row, made for training by comparison'
-    advice = _learn_chosen(row, *pair) if pair else _learn_best(row, *several)
+    advice = _train_on_chosen(row, *pair) if pair else _train_on_best(row, *several)
     raise RowError(found, f'Here a row has one answer. {advice} Comparing answers (DPO, RLHF) is not done here.')
 
 def _question_field(row: dict, without: tuple) -> str | None:
@@ -145,13 +145,13 @@ def _question_field(row: dict, without: tuple) -> str | None:
              'context', 'history', 'post', 'problem')
     return next((name for name in names if _filled(row, name) and name not in without), None)
 
-def _learn_chosen(row: dict, better: str, worse: str | None) -> str:
-    "How to learn the better of two answers, as a sentence"
+def _train_on_chosen(row: dict, better: str, worse: str | None) -> str:
+    "How to train on the better of two answers, as a sentence"
     asks, turns = _question_field(row, (better, worse)), listed_turns(row[better])
     roles = {str(turn.get('role') or turn.get('from')).strip().lower() for turn in turns or () if isinstance(turn, dict)}
     whole = roles & {'user', 'human', 'prompter'}
     if isinstance(asks and row[asks], dict):  # as OpenAI writes it
-        return f'To learn the chosen ones: rows = [{{"messages": row["{asks}"]["messages"] + row["{better}"]}} for row in rows].'
+        return f'To train on the chosen ones: rows = [{{"messages": row["{asks}"]["messages"] + row["{better}"]}} for row in rows].'
     if whole: mapped = {'conversations' if asks and asks.startswith('conversation') else 'messages': better}
     elif asks == 'prompt': mapped = {'completion': better}
     elif asks in ('instruction', 'question') and not turns: mapped = {'output' if asks == 'instruction' else 'answer': better}
@@ -159,12 +159,12 @@ def _learn_chosen(row: dict, better: str, worse: str | None) -> str:
     elif isinstance(row[better], str) and re.search(r'\bHuman:|\bAssistant:', row[better][:10_000]):
         cut = f're.split(r"\\s*(Human|Assistant): ", row["{better}"])[1:]'
         turns = '[{"from": who, "value": text} for who, text in zip(cut[::2], cut[1::2])]'
-        return f'It holds a whole talk as one text. To learn its answers: rows = [{{"messages": {turns}}} for row in rows for cut in [{cut}]].'
-    else: return f'To learn the chosen ones, the question too where it stands in them, pass column_map={json.dumps({"text": better})}.'
-    return f'To learn the chosen ones pass column_map={json.dumps(mapped, ensure_ascii=False)}.'
+        return f'It holds a whole talk as one text. To train on its answers: rows = [{{"messages": {turns}}} for row in rows for cut in [{cut}]].'
+    else: return f'To train on the chosen ones, the question too where it stands in them, pass column_map={json.dumps({"text": better})}.'
+    return f'To train on the chosen ones pass column_map={json.dumps(mapped, ensure_ascii=False)}.'
 
-def _learn_best(row: dict, answers: list, verdict: str | None) -> str:
-    "How to learn the best of several answers, as a sentence"
+def _train_on_best(row: dict, answers: list, verdict: str | None) -> str:
+    "How to train on the best of several answers, as a sentence"
     asks, first = _question_field(row, tuple(answers)) or 'prompt', f'"{answers[0]}"'
     if len(answers) == 1:
         listed, scores = row[answers[0]], verdict and row[verdict]
@@ -174,13 +174,13 @@ def _learn_best(row: dict, answers: list, verdict: str | None) -> str:
         pick = f'{best}(zip(row["{verdict}"], range(len(row[{first}]))))[1]' if scored else '0'
         pick = f'row[{first}][{pick}]' + (f'["{text}"]' if text else '')
         which = 'best' if scored else 'first'
-        return f'To learn the {which} of them: rows = [{{"prompt": row["{asks}"], "completion": {pick}}} for row in rows].'
+        return f'To train on the {which} of them: rows = [{{"prompt": row["{asks}"], "completion": {pick}}} for row in rows].'
     ends, said = [str(name)[-1].lower() for name in answers], str(row[verdict]).strip().lower()[-1:] if verdict else ''
     which = f'"{answers[1]}" if str(row["{verdict}"]).lower().endswith("{ends[1]}") else {first}' if said in ends else first
     best = 'better' if said in ends else 'first'
     whole = 'user' in str(row[answers[0]])[:1000] and isinstance(row[answers[0]], list)
     made = f'{{"messages": row[{which}]}}' if whole else f'{{"prompt": row["{asks}"], "completion": row[{which}]}}'
-    return f'To learn the {best} of them: rows = [{made} for row in rows].'
+    return f'To train on the {best} of them: rows = [{made} for row in rows].'
 
 # %% ../nbs/04_rows.ipynb #bc7d829a
 def detect_data_format(
@@ -215,14 +215,14 @@ def _refuse_rendered(row: dict):
     answer = next((key for key in _ANSWERS if key in row), None)
     empty, inside = answer is not None and not _filled(row, answer), isinstance(row['text'], str) and row[asked].strip() in row['text']
     if not inside and not (empty and asked in ('instruction', 'question', 'prompt')): return
-    way_out = 'Remove the row, or pass column_map={"text": "text"} to learn the whole text, the question too.'
+    way_out = 'Remove the row, or pass column_map={"text": "text"} to train on the whole text, the question too.'
     if empty:
         nothing = 'null' if _missing(row[answer]) else 'empty'
         raise RowError(f'the answer in the field {answer!r} is {nothing}, beside a text and the question in {asked!r}', way_out)
     mapped = suggest_column_map([key for key in row if key != 'text'])
-    mapped = f'Pass column_map={json.dumps(mapped, ensure_ascii=False)} to learn the answer' if answer and mapped else 'Name the answer with column_map'
-    found = f'the text of the row holds the question in {asked!r} too, which would be learnt'
-    raise RowError(found, f'{mapped}, or pass column_map={{"text": "text"}} to learn the whole text.')
+    mapped = f'Pass column_map={json.dumps(mapped, ensure_ascii=False)} to train on the answer' if answer and mapped else 'Name the answer with column_map'
+    found = f'the text of the row holds the question in {asked!r} too, which would be trained on'
+    raise RowError(found, f'{mapped}, or pass column_map={{"text": "text"}} to train on the whole text.')
 
 # %% ../nbs/04_rows.ipynb #77a2d2fd
 def _unknown_shape(row: dict) -> RowError:
@@ -339,7 +339,7 @@ def _joined_parts(parts: list, what: str, notes: list[str]) -> str:
     if None in texts:
         part = parts[texts.index(None)]
         kind = part.get('type') or 'no type' if isinstance(part, dict) else type(part).__name__
-        way_out = 'Only text can be learnt here: {"type": "text", "text": "…"}. Remove the part or the row.'
+        way_out = 'Only text can be trained on here: {"type": "text", "text": "…"}. Remove the part or the row.'
         raise RowError(f'{what} has a part of {shorten(repr(kind), 60)}', way_out)
     if parts and all(isinstance(part, str) for part in parts):
         way_out = 'Which of them is meant is not guessed. Write a row for each, or keep one.'
@@ -377,7 +377,7 @@ def format_qa_sample(
 def format_text_sample(
     sample: dict # `text`
 ) -> dict:       # `text`
-    "Plain text stays plain text: it has no turns, and all of it is learnt."
+    "Plain text stays plain text: it has no turns, and all of it is trained on."
     return dict(text=sample['text'])
 
 # %% ../nbs/04_rows.ipynb #4a341ce5
@@ -436,7 +436,7 @@ def _tools(row: dict) -> list | None:
     return [tool if 'function' in tool else {'type': 'function', 'function': tool} for tool in tools]
 
 # %% ../nbs/04_rows.ipynb #e88312f6
-_MARKS = {name: learn for learn, names in (
+_MARKS = {name: wanted for wanted, names in (
     (True, 'train training trainable is_trainable train_on learn loss use_loss compute_loss calculate_loss loss_mask '
            'train_mask loss_weight loss_scale weight sample_weight'),
     (False, 'masked mask is_masked loss_masked mask_loss ignore ignored ignore_loss no_loss exclude exclude_from_loss skip no_train'))
@@ -449,7 +449,7 @@ _MEDIA = re.compile(r'((input|output|query|source|target|left|right)_?)?(image|v
 
 class _Fields(NamedTuple):
     "Fields that say more than their format"
-    marks: tuple    # they say whether to learn
+    marks: tuple    # they say whether to train on it
     labels: tuple   # they say whether an answer is a good one
     media: tuple    # pictures, films, sound
     thoughts: tuple # the thinking before an answer
@@ -469,27 +469,27 @@ def _truth(value: Any) -> bool | None:
     if isinstance(value, str): return _TRUTH.get(value.strip().lower()[:80])
     return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
-def _asks_to_learn(name: str, value: Any, what: str, part: str) -> bool:
-    "Whether a mark asks to learn its turn or row"
-    low, learn = str(name).strip().lower(), _truth(value)
+def _asks_to_train(name: str, value: Any, what: str, part: str) -> bool:
+    "Whether a mark asks to train on its turn or row"
+    low, wanted = str(name).strip().lower(), _truth(value)
     role = _ROLES.get(value.strip().lower()) if low == 'mask' and isinstance(value, str) else None
     if role: return role != 'assistant'
-    if learn is not None: return learn == _MARKS[low]
+    if wanted is not None: return wanted == _MARKS[low]
     rename = '' if part == 'turn' else ' A field that means something else must be renamed or removed.'
     given = shorten(repr(value), 80)
-    if low == 'weight': raise RowError(f'{what} has the weight {given}', f'A weight is 1 (learn this {part}) or 0 (do not).{rename}')
-    yes, no = (f'learn this {part}', 'do not')[::1 if _MARKS[low] else -1]
+    if low == 'weight': raise RowError(f'{what} has the weight {given}', f'A weight is 1 (train on this {part}) or 0 (do not).{rename}')
+    yes, no = (f'train on this {part}', 'do not')[::1 if _MARKS[low] else -1]
     raise RowError(f'{what} has {shorten(name, 40)}={given}', f'It is true ({yes}) or false ({no}).{rename}')
 
 def _agreed(marks: dict, what: str) -> bool | None:
     "What several marks say together; None without any"
     if len(set(marks.values())) > 1:
-        said = ', '.join(f'{shorten(name, 40)} says {"learn" if learn else "do not learn"}' for name, learn in marks.items())
+        said = ', '.join(f'{shorten(name, 40)} says {"train" if wanted else "do not train"}' for name, wanted in marks.items())
         raise RowError(f'{what} has marks that contradict each other: {said}', 'Keep one of them.')
     return next(iter(marks.values()), None)
 
 # %% ../nbs/04_rows.ipynb #1701d602
-class UntrainedRow(RowError): "A row that says itself that it is not to be learnt: it is left out and counted, and stops nothing"
+class UntrainedRow(RowError): "A row that says itself that it is not to be trained on: it is left out and counted, and stops nothing"
 
 _VERDICTS = {'desirable': True, 'undesirable': False, 'chosen': True, 'rejected': False}
 
@@ -506,19 +506,19 @@ def _says_good(row: dict, field: str, data_format: str) -> bool | None:
     return good == _LABELS[low]
 
 def _check_marks(row: dict, data_format: str) -> tuple[list, set]:
-    "Marks that are lists, and the names of all that were understood. Raises `UntrainedRow` where the row is not to be learnt"
+    "Marks that are lists, and the names of all that were understood. Raises `UntrainedRow` where the row is not to be trained on"
     fields, lists, marks = _special_fields(tuple(row)), [], {}
     for name in fields.marks:
         if isinstance(row[name], list):
-            lists.append((name, [_asks_to_learn(name, value, f'turn {at}', 'turn') for at, value in enumerate(row[name], 1)]))
-        elif _filled(row, name): marks[name] = _asks_to_learn(name, row[name], 'the row', 'row')
+            lists.append((name, [_asks_to_train(name, value, f'turn {at}', 'turn') for at, value in enumerate(row[name], 1)]))
+        elif _filled(row, name): marks[name] = _asks_to_train(name, row[name], 'the row', 'row')
     for name in fields.labels:
         good = _says_good(row, name, data_format) if _filled(row, name) else None
         if good is not None: marks[name] = good
     if _agreed(marks, 'the row') is False:
         name = next(iter(marks))
         given = f'{shorten(name, 40)} is {shorten(repr(row[name]), 80)}'
-        raise UntrainedRow(f'the row says that it is not to be learnt: {given}', 'It is left out. Remove that field to learn it.')
+        raise UntrainedRow(f'the row says that it is not to be trained on: {given}', 'It is left out. Remove that field to train on it.')
     return lists, {*marks, *(name for name, _ in lists)}
 
 def _mark_turns(messages: list[dict], lists: list, first: int):
@@ -528,8 +528,8 @@ def _mark_turns(messages: list[dict], lists: list, first: int):
         if len(marks) != len(turns):
             found = f'the field {name!r} has {len(marks):,} marks for {len(turns):,} turns'
             raise RowError(found, 'Write one mark a turn, or a single one for the row.')
-        for turn, learn in zip(turns, marks):
-            if turn['role'] == 'assistant' and not learn: turn |= dict(weight=0)
+        for turn, wanted in zip(turns, marks):
+            if turn['role'] == 'assistant' and not wanted: turn |= dict(weight=0)
 
 # %% ../nbs/04_rows.ipynb #2a85c84f
 def _holds(value: Any) -> bool:
@@ -543,7 +543,7 @@ def _refuse_media(row: dict, what: str):
     for name in _special_fields(tuple(row)).media:
         if _holds(row[name]):
             way_out = 'Remove the row, or the field where the text can do without it.'
-            raise RowError(f'{what} has {shorten(repr(name), 60)}, and only text can be learnt here', way_out)
+            raise RowError(f'{what} has {shorten(repr(name), 60)}, and only text can be trained on here', way_out)
 
 # %% ../nbs/04_rows.ipynb #a8d053f3
 def _detail(turn: dict, at: int) -> bool | None:
@@ -558,19 +558,19 @@ def _detail(turn: dict, at: int) -> bool | None:
             raise RowError(f'train_detail of turn {at} cannot be read', shape)
         covered, said = covered + edges[1] - edges[0] + 1, said | {_truth(part['train'])}
     if len(said) == 1 and isinstance(text, str) and covered >= len(text): return said.pop()
-    way_out = 'A turn is learnt as a whole or not at all here: mark it with "train": true or false.'
+    way_out = 'A turn is trained on as a whole or not at all here: mark it with "train": true or false.'
     raise RowError(f'train_detail of turn {at} marks a part of the text', way_out)
 
-def _learn_mark(turn: dict, role: str, at: int, notes: list[str]) -> dict:
+def _train_flag(turn: dict, role: str, at: int, notes: list[str]) -> dict:
     "The marks of an assistant's turn as `weight` or `train`, checked"
     names = [name for name in _special_fields(tuple(turn)).marks if _filled(turn, name)]
-    marks = {name: _asks_to_learn(name, turn[name], f'turn {at}', 'turn') for name in names}
+    marks = {name: _asks_to_train(name, turn[name], f'turn {at}', 'turn') for name in names}
     if (detail := _detail(turn, at)) is not None: marks['train_detail'] = detail
     if role != 'assistant':
         if any(marks.values()): notes.append(f'weight or train on a {role} turn has no effect')
         return {}
-    learn = _agreed(marks, f'turn {at}')
-    return ({'weight': int(learn)} if marks.keys() - {'train'} else {}) | ({'train': learn} if 'train' in marks else {})
+    wanted = _agreed(marks, f'turn {at}')
+    return ({'weight': int(wanted)} if marks.keys() - {'train'} else {}) | ({'train': wanted} if 'train' in marks else {})
 
 # %% ../nbs/04_rows.ipynb #a72fa0e6
 _CONTENTS = ('content', 'value', 'parts', 'text')
@@ -607,7 +607,7 @@ def _message(turn: dict, speaker: str, at: int, notes: list[str]) -> dict:
         calls = [_call(call, at) for call in calls] + _calls(turn, speaker, at)
         if calls: message['tool_calls'] = calls
     message |= {key: turn[key] for key in ('tool_call_id', 'name') if isinstance(turn.get(key), str)}
-    return message | _learn_mark(turn, role, at, notes)
+    return message | _train_flag(turn, role, at, notes)
 
 # %% ../nbs/04_rows.ipynb #2cfcaa95
 _PLAIN_KEYS = {'role', 'content'}
@@ -688,7 +688,7 @@ def _check_result(message: dict, asker: dict | None, asked: int, at: int):
 
 # %% ../nbs/04_rows.ipynb #5e03d7fa
 def _check_conversation(messages: list[dict], notes: list[str], first: int) -> list[dict]:
-    "The messages, if they can be learnt from; turns are counted from `first`, what stands behind the last answer is cut off"
+    "The messages, if they can be trained on; turns are counted from `first`, what stands behind the last answer is cut off"
     before, asker, answers = None, (None, 0), [at for at, message in enumerate(messages) if message['role'] == 'assistant']
     for at, message in enumerate(messages, first):
         if message['role'] == 'assistant' and (not before or before['role'] == 'system') and at <= first + 1:
@@ -699,9 +699,9 @@ def _check_conversation(messages: list[dict], notes: list[str], first: int) -> l
         if message['role'] != 'tool': asker = message, at
     if not messages: raise RowError('the conversation has no turns', 'Write at least a question and its answer, or remove the row.')
     if not answers and before['role'] == 'system': raise RowError('the row holds only a system prompt', 'Add a user turn and the assistant\'s answer.')
-    if not answers: raise RowError('the assistant never speaks, so there is nothing to learn', 'Add its answer or remove the row.')
+    if not answers: raise RowError('the assistant never speaks, so there is nothing to train on', 'Add its answer or remove the row.')
     if not any(messages[at].get('weight', 1) and messages[at].get('train', True) for at in answers):
-        raise RowError('every answer has weight 0 or train false, so there is nothing to learn', 'Give weight 1 to one of them or remove the row.')
+        raise RowError('every answer has weight 0 or train false, so there is nothing to train on', 'Give weight 1 to one of them or remove the row.')
     if answers[-1] < len(messages) - 1: notes.append('turns behind the last answer left out')
     return _joined_turns(messages[:answers[-1] + 1], notes)
 
@@ -709,7 +709,7 @@ def _check_conversation(messages: list[dict], notes: list[str], first: int) -> l
 class Sample(NamedTuple):
     "One row, read and checked."
     messages: list[dict] | None # turns with role and content; None for plain text
-    text: str | None            # a document of which everything is learnt; None for conversations
+    text: str | None            # a document of which everything is trained on; None for conversations
     tools: list | None          # descriptions of the tools the assistant may call
     notes: list[str]            # what was changed on the way, e.g. 'number turned into text'
 
@@ -780,7 +780,7 @@ def read_row(
     column_map: dict[str, str] | None = None, # known name -> the name it has in the row
     unread: dict[str, Any] | None = None # takes the fields that are not read, with what they hold
 ) -> Sample: # messages or a text, tools, notes
-    "Read and check one row. Raises `RowError` saying what was found and expected, `UntrainedRow` where it says that it is not to be learnt."
+    "Read and check one row. Raises `RowError` saying what was found and expected, `UntrainedRow` where it says that it is not to be trained on."
     notes = []
     if not isinstance(row, dict): detect_data_format(row)
     if column_map: row = rename_columns(row, column_map, notes)
@@ -804,7 +804,7 @@ def to_messages(
     data_format: str | None = None, # a key of `FORMATS`; None: ask the row
     column_map: dict[str, str] | None = None # known name -> the name it has in the row
 ) -> list[dict]: # turns with `role` and `content`
-    "Any row as a list of messages that can be learnt from. Raises `RowError` saying what is wrong with it."
+    "Any row as a list of messages that can be trained on. Raises `RowError` saying what is wrong with it."
     sample = read_row(row, data_format, column_map)
     if sample.messages is None: raise RowError("format 'text' has no turns", f'Formats with turns: {", ".join(name for name in FORMATS if name != "text")}.')
     return sample.messages

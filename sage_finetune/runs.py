@@ -373,10 +373,14 @@ def metrics_row(
     "What was measured in a step; a value of another kind than a step's is left out."
     try: row = parse_json(line)
     except ValueError: return None
-    return {name: value for name, value in row.items() if name not in _MEASURED or _MEASURED[name](value)} if isinstance(row, dict) else None
+    if not isinstance(row, dict): return None
+    row = {_OLD_NAMES.get(name, name): value for name, value in row.items()}
+    return {name: value for name, value in row.items() if name not in _MEASURED or _MEASURED[name](value)}
+
+_OLD_NAMES = dict(learnt='target_tokens', answers='generations')  # as version 0.1.0 wrote them
 
 _whole, _number, _any_number = (lambda value: value is None or _FITS[int][1](value)), (lambda value: value is None or _FITS[float][1](value)), (lambda value: value is None or is_number(value))
-_MEASURED = dict(step=_FITS[int][1], total=_whole, tokens=_whole, learnt=_whole, loss=_any_number, eval_loss=_any_number, grad_norm=_any_number, epoch=_number, learning_rate=_number,
+_MEASURED = dict(step=_FITS[int][1], total=_whole, tokens=_whole, target_tokens=_whole, loss=_any_number, eval_loss=_any_number, grad_norm=_any_number, epoch=_number, learning_rate=_number,
     seconds=_number, tokens_per_second=_number, note=_FITS[str][1])  # a loss may be infinite or not a number, and is then shown as such
 
 # %% ../nbs/10_runs.ipynb #de5a0dda

@@ -311,10 +311,10 @@ class Conversation(NamedTuple):
     form: ChatFormat # the template
     messages: list[dict] # with stand-ins, without `weight` and `train`
     tools: list | None # with stand-ins
-    learnt: list[bool] # for each message: may it be learnt
+    is_target: list[bool] # for each message: may it be trained on
     marks: dict[str, str] # the stand-ins and what they stand for
     notes: list[str] # what was changed
-    quiet: bool = True # an empty thinking block is not learnt
+    quiet: bool = True # an empty thinking block is not trained on
 
     def text(
         self,
@@ -329,7 +329,7 @@ class Conversation(NamedTuple):
 def is_trained_on(
     message: dict # a turn; `weight` 0 or `train` false ask for not learning it
 ) -> bool:
-    "Whether a message is an answer that may be learnt."
+    "Whether a message is an answer that may be trained on."
     weight, train = message.get('weight'), message.get('train')
     return message.get('role') == 'assistant' and (weight is None or bool(weight)) and (train is None or bool(train))
 
@@ -344,14 +344,14 @@ def prepare_conversation(
     marks = Placeholders(form)
     bare = [_joined({key: value for key, value in message.items() if key not in ('weight', 'train')}) for message in messages]
     if thinking == 'strip': bare = [_stripped(message) if message.get('role') == 'assistant' else message for message in bare]
-    try: learnt, ready, tools, failure = list(map(is_trained_on, messages)), [_thought(message, marks) for message in bare], marks(tools or None), None
+    try: is_target, ready, tools, failure = list(map(is_trained_on, messages)), [_thought(message, marks) for message in bare], marks(tools or None), None
     except RecursionError as error: raise DataError('a message or the description of a tool is nested too deeply. Write it flatter, or remove it.') from error
     for tried in _forms(ready):
-        talk = Conversation(form, tried, tools, learnt, dict(marks), marks.notes(), thinking == 'ignore_empty')
+        talk = Conversation(form, tried, tools, is_target, dict(marks), marks.notes(), thinking == 'ignore_empty')
         try: talk.text()
         except TEMPLATE_ERRORS as error: failure = failure or error
         else: return talk
-    raise _refusal(Conversation(form, ready, tools, learnt, dict(marks), []), failure) from failure
+    raise _refusal(Conversation(form, ready, tools, is_target, dict(marks), []), failure) from failure
 
 # %% ../nbs/02_template.ipynb #fd01ce7f
 def _forms(messages: list[dict]) -> Iterator[list[dict]]:

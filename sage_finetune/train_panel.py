@@ -75,7 +75,7 @@ class RunSummary:
     eval_losses: tuple = () # held-out loss at the first evaluation and at the last
     best: tuple = () # (loss on held-out rows, step) where it was lowest
     tokens: int = 0 # real tokens read
-    learnt: int = 0 # tokens learnt
+    target_tokens: int = 0 # tokens trained on
     seconds: float = 0. # duration
     message: str = '' # what the run said last
 
@@ -131,7 +131,7 @@ class RunWatch:
         "Forget the rows, all but the last losses"
         self.curve.clear()
         self.before, self.recent, self.again, self.behind = self._last({**self.before, **self.recent}), {}, Again(), False
-        self.first, self.row, self.learnt, self.held = None, {}, 0, ()  # held: (loss, step) of the first evaluation, the best, the last
+        self.first, self.row, self.target_tokens, self.held = None, {}, 0, ()  # held: (loss, step) of the first evaluation, the best, the last
 
     def _last(self, losses: dict) -> dict:
         "The last of them"
@@ -166,7 +166,7 @@ class RunWatch:
         self.recent[step] = (loss, seconds)
         if len(self.recent) > 2 * self.limit: self.recent = self._last(self.recent)
         self.curve.add(row)
-        self.first, self.row, self.learnt = loss if self.first is None else self.first, row, self.learnt + (row.get('learnt') or 0)
+        self.first, self.row, self.target_tokens = loss if self.first is None else self.first, row, self.target_tokens + (row.get('target_tokens') or 0)
         look = (row['eval_loss'], step) if row.get('eval_loss') is not None else None
         if look: self.held = (self.held[0], min(self.held[1], look), look) if self.held else (look,) * 3
 
@@ -185,7 +185,7 @@ class RunWatch:
         "What was read so far."
         row, held = self.row, self.held
         return RunSummary(self.folder, state, row.get('step', 0), row.get('total', 0), (self.first, row['loss']) if row else (), (held[0][0], held[2][0]) if held else (), held[1] if held else (),
-                          self.curve.tokens, self.learnt, row.get('seconds', 0.), message)
+                          self.curve.tokens, self.target_tokens, row.get('seconds', 0.), message)
 
 # %% ../nbs/25_train_panel.ipynb #c399b556
 def settled(

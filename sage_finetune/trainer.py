@@ -60,15 +60,15 @@ class Step:
     step: int # its number, from 1
     total: int # steps of the whole run
     epoch: float # passes over the data when it was done
-    loss: float # mean over the step's learnt tokens, in nats
+    loss: float # mean over the step's trained tokens, in nats
     learning_rate: float # the rate it was made with
     grad_norm: float # length of the gradient before clipping
     tokens: int # real tokens it read
-    learnt: int # tokens it learnt
+    target_tokens: int # tokens in its loss
     seconds: float # time since the run began
     tokens_per_second: float # real tokens a second, over the last steps
-    eval_loss: float | None = None # mean over the held-out rows' learnt tokens, when they were looked at
-    answers: list[str] | None = None # what the model then said to `eval_prompts`
+    eval_loss: float | None = None # mean over the held-out rows' target tokens, when they were looked at
+    generations: list[str] | None = None # what the model then said to `eval_prompts`
     note: str = '' # what else happened, for the reader
 
     @property
@@ -106,7 +106,7 @@ class ThroughputMeter:
 # %% ../nbs/13_trainer.ipynb #232e45d6
 def count_tokens(
     micro_batches: list[dict] # what `collate` makes
-) -> tuple[int, int]: # real tokens, learnt tokens
+) -> tuple[int, int]: # real tokens, trained tokens
     "The tokens of a step."
     return sum(int((batch['segments'] > 0).sum()) for batch in micro_batches), sum(count_target_tokens(batch['labels']) for batch in micro_batches)
 
@@ -133,7 +133,7 @@ def all_reduce_grads(
 def training_loop(
     plan: BatchPlan, # every step of the run
     batches: Iterator[dict], # tensors of the micro-batches still to come, in the plan's order
-    loss: Callable, # batch -> its loss, summed over its learnt tokens
+    loss: Callable, # batch -> its loss, summed over its trained tokens
     model: torch.nn.Module, # with a trainable adapter
     optimizer: torch.optim.Optimizer, # over the adapter
     schedule: Any, # moves the learning rate
@@ -147,10 +147,10 @@ def training_loop(
     for number in range(start + 1, len(plan) + 1):
         planned = plan[number - 1]
         micro_batches = [next(batches) for _ in planned.micro_batches]  # each (lines, longest)
-        tokens, learnt = all_reduce_sum(accelerator, *count_tokens(micro_batches))
+        tokens, target_tokens = all_reduce_sum(accelerator, *count_tokens(micro_batches))
         total = 0.
         for batch in micro_batches:
-            share = loss(batch) / max(learnt, 1)
+            share = loss(batch) / max(target_tokens, 1)
             accelerator.backward(share)
             total += share.item()
         total, = all_reduce_sum(accelerator, total)
@@ -162,7 +162,7 @@ def training_loop(
         schedule.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - began
-        yield Step(number, len(plan), planned.epochs_done, total, rate, grad_norm, tokens, learnt, seconds, pace(tokens, seconds))
+        yield Step(number, len(plan), planned.epochs_done, total, rate, grad_norm, tokens, target_tokens, seconds, pace(tokens, seconds))
 
 # %% ../nbs/13_trainer.ipynb #07a65564
 def check_finite(
@@ -361,13 +361,13 @@ class TrainingResult:
     losses: list[float] = field(default_factory=list) # training loss of every step
     eval_losses: list[tuple] = field(default_factory=list) # (step, loss on held-out rows)
     tokens: int = 0 # real tokens read
-    learnt: int = 0 # tokens learnt
+    target_tokens: int = 0 # tokens trained on
     seconds: float = 0. # duration
     peak_memory_gb: float = 0. # highest memory use in 10**9 bytes: of the card, or of the whole process without one
     stopped: bool = False # ended before its last step
     message: str = '' # why, and how to go on
     best: tuple | None = None # (loss on held-out rows, step) where it was lowest
-    answers: list[tuple] = field(default_factory=list) # (step, what the model then said to `eval_prompts`)
+    generations: list[tuple] = field(default_factory=list) # (step, what the model then said to `eval_prompts`)
     warnings: list[RunWarning] = field(default_factory=list) # sentences, each with a `code`: what may not be as it was wanted
 
     @property
@@ -384,7 +384,7 @@ class TrainingResult:
         held = f'{self.eval_losses[0][1]:.3f} → {self.eval_losses[-1][1]:.3f}' if self.eval_losses else 'no rows held out'
         loss = f'{self.losses[0]:.3f} → {self.losses[-1]:.3f}' if self.losses else 'no steps'
         if self.best: held += f', lowest {self.best[0]:.3f} at step {self.best[1]}'
-        return [('loss', loss), ('held-out loss', held), ('steps', f'{self.steps}' + f' ({self.message})' * bool(self.message)), ('tokens', f'{self.tokens:,} ({self.learnt:,} learnt)'),
+        return [('loss', loss), ('held-out loss', held), ('steps', f'{self.steps}' + f' ({self.message})' * bool(self.message)), ('tokens', f'{self.tokens:,} ({self.target_tokens:,} trained on)'),
                 ('time', f'{clock(self.seconds)} ({self.tokens_per_second:,.0f} tokens a second)'), ('peak memory', f'{self.peak_memory_gb:.2f} GB'), ('adapter', self.lora_dir), *[('warning', warning) for warning in self.warnings]]
 
     def __str__(self): return text_table(('result', ''), self._rows())
@@ -396,9 +396,9 @@ class TrainingResult:
         "Count a step."
         self.steps, self.seconds = self.steps + 1, step.seconds
         self.losses.append(step.loss)
-        self.tokens, self.learnt = self.tokens + step.tokens, self.learnt + step.learnt
+        self.tokens, self.target_tokens = self.tokens + step.tokens, self.target_tokens + step.target_tokens
         if step.eval_loss is not None: self.eval_losses.append((step.step, step.eval_loss))
-        if step.answers: self.answers.append((step.step, step.answers))
+        if step.generations: self.generations.append((step.step, step.generations))
 
 # %% ../nbs/13_trainer.ipynb #58d9d8a2
 def peak_memory_gb() -> float: # in 10**9 bytes
@@ -518,12 +518,12 @@ def check_vocabulary(
 
 # %% ../nbs/13_trainer.ipynb #a69fe3b6
 def disable_thinking_by_default(
-    tokenizer: Any, # its chat template is changed where every answer was learnt behind an empty thinking block
+    tokenizer: Any, # its chat template is changed where every answer was trained on behind an empty thinking block
     report: Any # a `DataReport`
 ):
     "Make not thinking the default of a template whose rows never think; said in the report."
     found = next((note.count for kind, note in report.notes.items() if kind.startswith('an empty thinking block stands before an answer: ask')), 0)
-    if not found or found < report.rows - report.bad - report.silent - report.overlong.get('left out', 0): return
+    if not found or found < report.rows - report.bad - report.without_targets - report.overlong.get('left out', 0): return
     question, usual = [dict(role='user', content='question')], template_of(tokenizer)
     for switch in ('enable_thinking', 'thinking'):
         twin = copy.copy(tokenizer)
@@ -717,7 +717,7 @@ def _fit_own(example: OwnExample, number: int, config: TrainingConfig, report: D
         if what == 'left out': return None
         example = OwnExample(example.ids[:most], example.labels[:most])
     if any(label != -100 for label in example.labels[1:]): return example
-    report.silent += 1  # nothing stands before the first token, so that one is not predicted
+    report.without_targets += 1  # nothing stands before the first token, so that one is not predicted
     return None
 
 # %% ../nbs/13_trainer.ipynb #494bb23f
@@ -830,14 +830,14 @@ def should_evaluate(
 @torch.no_grad()
 def mean_loss(
     batches: Iterable[dict], # of this process
-    loss: Callable, # batch -> its loss, summed over its learnt tokens
+    loss: Callable, # batch -> its loss, summed over its trained tokens
     accelerator: Accelerator # knows the other processes
 ) -> float: # in nats
-    "Mean loss over the learnt tokens of all processes' batches."
-    total, learnt = 0., 0
-    for batch in batches: total, learnt = total + loss(batch).item(), learnt + count_target_tokens(batch['labels'])
-    total, learnt = all_reduce_sum(accelerator, total, learnt)
-    return total / max(learnt, 1)
+    "Mean loss over the target tokens of all processes' batches."
+    total, target_tokens = 0., 0
+    for batch in batches: total, target_tokens = total + loss(batch).item(), target_tokens + count_target_tokens(batch['labels'])
+    total, target_tokens = all_reduce_sum(accelerator, total, target_tokens)
+    return total / max(target_tokens, 1)
 
 @torch.no_grad()
 def greedy_generate(
@@ -948,10 +948,10 @@ def check_result(
     usual: bool = True # the loss is that of a language model
 ) -> list[RunWarning]:
     "What is suspicious about a run that is over."
-    rows = [row for row in metrics if all(row.get(name) is not None for name in ('loss', 'grad_norm', 'epoch', 'learnt'))]
+    rows = [row for row in metrics if all(row.get(name) is not None for name in ('loss', 'grad_norm', 'epoch', 'target_tokens'))]
     losses = [row['loss'] for row in rows]
     found = [*check_rising(losses), *(check_level(losses) if usual else ())]
-    if not found: found += check_falling(losses, [row['epoch'] for row in rows], [row['learnt'] for row in rows])
+    if not found: found += check_falling(losses, [row['epoch'] for row in rows], [row['target_tokens'] for row in rows])
     found += check_clipping([row['grad_norm'] for row in rows], max_grad_norm)
     second = [p for name, p in model.named_parameters() if p.requires_grad and ('lora_B' in name or 'lora_embedding_A' in name)]
     return found + [*check_adapter(sum(not p.any() for p in second), len(second), adapter_digest(model) != before)]
@@ -994,7 +994,7 @@ class CallbackHandler:
     ):
         "Print a step, hand it to `on_step`, and call `on_step_end` and `on_evaluate`."
         if self.show and (step.step % self.every == 0 or step.step in (1, step.total) or step.note): print(step, flush=True)
-        for question, answer in zip(self.questions, step.answers) if self.show and step.answers else ():
+        for question, answer in zip(self.questions, step.generations) if self.show and step.generations else ():
             print('    ' + sanitize_line(f'{question} → {answer}'), flush=True)  # one line: a log is read back
         if self.on_step: self.on_step(step)
         self.call_event('on_step_end', step)
@@ -1181,11 +1181,11 @@ class LoRATrainer:
     def loss(self,
         batch: dict # `input_ids`, `labels`, `position_ids`, `segments`, each (lines, longest)
     ) -> Tensor: # scalar, in 32 bits
-        "The loss of one batch, summed over its learnt tokens. Override it to train towards something else, with `self.logits(batch)`."
+        "The loss of one batch, summed over its trained tokens. Override it to train towards something else, with `self.logits(batch)`."
         return self.engine.loss({name: value.to(self.accelerator.device) for name, value in batch.items()})
 
     def evaluate(self) -> float: # in nats
-        "Mean loss over the learnt tokens of the held-out rows; where memory runs out and `auto_batch` allows it, once more from smaller batches."
+        "Mean loss over the target tokens of the held-out rows; where memory runs out and `auto_batch` allows it, once more from smaller batches."
         lengths = token_lengths(self.eval_dataset)
         while True:
             mine = self.batching.once(lengths)[self.accelerator.process_index::self.accelerator.num_processes]
@@ -1436,7 +1436,7 @@ class Run:
             if self.batching.eval_halvings != before:
                 step.note = '; '.join(filter(None, [step.note, 'memory ran out in the evaluation, so its batches are smaller from here on']))
             if not math.isfinite(step.eval_loss): raise RunError(f'the held-out loss is {step.eval_loss} after step {step.step}. Train in 32 bits (fp16=False, bf16=False), or look at the rows that are held out.')
-            if self.config.eval_prompts and is_main(): step.answers = self._in('eval_prompts', self.trainer.answers, self.config.eval_prompts)
+            if self.config.eval_prompts and is_main(): step.generations = self._in('eval_prompts', self.trainer.answers, self.config.eval_prompts)
         writer.add(step)
         if self.config.report_to != 'none': self.accelerator.log({name: value for name, value in asdict(step).items() if isinstance(value, (int, float))}, step=step.step)
         if step.eval_loss is not None: self.checkpoint_manager.update_best(step.eval_loss)

@@ -894,7 +894,7 @@ def identity_pairs(
 class Lesson:
     "New facts and a new identity: what is taught, and the same asked in other words."
     theme: str  # its name
-    train: tuple  # `Sample`s to learn from
+    train: tuple  # `Sample`s to train on
     unseen: tuple  # `Sample`s in phrasings that no training sample has
 
 def lesson(

@@ -106,8 +106,8 @@ def reference(model, tokenizer, content, order, *, rate, total, warmup, decay, l
     model.train()
     for step, row_numbers in enumerate(order):
         examples = [encoded(content[row], tokenizer) for row in row_numbers]
-        learnt = [int((labels != -100).sum()) for _, labels in examples]
-        loss = sum(model(input_ids=ids, labels=labels).loss * count for (ids, labels), count in zip(examples, learnt)) / sum(learnt)
+        target_tokens = [int((labels != -100).sum()) for _, labels in examples]
+        loss = sum(model(input_ids=ids, labels=labels).loss * count for (ids, labels), count in zip(examples, target_tokens)) / sum(target_tokens)
         optimizer.zero_grad()
         loss.backward()
         length = torch.nn.utils.clip_grad_norm_(weights, longest)

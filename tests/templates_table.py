@@ -1,7 +1,7 @@
-"""What we learn beside what the training templates of the trl package mark.
+"""What we train on beside what the training templates of the trl package mark.
 
 trl ships chat templates of many models, and for most a patched *training* version in which `{% generation %}` marks the
-text to be learnt. Our masks are made from the plain versions. `python tests/templates_table.py` prints both side by side
+text to be trained on. Our masks are made from the plain versions. `python tests/templates_table.py` prints both side by side
 as the table that stands in nbs/03_prompt.ipynb.
 """
 import re
@@ -158,9 +158,9 @@ def marked(ids, mask):
     return [stretch for stretch in stretches if stretch]
 
 
-def learnt(examples):
-    "For each message that is learnt, the ids of its answer"
-    return {turn.message: example.ids[turn.start:turn.end] for example in examples for turn in example.turns if turn.learnt}
+def targets(examples):
+    "For each message that is trained on, the ids of its answer"
+    return {turn.message: example.ids[turn.start:turn.end] for example in examples for turn in example.turns if turn.is_target}
 
 
 def opening(name, kind, message):
@@ -183,7 +183,7 @@ REASONS = {
     "S": "one token straddles the place where generation begins; ours is cut there, so that the prompt is a prefix of the example",
     "C": "the template writes a token behind a tool call at which generation stops (Gemma 4); ours learns it, trl does not mark it",
     "H": "behind a tool result the generation prompt has no header, so the model writes it itself; ours learns it, trl does not mark it",
-    "T": "the template leaves the tool call out; ours does not learn the answer that is left empty, trl marks it",
+    "T": "the template leaves the tool call out; ours does not train on the answer that is left empty, trl marks it",
     "K": "trl's version keeps thinking that the plain template leaves out of every answer"}
 _THINKING = re.compile(r"(?:<think>)?(?:(?!<think>).)*</think>\s*|<\|channel>thought.*?<channel\|>|<\|channel\|>analysis<\|message\|>.*?<\|end\|><\|start\|>assistant", re.DOTALL)
 
@@ -192,7 +192,7 @@ def unthought(text): return _THINKING.sub("", text).strip()
 
 
 def answer_reasons(our, their, before, stops):
-    "Why the text we learn of an answer is not the text trl marks; `before` is what stands before it in our example"
+    "Why the text we train on of an answer is not the text trl marks; `before` is what stands before it in our example"
     found = set()
     if their.endswith("\n") and not our.endswith("\n"): found, their = found | {"L"}, their[:-1]
     if any(their.endswith(f"{our[-4:]}\n{stop}") for stop in stops): found, their = found | {"E"}, their[:their.rindex("\n")]
@@ -214,7 +214,7 @@ def reasons(name, kind):
     if len(examples) == 1 and examples[0].ids == other[0] and prompt.trained_mask(examples[0]) == list(map(bool, other[1])): return AGREE
     found, stops = set(), [tokenizer.decode([stop]) for stop in prompt.stop_ids(tokenizer)] + ["<|end|>", "<|call|>"]
     marks = [tokenizer.decode(stretch) for stretch in marked(*other)]
-    turns = {turn.message: (example, turn) for example in examples for turn in example.turns if turn.learnt}
+    turns = {turn.message: (example, turn) for example in examples for turn in example.turns if turn.is_target}
     places = [at for at, message in enumerate(TALKS[kind][0]) if message["role"] == "assistant"]
     if len(marks) != len(places): return "?"
     for place, their in zip(places, marks):

@@ -45,7 +45,7 @@ def test_operations_are_those_torch_counts():
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.002)
 
 
-def test_operations_grow_with_what_is_learnt_and_with_length():
+def test_operations_grow_with_what_is_trained_on_and_with_length():
     shape = SHAPES["0.5B"]
     assert training_flops(100, 60, [100], 8, shape) - training_flops(100, 50, [100], 8, shape) == 10 * 4 * shape["vocab_size"] * shape["hidden_size"]
     short, long = (training_flops(8192, 0, [length], 8, shape) for length in (1024, 2048))
@@ -61,7 +61,7 @@ def test_peaks_are_found_by_name():
 def run_of(**changes):
     "A run as it is kept: 10 tokens in the first step, then 1,000 a step, a second each"
     run = dict(shape="0.5B", method="lora", length=1024, rows="exact", peer="ours", round=1, card="NVIDIA H200", setup=dict(tokens=1000, steps=3, warm_up=1, rank=8), date="2026-01-01T00:00:00+00:00",
-               outcome="ok", checkpointing=False, wall_seconds=20., steps=3, tokens=[10, 1000, 1000], learnt=[0, 900, 900], step_seconds=[9., 1., 1.], losses=[12.1, 12.], peak_mib=4096.,
+               outcome="ok", checkpointing=False, wall_seconds=20., steps=3, tokens=[10, 1000, 1000], target_tokens=[0, 900, 900], step_seconds=[9., 1., 1.], losses=[12.1, 12.], peak_mib=4096.,
                allocated_mib=2048., reserved_mib=3072., to_first_step=11., how=dict(checkpointing=False, attention="sdpa"), versions=dict(torch="2.13.0")) | changes
     if run["outcome"] == "ok": run |= gpu.figures(run, [1000], CALL)
     return run
@@ -221,7 +221,7 @@ def test_real_runs_on_the_processor(tmp_path):
     assert set(made) == {"ours", "trl"}
     for run in made.values():
         assert run["outcome"] == "ok" and not list(gpu.doubts(run)), run
-        assert run["tokens"] == [1024] * 4 and all(0 < learnt < 1024 for learnt in run["learnt"]) and run["tokens_per_second"] > 0 and run["of_measured_peak"] > 0
+        assert run["tokens"] == [1024] * 4 and all(0 < target_tokens < 1024 for target_tokens in run["target_tokens"]) and run["tokens_per_second"] > 0 and run["of_measured_peak"] > 0
     assert {run["trained"] for run in made.values()} == {adapter_size(8, SHAPES["tiny"])}
     assert "Unsloth, packed is missing: it runs on a graphics card alone." in first.stdout and first.stdout.strip() in (tmp_path/"GPU.md").read_text() and (tmp_path/"gpu.png").exists()
     second = bench(tmp_path, *some, "--rows", "exact", "spread")

@@ -22,7 +22,7 @@ SMALL = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_ke
 def run(tokens=(100, 100, 100), seconds=(2., 1., 1.), **changes):
     "A run that nobody would doubt, and what is to be different in it"
     losses = [11.9 - 0.1 * step for step in range(len(tokens))]
-    usual = dict(steps=len(tokens), tokens=list(tokens), learnt=[count // 2 for count in tokens], step_seconds=list(seconds), seconds=sum(seconds), losses=losses,
+    usual = dict(steps=len(tokens), tokens=list(tokens), target_tokens=[count // 2 for count in tokens], step_seconds=list(seconds), seconds=sum(seconds), losses=losses,
                  cpu_seconds=sum(seconds), peak_mib=2048., to_first_step=9., compile_seconds=0., others=0., trained=adapter_size(), settings={}, doubts=[],
                  versions=dict(torch="2.13.0"))
     return usual | changes
@@ -49,8 +49,8 @@ def small_model(rank):
 
 @pytest.mark.parametrize("rank", [4, 8])
 def test_the_adapter_has_the_size_peft_gives_it(rank):
-    learnt = sum(one.numel() for one in small_model(rank).parameters() if one.requires_grad)
-    assert learnt == adapter_size(rank, SMALL)
+    target_tokens = sum(one.numel() for one in small_model(rank).parameters() if one.requires_grad)
+    assert target_tokens == adapter_size(rank, SMALL)
 
 
 def test_operations_are_those_torch_counts():
@@ -65,7 +65,7 @@ def test_operations_are_those_torch_counts():
     assert counter.get_total_flops() - attention == flops(tokens, tokens, rank, SMALL) - saved
 
 
-def test_operations_grow_with_tokens_and_with_those_learnt():
+def test_operations_grow_with_tokens_and_with_those_trained_on():
     assert flops(200, 100) == 2 * flops(100, 50)
     assert flops(100, 60) - flops(100, 50) == 10 * 4 * SHAPE["vocab_size"] * SHAPE["hidden_size"]
 
@@ -101,11 +101,11 @@ def test_share_of_the_peak():
 def test_a_watch_adds_up_micro_batches():
     watch = Watch()
     watch.begin()
-    for tokens, learnt in ((10, 4), (20, 5)): watch.read(tokens, learnt, 32)
+    for tokens, target_tokens in ((10, 4), (20, 5)): watch.read(tokens, target_tokens, 32)
     watch.step()
     watch.read(7, 3, 8)
     watch.step()
-    assert (watch.tokens, watch.learnt, watch.area) == ([30, 7], [9, 3], [64, 8])
+    assert (watch.tokens, watch.target_tokens, watch.area) == ([30, 7], [9, 3], [64, 8])
     assert len(watch.marks) == 3 and watch.first > 0
 
 
@@ -229,7 +229,7 @@ def test_two_peers_beside_each_other(tmp_path):
     for one in kept["peers"].values():
         found, = one["runs"]
         assert sum(found["tokens"]) == pytest.approx(kept["tokens"], rel=.01) and found["steps"] == 2
-        assert 0 < sum(found["learnt"]) < sum(found["tokens"])
+        assert 0 < sum(found["target_tokens"]) < sum(found["tokens"])
         assert found["trained"] == adapter_size(8, kept["shape"])
         assert 11 < one["first_loss"] < 13
         assert 300 < one["peak_mib"] < 20_000 and 1 < one["to_first_step"] < 300

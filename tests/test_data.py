@@ -49,7 +49,7 @@ def test_what_is_on_disk_is_what_render_makes(tokenizer, tmp_path):
         expected = render(sample.messages, tokenizer) if sample.messages else render_text(sample.text, tokenizer)
         assert kept(dataset.select([at])) == [(expected.ids, expected.labels, len(expected.ids), at + 1)]
     assert dataset.features["input_ids"].feature.dtype == dataset.features["labels"].feature.dtype == dataset.features["length"].dtype == "int32"
-    assert dataset.report.tokens == sum(dataset["length"]) and dataset.report.learnt == sum(label != -100 for labels in dataset["labels"] for label in labels)
+    assert dataset.report.tokens == sum(dataset["length"]) and dataset.report.target_tokens == sum(label != -100 for labels in dataset["labels"] for label in labels)
     assert dataset.report.longest == max(dataset["length"]) and dataset.report.rows == len(mixed)
 
 
@@ -84,20 +84,20 @@ def test_weights_decide_and_rows_without_anything_to_learn_are_left_out(tokenize
     dataset, _ = encode([dict(messages=messages)], tokenizer)
     assert tokenizer.decode([label for label in dataset[0]["labels"] if label != -100]) == "yes<|im_end|>"
     silent = dict(messages=[dict(one, train=False) if one["role"] == "assistant" else one for one in talk(1)["messages"]])
-    with pytest.raises(DataError, match="nothing to learn"): encode([silent], tokenizer)
+    with pytest.raises(DataError, match="nothing to train on"): encode([silent], tokenizer)
 
 
-def test_an_example_without_a_learnt_token_is_never_kept(tokenizer):
+def test_an_example_without_a_trained_token_is_never_kept(tokenizer):
     maker = Preprocessor(tokenizer)
     batch = maker.renderer.batch
     def silence(talks):
         found = batch(talks)
         found[0][0].labels[:] = [-100] * len(found[0][0].labels)
-        for at, turn in enumerate(found[0][0].turns): found[0][0].turns[at] = turn._replace(learnt=False)
+        for at, turn in enumerate(found[0][0].turns): found[0][0].turns[at] = turn._replace(is_target=False)
         return found
     maker.renderer.batch = silence
     made = maker(next(data.chunks(rows(3))))
-    assert made.report.silent == 1 and made.report.examples == 2
+    assert made.report.without_targets == 1 and made.report.examples == 2
 
 
 def test_an_answer_without_a_stop_token_is_refused(tokenizer):
@@ -106,7 +106,7 @@ def test_an_answer_without_a_stop_token_is_refused(tokenizer):
     with pytest.raises((DataError, ValueError), match="stop token"): encode(rows(2), bare)
 
 
-def test_every_learnt_turn_must_end_in_a_token_that_ends_it(tokenizer):
+def test_every_trained_turn_must_end_in_a_token_that_ends_it(tokenizer):
     maker = Preprocessor(tokenizer)
     batch = maker.renderer.batch
     def shorter(talks):
@@ -187,7 +187,7 @@ def test_truncate(tokenizer, long_rows):
     lines = dataset.long_lines()
     assert [line.kinds.count("cut") for line in lines] == [min(60, len(whole(content[at], tokenizer).ids) - limit) for at in (1, 2)] and "~~" in repr(lines[0])
     question = dict(instruction="word " * 300, output="Yes.")
-    assert prepare([rows(1)[0], question], tokenizer, limit, overlong="truncate", show=False).report.overlong == {"left out": 1}  # nothing to learn remains
+    assert prepare([rows(1)[0], question], tokenizer, limit, overlong="truncate", show=False).report.overlong == {"left out": 1}  # nothing to train on remains
 
 
 @pytest.mark.parametrize("overlong", data.OVERLONG)
@@ -272,7 +272,7 @@ def test_a_hundred_thousand_bad_rows_are_not_kept_in_memory(tokenizer, tmp_path)
 
 
 def test_all_rows_bad(tokenizer):
-    with pytest.raises(DataError, match="all 3 rows are bad, so there is nothing to learn. The first: the data, row 1"): prepare([{}, {"a": 1}, {"text": None}], tokenizer, on_bad_row="skip", show=False)
+    with pytest.raises(DataError, match="all 3 rows are bad, so there is nothing to train on. The first: the data, row 1"): prepare([{}, {"a": 1}, {"text": None}], tokenizer, on_bad_row="skip", show=False)
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "[]"])
@@ -364,7 +364,7 @@ def test_it_is_a_dataset_that_shows_itself(tokenizer):
     dataset = prepare_dataset([talk(2), dict(text="Ships pass.")], tokenizer, show=False)
     assert isinstance(dataset, PreparedDataset) and isinstance(dataset, Dataset) and dataset.max_length == 1024 and dataset.tokenizer is tokenizer
     line = dataset.example(0)
-    assert line.ids == dataset[0]["input_ids"] and line.kinds.count("learnt") == sum(label != -100 for label in dataset[0]["labels"])
+    assert line.ids == dataset[0]["input_ids"] and line.kinds.count("target") == sum(label != -100 for label in dataset[0]["labels"])
     assert {name for name, label in zip(line.names, line.labels) if label != -100} == {"answer 1", "answer 2"} and line.names[0] == "before answer 1" and "⟦assistant 1 word" in repr(line)
     assert "<ins" in dataset._repr_html_() and "2 examples" in dataset._repr_html_() and "⟦Ships pass." in repr(dataset)
 

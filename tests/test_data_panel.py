@@ -175,13 +175,13 @@ def test_of_many_configs_the_last_one_is_shown(tmp_path):
 def test_the_thread_prints_nothing(tmp_path, capfd):
     panel = DataPanel(recipe(tmp_path, eval_ratio=0.2)).join()
     panel.next()
-    assert capfd.readouterr() == ("", "") and "learnt" in repr(panel)
+    assert capfd.readouterr() == ("", "") and "trained on" in repr(panel)
 
 
 def test_many_rows(tmp_path):
     content = [dict(question=f"Lamp {at}?", answer=f"{at}") for at in range(HEALTH_ROWS + 2000)]
     panel = DataPanel(recipe(tmp_path, data_path=write_rows(tmp_path/"rows.jsonl", content))).join()
-    assert "evenly spread" in control(panel, "sage-health").value and len(panel.health["learnt share"].rows) > 0
+    assert "evenly spread" in control(panel, "sage-health").value and len(panel.health["trained tokens"].rows) > 0
     began = time.monotonic()
     panel.show(len(panel.dataset) - 1)
     assert time.monotonic() - began < 3 and f"Lamp {len(content) - 1}?" in control(panel, "sage-messages").value

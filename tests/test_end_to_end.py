@@ -38,7 +38,7 @@ def test_from_rows_to_a_merged_model_that_chats(tmp_path):
     result = trainer.train(show=False)
     after = accuracy(trainer.model, trainer.tokenizer, content)
     assert before.right < after.right and result.losses[-1] < result.losses[0]
-    assert not result.stopped and result.steps == len(result.losses) == 80 and result.tokens > result.learnt > 80 and result.tokens_per_second > 0 and result.peak_memory_gb > 0
+    assert not result.stopped and result.steps == len(result.losses) == 80 and result.tokens > result.target_tokens > 80 and result.tokens_per_second > 0 and result.peak_memory_gb > 0
     report = merge(result.output_dir)
     assert report.agrees and json.loads((result.output_dir/"merged_model"/"merge_report.json").read_text())["positions"] == report.positions
     chat = Chat(*load_run(result.output_dir, merged=True))
@@ -56,7 +56,7 @@ def test_the_files_of_a_run(finished):
     lines = metrics(run)
     assert [line["step"] for line in lines] == list(range(1, 12)) and [line["loss"] for line in lines] == result.losses
     assert sum(line["tokens"] for line in lines) == result.tokens and lines[5]["epoch"] == 1 and lines[-1]["epoch"] == pytest.approx(2, abs=0.2)
-    assert {"learning_rate", "grad_norm", "learnt", "seconds", "tokens_per_second", "eval_loss", "total"} < set(lines[0])
+    assert {"learning_rate", "grad_norm", "target_tokens", "seconds", "tokens_per_second", "eval_loss", "total"} < set(lines[0])
     said = status(run)
     assert (said["state"], said["step"], said["total"], said["pid"]) == ("completed", 11, 11, None)
 
@@ -101,7 +101,7 @@ def test_data_of_ones_own_by_overriding_prepare_data(tmp_path):
     config.data_path = str(write_rows(tmp_path/"rows.jsonl"))
     config.output_dir = str(tmp_path/"run")
     result = MyTrainer(config).train(show=False)
-    assert result.steps == 6 and sum(line["learnt"] for line in metrics(tmp_path/"run")) == result.learnt and result.eval_losses == []
+    assert result.steps == 6 and sum(line["target_tokens"] for line in metrics(tmp_path/"run")) == result.target_tokens and result.eval_losses == []
     assert ADAPTER <= names(tmp_path/"run"/"lora_weights")
 
 

@@ -197,12 +197,12 @@ def test_dropout_gives_the_gradient_of_what_was_kept(folder_of):
 
 @settings(max_examples=60, deadline=None)
 @given(count=st.integers(0, 70), vocabulary=st.integers(2, 90), chunk=st.one_of(st.none(), st.integers(1, 80)), softcap=st.sampled_from((None, 5., 30.)), scale=st.sampled_from((1., 0.25, 3.)),
-       bias=st.booleans(), learnt=st.sampled_from((0., 0.3, 1.)), size=st.sampled_from((1., 1e4)), seed=st.integers(0, 99))
-def test_the_chunked_loss_is_the_loss(count, vocabulary, chunk, softcap, scale, bias, learnt, size, seed):
+       bias=st.booleans(), target_tokens=st.sampled_from((0., 0.3, 1.)), size=st.sampled_from((1., 1e4)), seed=st.integers(0, 99))
+def test_the_chunked_loss_is_the_loss(count, vocabulary, chunk, softcap, scale, bias, target_tokens, size, seed):
     chance = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(count, 8, generator=chance).requires_grad_(), torch.randn(vocabulary, 8, generator=chance) * size
     shift, labels = torch.randn(vocabulary, generator=chance) if bias else None, torch.randint(vocabulary, (count,), generator=chance)
-    labels[torch.rand(count, generator=chance) >= learnt] = -100
+    labels[torch.rand(count, generator=chance) >= target_tokens] = -100
     logits = torch.nn.functional.linear(hidden.double(), weight.double(), shift.double() if bias else None) * scale
     if softcap: logits = softcap * torch.tanh(logits / softcap)
     plain = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
@@ -287,7 +287,7 @@ def test_checkpointing_in_16_bits(tmp_path, folder_of):
 
 def test_evaluation_is_the_plain_loss(tmp_path, folder_of):
     trainer, _ = trainer_of(tmp_path, folder_of("Llama"), eval_ratio=0.3)
-    model, total, learnt = trainer.model, 0., 0
+    model, total, target_tokens = trainer.model, 0., 0
     lean = trainer.evaluate()
     room.restore_forwards(model)
     with torch.no_grad():
@@ -295,8 +295,8 @@ def test_evaluation_is_the_plain_loss(tmp_path, folder_of):
             row = trainer.eval_dataset[at]
             ids, labels = torch.tensor([list(row["input_ids"])]), torch.tensor([list(row["labels"])])
             count = int((labels[:, 1:] != -100).sum())
-            total, learnt = total + float(model(input_ids=ids, labels=labels).loss) * count, learnt + count
-    assert lean == pytest.approx(total / learnt, rel=1e-5)
+            total, target_tokens = total + float(model(input_ids=ids, labels=labels).loss) * count, target_tokens + count
+    assert lean == pytest.approx(total / target_tokens, rel=1e-5)
 
 
 def test_bf16_follows_fp32(tmp_path):
@@ -321,7 +321,7 @@ def test_two_processes_are_one(tmp_path, size, accumulation):
         assert ended.returncode == 0, ended.stderr
     one, two = map(metrics, runs)
     assert [row["step"] for row in two] == [row["step"] for row in one] == list(range(1, len(one) + 1))
-    for field in ("loss", "grad_norm", "tokens", "learnt"): assert [row[field] for row in two] == pytest.approx([row[field] for row in one], rel=1e-4)
+    for field in ("loss", "grad_norm", "tokens", "target_tokens"): assert [row[field] for row in two] == pytest.approx([row[field] for row in one], rel=1e-4)
     assert [row["eval_loss"] for row in two if row["eval_loss"]] == pytest.approx([row["eval_loss"] for row in one if row["eval_loss"]], rel=1e-4)
     ours, theirs = (load_file(run/"lora_weights"/"adapter_model.safetensors") for run in runs)
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)

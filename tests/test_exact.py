@@ -111,10 +111,10 @@ def test_the_number_of_rows_at_once_changes_nothing(tmp_path):
     assert together.train(show=False).losses == pytest.approx(alone.train(show=False).losses, rel=1e-5)
 
 
-# ---- what is learnt ---------------------------------------------------------------------------------------------------
+# ---- what is trained on ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("packing", (False, True), ids=("padded", "packed"))
-def test_the_answer_and_its_end_are_learnt_and_nothing_else(tmp_path, packing):
+def test_the_answer_and_its_end_are_trained_on_and_nothing_else(tmp_path, packing):
     "On the batches the model really saw: no prompt, no padding, every turn of the assistant with its end"
     content = rows(16)
     content += [dict(messages=[dict(role="system", content="Be short."), dict(role="user", content=f"Lamp {at}?"), dict(role="assistant", content="It is lit."),
@@ -131,14 +131,14 @@ def test_the_answer_and_its_end_are_learnt_and_nothing_else(tmp_path, packing):
             padded += int((segments == 0).sum())
             for number in range(1, int(segments.max()) + 1):
                 own = segments == number
-                learnt = labels[own & (labels != -100)]
-                assert learnt[-1] == end_id
-                found.append(tokenizer.decode(learnt))
-                unlearnt = tokenizer.decode(ids[own & (labels == -100)])
-                assert unlearnt.count("<|im_start|>assistant\n") == found[-1].count(end) and found[-1].removesuffix(end) not in unlearnt
+                target_tokens = labels[own & (labels != -100)]
+                assert target_tokens[-1] == end_id
+                found.append(tokenizer.decode(target_tokens))
+                masked = tokenizer.decode(ids[own & (labels == -100)])
+                assert masked.count("<|im_start|>assistant\n") == found[-1].count(end) and found[-1].removesuffix(end) not in masked
     expected = [row["output"] + end if "output" in row else "".join(turn["content"] + end for turn in row["messages"] if turn["role"] == "assistant") for row in content]
     assert sorted(found) == sorted(expected) and (packing or padded > 0)
-    assert result.learnt == sum(int((batch["labels"] != -100).sum()) for batch in batches) and result.tokens == sum(int((batch["segments"] > 0).sum()) for batch in batches)
+    assert result.target_tokens == sum(int((batch["labels"] != -100).sum()) for batch in batches) and result.tokens == sum(int((batch["segments"] > 0).sum()) for batch in batches)
 
 
 def texts(batches, tokenizer):

@@ -599,7 +599,7 @@ SPLIT_FOLDERS = {  # files -> what is said
 def test_files_for_training_and_for_testing_are_not_laid_together(names):
     for name in names: write(f"set/{name}", as_parquet(ROWS) if name.endswith("parquet") else gzip.compress(GOOD.encode()) if name.endswith("gz") else GOOD if "csv" not in name else as_csv(ROWS))
     said = refusal("set")
-    assert "the folder set has the splits" in said and "they would be learnt together" in said and SPLIT_FOLDERS[names] in said
+    assert "the folder set has the splits" in said and "they would be trained on together" in said and SPLIT_FOLDERS[names] in said
 
 
 @pytest.mark.parametrize("names", [("train-00000.jsonl", "train-00001.jsonl"), ("test.jsonl",), ("training.jsonl", "more.jsonl"), ("contest.jsonl", "latest.jsonl", "trained.jsonl"), ("value.jsonl", "devices.jsonl")], ids=str)

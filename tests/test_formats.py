@@ -1,4 +1,4 @@
-"""Rows: every dialect becomes the same conversation, and what cannot be learnt from is refused in a sentence."""
+"""Rows: every dialect becomes the same conversation, and what cannot be trained on is refused in a sentence."""
 import json
 import pickle
 import re
@@ -104,7 +104,7 @@ def test_a_mark_on_a_question_has_no_effect_and_is_said():
     assert read_row(dict(messages=[dict(ASK, weight=0), TELL])).notes == []
 
 
-def test_only_the_completion_is_learnt():
+def test_only_the_completion_is_trained_on():
     "Answers inside the prompt are context"
     messages = to_messages(dict(prompt=[*TALK, ASK], completion=[TELL]))
     assert [turn.get("weight") for turn in messages] == [None, 0, None, None]
@@ -226,7 +226,7 @@ def test_nan_is_nothing():
     (dict(question="2 + 2?", answer=dict(text="Four.")), "the field 'answer' is of type dict, not text"),
     (dict(text=b"Four."), "the field 'text' is of type bytes, not text"),
     (dict(messages=[ASK, dict(TELL, content=dict(text="Four."))]), "the content of turn 2 (assistant) is of type dict"),
-    (dict(messages=[dict(ASK, content=[dict(type="image_url", image_url="x")]), TELL]), "the content of turn 1 (user) has a part of 'image_url'. Only text can be learnt"),
+    (dict(messages=[dict(ASK, content=[dict(type="image_url", image_url="x")]), TELL]), "the content of turn 1 (user) has a part of 'image_url'. Only text can be trained on"),
     (dict(messages="Hi"), "the field 'messages' is a text that is not JSON"),
     (dict(messages=7), "the field 'messages' is of type int. A conversation must be a list of turns"),
     (dict(instruction="a", output="b", history="c"), "the field 'history' is a text that is not JSON"),
@@ -235,7 +235,7 @@ def test_what_is_no_text_is_said(row, says):
     assert says in refusal(row)
 
 
-# ---- rows that cannot be learnt from ----------------------------------------------------------------------------------
+# ---- rows that cannot be trained on ----------------------------------------------------------------------------------
 
 SYSTEM = dict(role="system", content="Be brief.")
 BAD_TALKS = {
@@ -244,7 +244,7 @@ BAD_TALKS = {
     "two assistants, one marked": ([*TALK, dict(TELL, weight=0)], "turns 2 and 3 are both of role 'assistant'. Join them into one turn"),
     "two users with names": ([dict(ASK, name="Ada"), dict(ASK, name="Bob"), TELL], "turns 1 and 2 are both of role 'user'. Join them"),
     "two systems": ([SYSTEM, SYSTEM, *TALK], "turns 1 and 2 are both of role 'system'"),
-    "no assistant": ([ASK], "the assistant never speaks, so there is nothing to learn. Add its answer"),
+    "no assistant": ([ASK], "the assistant never speaks, so there is nothing to train on. Add its answer"),
     "only a system": ([SYSTEM], "the row holds only a system prompt. Add a user turn and the assistant's answer"),
     "no turns": ([], "the conversation has no turns"),
     "an empty answer": ([ASK, dict(TELL, content=" \n")], "the answer in turn 2 is empty. Remove the row or write its answer"),
@@ -260,11 +260,11 @@ BAD_TALKS = {
     "mixed dialects": ([dict(role="user", value="Hi"), TELL], "turn 1 mixes two dialects: it has 'role', 'value'. Write role and content, or from and value"),
     "both dialects": ([ASK, {**TELL, "from": "gpt"}], "turn 2 mixes two dialects"),
     "a turn of text": (["Hi", TELL], "turn 1 is of type str. A turn must be an object"),
-    "a weight of a half": ([ASK, dict(TELL, weight=0.5)], "turn 2 has the weight 0.5. A weight is 1 (learn this turn) or 0"),
+    "a weight of a half": ([ASK, dict(TELL, weight=0.5)], "turn 2 has the weight 0.5. A weight is 1 (train on this turn) or 0"),
     "a weight of text": ([ASK, dict(TELL, weight="heavy")], "turn 2 has the weight 'heavy'"),
-    "train of text": ([ASK, dict(TELL, train="yes")], "turn 2 has train='yes'. It is true (learn this turn) or false"),
-    "nothing to learn by weight": ([*TALK[:1], dict(TELL, weight=0)], "every answer has weight 0 or train false, so there is nothing to learn. Give weight 1"),
-    "nothing to learn by train": ([*TALK[:1], dict(TELL, train=False)], "every answer has weight 0 or train false")}
+    "train of text": ([ASK, dict(TELL, train="yes")], "turn 2 has train='yes'. It is true (train on this turn) or false"),
+    "nothing to train on by weight": ([*TALK[:1], dict(TELL, weight=0)], "every answer has weight 0 or train false, so there is nothing to train on. Give weight 1"),
+    "nothing to train on by train": ([*TALK[:1], dict(TELL, train=False)], "every answer has weight 0 or train false")}
 
 
 @pytest.mark.parametrize("fault", BAD_TALKS)
@@ -299,7 +299,7 @@ def test_one_weight_is_enough():
     (dict(colour="red", size=3), "the row has the fields 'colour', 'size', which is no known format"),
     ({}, "the row has no fields"),
     (dict(prompt="a", chosen="b", rejected="c"), "the row has 'chosen' and 'rejected', so it is a preference row, made for training by comparison. Here a row has one answer. "
-        'To learn the chosen ones pass column_map={"completion": "chosen"}'),
+        'To train on the chosen ones pass column_map={"completion": "chosen"}'),
     (dict(chosen=TALK, rejected=TALK), 'column_map={"messages": "chosen"}'),
     (dict(instruction="a", output=None), "the field 'output' is null. Format 'alpaca' needs text there. Fill it or remove the row"),
     (["a"], "the row is of type list. A row must be an object with named fields"),

@@ -76,13 +76,13 @@ def test_healthy_data_raise_no_alarm(look):
 
 def test_figures_are_those_of_the_data(look, made):
     dataset = made(healthy(30))
-    figures = look(dataset)["learnt share"].figures
-    learnt = [sum(label != -100 for label in row["labels"]) for row in dataset]
-    assert (figures["rows"], figures["tokens"], figures["learnt"]) == (30, sum(len(row["input_ids"]) for row in dataset), sum(learnt))
-    shares = [count / len(row["input_ids"]) for count, row in zip(learnt, dataset)]
+    figures = look(dataset)["trained tokens"].figures
+    target_tokens = [sum(label != -100 for label in row["labels"]) for row in dataset]
+    assert (figures["rows"], figures["tokens"], figures["target_tokens"]) == (30, sum(len(row["input_ids"]) for row in dataset), sum(target_tokens))
+    shares = [count / len(row["input_ids"]) for count, row in zip(target_tokens, dataset)]
     assert figures["smallest"][0]["row"] == shares.index(min(shares)) + 1
     answers = look(dataset)["answer length"]
-    assert (answers.figures["median"], answers.figures["longest"]) == (np.median(learnt), max(learnt)) and answers.rows == [learnt.index(max(learnt)) + 1]
+    assert (answers.figures["median"], answers.figures["longest"]) == (np.median(target_tokens), max(target_tokens)) and answers.rows == [target_tokens.index(max(target_tokens)) + 1]
     longest = look(dataset)["longest rows"].figures["longest"]
     assert [one["tokens"] for one in longest] == sorted((len(row["input_ids"]) for row in dataset), reverse=True)[:10]
     assert longest[0]["head"] == healthy(30)[longest[0]["row"] - 1]["instruction"]
@@ -197,10 +197,10 @@ def test_one_word_answers(look):
     assert look(healthy(40) + [dict(messages=talk)])["one-word answers"].level == "ok"
 
 
-def test_nothing_learnt(look, made):
+def test_no_trained_tokens(look, made):
     report = look(replaced(made(healthy(40)), {2}, labels=lambda row: [-100] * len(row["labels"])))
-    assert report["learnt share"].level == "error" and report["learnt share"].rows == [3]
-    assert alarms(report) == {"learnt share": "error"}
+    assert report["trained tokens"].level == "error" and report["trained tokens"].rows == [3]
+    assert alarms(report) == {"trained tokens": "error"}
 
 
 def test_no_stop_token(look, made):
@@ -209,7 +209,7 @@ def test_no_stop_token(look, made):
     assert alarms(report) == {"stop token": "error"} and report["stop token"].rows == [2, 7]
 
 
-def test_a_stop_that_is_not_learnt(look, made):
+def test_a_stop_that_is_not_trained_on(look, made):
     def masked(row): return [-100 if place >= max(at for at, label in enumerate(row["labels"]) if label != -100) else label for place, label in enumerate(row["labels"])]
     report = look(replaced(made(healthy(40)), {0}, labels=masked))
     assert alarms(report) == {"stop token": "error"} and report["stop token"].rows == [1]
@@ -365,7 +365,7 @@ def test_small_talk_in_later_turns_is_no_leak(look):
     assert leaked(look, lessons, held) == [11]
 
 
-def test_what_is_not_learnt_is_no_lesson(look, made, tokenizer):
+def test_what_is_not_trained_on_is_no_lesson(look, made, tokenizer):
     pairs = wide(20)
     shown = [dict(messages=[*chat(*pairs[0])["messages"], *chat(*pair)["messages"]]) for pair in pairs[1:12]]
     for row in shown: row["messages"][1]["train"] = False
@@ -658,9 +658,9 @@ def test_the_worst_come_first(look):
 
 def test_rows_and_files_are_prepared_on_the_way(tokenizer, look):
     report = health_report("example", evaluation="example_unseen", tokenizer=tokenizer)
-    assert report["learnt share"].figures["rows"] == 100 and report["in both splits"].level == "ok" and report.level == "warn"
+    assert report["trained tokens"].figures["rows"] == 100 and report["in both splits"].level == "ok" and report.level == "warn"
     assert len(report["nearly in both splits"].rows) == 3  # the exam asks the same in other words
-    assert health_report(healthy(20), tokenizer=tokenizer)["learnt share"].figures["rows"] == 20
+    assert health_report(healthy(20), tokenizer=tokenizer)["trained tokens"].figures["rows"] == 20
 
 
 def test_what_cannot_be_looked_at(tokenizer, made):
@@ -672,6 +672,6 @@ def test_what_cannot_be_looked_at(tokenizer, made):
 
 
 def test_a_single_row_and_a_row_without_tokens(tokenizer, made):
-    assert health_report(made(healthy(1)), tokenizer=tokenizer)["learnt share"].figures["rows"] == 1
+    assert health_report(made(healthy(1)), tokenizer=tokenizer)["trained tokens"].figures["rows"] == 1
     report = health_report(Dataset.from_dict(dict(input_ids=[[], [5, 6, 7]], labels=[[], [5, 6, 7]])), tokenizer=tokenizer)
-    assert report["learnt share"].rows == [1]
+    assert report["trained tokens"].rows == [1]

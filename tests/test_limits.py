@@ -65,7 +65,7 @@ def make(name, limit, dtype=torch.float32):
 
 
 def examples(lengths=LENGTHS, seed=1):
-    "Rows of random tokens, all of them learnt"
+    "Rows of random tokens, all of them trained on"
     ids = torch.randint(3, 160, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
     return [dict(input_ids=one.tolist(), labels=one.tolist()) for one in ids.split(lengths)]
 
@@ -85,7 +85,7 @@ def alone(model, content):
     return total, slope
 
 
-def learnt(engine, content, lines):
+def trained(engine, content, lines):
     "What an engine makes of the same rows, laid out as it wants them"
     model, packed = engine.model, engine.packing.name != "none"
     model.zero_grad()
@@ -105,7 +105,7 @@ def test_rows_beyond_a_limit_learn_what_they_learn_alone(name, packs):
     model, content = make(name, 16), examples()
     total, slope = alone(model, content)
     engine = pick_engine(model, packs, max_length=70)
-    own, own_slope = learnt(engine, content, [[0, 1, 2], [3, 4], [5]])
+    own, own_slope = trained(engine, content, [[0, 1, 2], [3, 4], [5]])
     assert own == pytest.approx(total, rel=1e-5), str(engine)
     assert float((own_slope - slope).norm() / slope.norm()) < 1e-4
     assert way(engine) == (FAMILIES[name][3] if packs or FAMILIES[name][3] == "alone" else "none"), str(engine)
@@ -116,7 +116,7 @@ def test_below_the_limit_the_fast_way_is_taken(name):
     model, content = make(name, 64), examples((20, 7, 11, 30, 6))
     total, slope = alone(model, content)
     engine = pick_engine(model, max_length=40)
-    own, own_slope = learnt(engine, content, [[0, 1, 2], [3, 4]])
+    own, own_slope = trained(engine, content, [[0, 1, 2], [3, 4]])
     assert way(engine) == FAMILIES[name][2], str(engine)
     assert own == pytest.approx(total, rel=1e-5) and float((own_slope - slope).norm() / slope.norm()) < 1e-4
 
@@ -150,9 +150,9 @@ def test_where_rows_change_each_other_they_go_one_at_a_time(kind):
     model, content = make("dynamic rope", 16), examples()
     engine = pick_engine(model, max_length=70, engine=kind)
     assert "one row at a time: a row beyond max_position_embeddings=16 changes shorter ones" in str(engine)
-    first = learnt(engine, content[1:3], [[0], [1]])[0]
-    learnt(engine, content, [[0]] * len(content))
-    assert learnt(engine, content[1:3], [[0], [1]])[0] == first  # no memory of the long rows
+    first = trained(engine, content[1:3], [[0], [1]])[0]
+    trained(engine, content, [[0]] * len(content))
+    assert trained(engine, content[1:3], [[0], [1]])[0] == first  # no memory of the long rows
     assert first == pytest.approx(alone(model, content[1:3])[0], rel=1e-5)
     batch = collate([[row] for row in content], 0)
     with torch.no_grad(): logits, single = engine.logits(batch), engine.logits(collate([content[1:2]], 0))

@@ -73,7 +73,7 @@ def test_a_rehearsed_step_takes_what_a_real_one_takes(tmp_path, dials):
         before = count.now
         (trainer.loss(batch) / 3).backward()
     share = float((batch["labels"][:, 1:] != -100).sum() / (batch["segments"] > 0).sum())
-    said = estimate_memory(trainer.config, trainer.plan.lengths, learnt=share)
+    said = estimate_memory(trainer.config, trainer.plan.lengths, target_fraction=share)
     counted = sum(said.parts[name] for name in ("gradients", "activations", "logits"))
     assert counted == pytest.approx(count.peak - before, rel=0.04)
 

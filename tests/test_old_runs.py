@@ -1,4 +1,5 @@
 """A run folder as version 0.1.0 wrote it, kept byte by byte in tests/runs/: later versions read it, and go on with it."""
+import json
 import shutil
 from pathlib import Path
 
@@ -6,11 +7,14 @@ import pytest
 
 from sage_finetune import LoRATrainer, answers, load_run, plot_run
 from sage_finetune.checkpoint import newest_checkpoint
+from sage_finetune.data import read_prepared, report_from_dict, report_to_dict
 from sage_finetune.export import run_config
 from sage_finetune.launch import attached, last_launch, log_lines
 from sage_finetune.runs import list_runs, read_meta, read_metrics, read_status
+from sage_finetune.train_panel import RunWatch
 
 KEPT = Path(__file__).parent/"runs"/"written_by_0.1.0"
+OLD_KEYS = Path(__file__).parent/"runs"/"old_keys"  # metrics with `learnt` and `answers`, prepared data with `learnt` and `silent`
 
 
 @pytest.fixture
@@ -43,3 +47,23 @@ def test_it_goes_on_from_its_checkpoint(run):
     result = LoRATrainer(config).train(show=False, resume=True)
     rows = read_metrics(run)
     assert path.name == "checkpoint-4" and result.steps == 2 and rows[:4] == before and [row["step"] for row in rows] == list(range(1, 7))
+    written = [json.loads(line) for line in (run/"metrics.jsonl").read_text().splitlines()]
+    assert written == rows and all(row.keys() == written[-1].keys() and not row.keys() & {"learnt", "answers"} for row in written)
+
+
+def test_old_keys_of_metrics_are_read():
+    "What was called `learnt` and `answers` comes under the names of today, in the list and in the panel's sums"
+    old, rows = [json.loads(line) for line in (OLD_KEYS/"metrics.jsonl").read_text().splitlines()], read_metrics(OLD_KEYS)
+    assert [row["target_tokens"] for row in rows] == [row["learnt"] for row in old] and not any(row.keys() & {"learnt", "answers"} for row in rows)
+    assert [row["generations"] for row in rows] == [row["answers"] for row in old] and rows[1]["generations"] == ["blue"]
+    watch = RunWatch(OLD_KEYS)
+    watch.look()
+    assert watch.summary().target_tokens == sum(row["learnt"] for row in old) == 25
+
+
+def test_old_keys_of_prepared_data_are_read():
+    "The report says the same as it did, and says it again under the names of today"
+    folder, = (OLD_KEYS/"prepared").iterdir()
+    report = read_prepared(folder)
+    assert (report.examples, report.tokens, report.target_tokens, report.without_targets, report.held_out.target_tokens) == (12, 279, 37, 3, 5)
+    assert report_from_dict(report_to_dict(report)) == report and not report_to_dict(report).keys() & {"learnt", "silent"}

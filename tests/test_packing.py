@@ -60,10 +60,10 @@ def make(name, kernel="eager", seed=0):
     return getattr(transformers, MODELS.get(kind, f"{kind}ForCausalLM"))._from_config(config, attn_implementation=kernel).eval()
 
 
-def sample(size, seed, learnt=None):
-    "An example of random tokens of which the last `learnt` are learnt"
+def sample(size, seed, target_tokens=None):
+    "An example of random tokens of which the last `target_tokens` are trained on"
     ids = torch.randint(10, VOCABULARY, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return dict(input_ids=ids, labels=[-100] * (size - (learnt or size)) + ids[size - (learnt or size):])
+    return dict(input_ids=ids, labels=[-100] * (size - (target_tokens or size)) + ids[size - (target_tokens or size):])
 
 
 A, OTHER_A, B, C = sample(9, 1), sample(9, 2), sample(12, 3), sample(5, 4)
@@ -77,7 +77,7 @@ def logits_of_second(model, lines, path):
 
 
 def loss_of(logits, labels):
-    "Cross-entropy summed over the learnt tokens"
+    "Cross-entropy summed over the trained tokens"
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
 
@@ -229,7 +229,7 @@ def test_a_batch_of_nothing_gives_no_nan(name, kernel, path):
 
 # ---- collate ----------------------------------------------------------------------------------------------------------
 
-def test_the_first_token_of_every_packed_sample_is_not_learnt():
+def test_the_first_token_of_every_packed_sample_is_not_trained_on():
     batch = collate([[A, B, C], [C, A]], pad_id=7, packed=True)
     starts = batch["position_ids"] == 0
     assert (batch["labels"][starts] == -100).all() and int(starts[0].sum()) == 3 and int(starts[1].sum()) == 3  # the padding is a stretch of its own
@@ -240,7 +240,7 @@ def test_the_first_token_of_every_packed_sample_is_not_learnt():
     assert batch["segments"].tolist()[1] == [1] * 5 + [2] * 9 + [0] * 12
 
 
-def test_padding_is_not_learnt_by_its_place_and_not_by_its_id():
+def test_padding_is_not_trained_on_by_its_place_and_not_by_its_id():
     row = dict(input_ids=[5, 6, 2], labels=[-100, 6, 2])
     batch = collate([[row], [dict(input_ids=[8], labels=[8])]], pad_id=2)
     assert batch["labels"].tolist() == [[-100, 6, 2], [8, -100, -100]] and batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]

@@ -31,7 +31,7 @@ def step(number, total, every=20, **fields):
     noise = random.Random(number).random()
     look = every and number % max(1, total // every) == 0
     return dict(step=number, total=total, epoch=4 * number / total, loss=1 + 3 * 0.5 ** (8 * number / total) + 0.5 * noise, learning_rate=2e-4 * (1 - number / total), grad_norm=1.,
-        tokens=1000, learnt=500, seconds=number / 9, tokens_per_second=9000 + 500 * noise, eval_loss=1.2 + 3 * (number / total - 0.6)**2 if look else None, answers=None, note="") | fields
+        tokens=1000, target_tokens=500, seconds=number / 9, tokens_per_second=9000 + 500 * noise, eval_loss=1.2 + 3 * (number / total - 0.6)**2 if look else None, generations=None, note="") | fields
 
 
 def run_of(total, **options): return [step(number, total, **options) for number in range(1, total + 1)]
@@ -107,7 +107,7 @@ def test_a_curve_of_a_long_run_stays_below_two_megabytes():
     "Answers of 20 kB at every evaluation included; the length of the run does not count"
     def rows(count):
         for number in range(1, count + 1):
-            yield step(number, 576_000) | (dict(eval_loss=1. + number % 7, answers=["word " * 4000 + str(number)]) if number % 50 == 0 else {})
+            yield step(number, 576_000) | (dict(eval_loss=1. + number % 7, generations=["word " * 4000 + str(number)]) if number % 50 == 0 else {})
     tracemalloc.start()
     try:
         curve, sizes = Curve(), []
@@ -177,7 +177,7 @@ def test_a_figure_remembers_nothing_of_the_runs_before():
 @pytest.mark.parametrize("by,label", [("step", "optimizer step"), ("epoch", "epoch (passes over the data)"), ("tokens", "tokens read (thousands)"), ("seconds", "time (seconds)")])
 def test_every_axis_has_a_label(by, label, tmp_path):
     figure = plot_run(folder_of(tmp_path/"run", run_of(900)), by=by).figure
-    assert isinstance(figure, Figure) and [axes.get_ylabel() for axes in figure.axes] == ["loss\n(nats per learnt token)", "learning\nrate", "tokens\nper second"]
+    assert isinstance(figure, Figure) and [axes.get_ylabel() for axes in figure.axes] == ["loss\n(nats per trained token)", "learning\nrate", "tokens\nper second"]
     assert figure.axes[-1].get_xlabel() == label
     figure.savefig(tmp_path/"run.svg")
     assert "<svg" in (tmp_path/"run.svg").read_text()

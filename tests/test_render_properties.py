@@ -31,14 +31,14 @@ def renderer_for(name, thinking, allowed): return Renderer(tokenizer_for(name), 
 def holds(examples, messages, tokenizer):
     "The promises for the examples of one conversation"
     wanted = [at for at, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight") != 0 and message.get("train") is not False]
-    assert sorted(turn.message for example in examples for turn in example.turns if turn.learnt) == wanted
+    assert sorted(turn.message for example in examples for turn in example.turns if turn.is_target) == wanted
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     for example in examples:
         assert len(example.ids) == len(example.labels) and all(label in (-100, token_id) for token_id, label in zip(example.ids, example.labels))
         assert tokenizer.bos_token_id is None or example.ids[:2] != [tokenizer.bos_token_id] * 2
         inside = [False] * len(example.ids)
         for turn in example.turns:
-            if turn.learnt:
+            if turn.is_target:
                 inside[turn.start:turn.end] = [True] * (turn.end - turn.start)
                 assert example.labels[turn.end - 1] == example.ids[turn.end - 1] and example.ids[turn.end - 1] in stop_ids(tokenizer)
                 said(example, turn, messages[turn.message]["content"], tokenizer, special)
@@ -47,7 +47,7 @@ def holds(examples, messages, tokenizer):
 
 
 def said(example, turn, content, tokenizer, special):
-    "The learnt tokens spell the answer, up to blanks at its edges; thinking tags are the template's own business"
+    "The trained tokens spell the answer, up to blanks at its edges; thinking tags are the template's own business"
     if "</think>" in content or "<think>" in content: return
     text = tokenizer.decode(example.ids[turn.start:turn.end])
     spelt = unicodedata.normalize("NFC", mended(content).strip())
@@ -68,7 +68,7 @@ def test_the_promises_hold_for_any_conversation(name, messages, thinking):
     assert renderer_for(name, thinking, False).batch([(messages, None)]) == [examples]
     holds(examples, messages, tokenizer)
     whole = render(messages, tokenizer, thinking=thinking)
-    assert {turn.message for turn in whole.turns if turn.learnt} <= {turn.message for example in examples for turn in example.turns if turn.learnt}
+    assert {turn.message for turn in whole.turns if turn.is_target} <= {turn.message for example in examples for turn in example.turns if turn.is_target}
 
 
 @pytest.mark.parametrize("name", names())

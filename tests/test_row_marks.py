@@ -1,4 +1,4 @@
-"""What a row says about itself: marks that it is not to be learnt, pictures, thinking, two answers to compare; and what nobody reads is named."""
+"""What a row says about itself: marks that it is not to be trained on, pictures, thinking, two answers to compare; and what nobody reads is named."""
 import json
 import re
 
@@ -31,7 +31,7 @@ def refusal(row, **options):
 
 
 def trained_text(rows, tokenizer, **options):
-    "What of some rows is learnt, and the report"
+    "What of some rows is trained on, and the report"
     prepared = prepare(rows, tokenizer, show=False, **options)
     ids = [id for row in prepared.train for id, label in zip(row["input_ids"], row["labels"]) if label != -100]
     return tokenizer.decode(ids), prepared.report
@@ -40,18 +40,18 @@ def trained_text(rows, tokenizer, **options):
 # ---- marks ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mark", NO, ids=str)
-def test_a_turn_that_is_not_to_be_learnt(mark):
+def test_a_turn_that_is_not_to_be_trained_on(mark):
     for key in ("messages", "conversations"):
         messages = to_messages({key: [*TALK, ASK, dict(TELL, **mark)]})
         assert messages[-1].get("weight") == 0 or messages[-1].get("train") is False
         assert messages[1] == TELL
-        assert "so there is nothing to learn" in refusal({key: [ASK, dict(TELL, **mark)]})
+        assert "so there is nothing to train on" in refusal({key: [ASK, dict(TELL, **mark)]})
 
 
 @pytest.mark.parametrize("mark", NO, ids=str)
 @pytest.mark.parametrize("row", [QA, dict(text="Four."), dict(messages=TALK), dict(prompt="2 + 2?", completion="Four."), dict(instruction="2 + 2?", output="Four.")], ids=lambda row: next(iter(row)))
-def test_a_row_that_is_not_to_be_learnt(mark, row):
-    with pytest.raises(UntrainedRow, match="the row says that it is not to be learnt: "): read_row(row | mark)
+def test_a_row_that_is_not_to_be_trained_on(mark, row):
+    with pytest.raises(UntrainedRow, match="the row says that it is not to be trained on: "): read_row(row | mark)
 
 
 @pytest.mark.parametrize("mark", YES, ids=str)
@@ -62,9 +62,9 @@ def test_marks_that_change_nothing(mark):
 
 
 @pytest.mark.parametrize("mark, says", [
-    (dict(loss_weight=0.5), "has loss_weight=0.5. It is true (learn this"), (dict(weight=2), "has the weight 2"), (dict(loss="no idea"), "has loss='no idea'"), (dict(masked=[0.5]), "has masked"),
-    (dict(masked="partly"), "has masked='partly'. It is true (do not) or false (learn this"), (dict(trainable={}), "has trainable={}"), (dict(loss=False, train=True), "marks that contradict each other: loss says do not learn, train says learn"),
-    (dict(weight=1, masked=True), "contradict each other: weight says learn, masked says do not learn")], ids=str)
+    (dict(loss_weight=0.5), "has loss_weight=0.5. It is true (train on this"), (dict(weight=2), "has the weight 2"), (dict(loss="no idea"), "has loss='no idea'"), (dict(masked=[0.5]), "has masked"),
+    (dict(masked="partly"), "has masked='partly'. It is true (do not) or false (train on this"), (dict(trainable={}), "has trainable={}"), (dict(loss=False, train=True), "marks that contradict each other: loss says do not train, train says train"),
+    (dict(weight=1, masked=True), "contradict each other: weight says train, masked says do not train")], ids=str)
 def test_marks_that_cannot_be_honoured(mark, says):
     if not isinstance(mark.get("masked"), list): assert says in refusal(QA | mark)
     assert says in refusal(dict(messages=[ASK, dict(TELL, **mark), *TALK]))
@@ -76,7 +76,7 @@ def test_a_list_of_marks_is_one_for_each_turn(name):
     assert [turn.get("weight") for turn in to_messages(dict(messages=four, **{name: [0, 0, 0, 1]}))] == [None, 0, None, None]
     assert [turn.get("weight") for turn in to_messages(dict(messages=four, system="Be brief.", **{name: [0, 1, 0, False]}))] == [None, None, None, None, 0]
     assert f"the field '{name}' has 3 marks for 4 turns. Write one mark a turn" in refusal(dict(messages=four, **{name: [0, 1, 0]}))
-    assert "nothing to learn" in refusal(dict(messages=four, **{name: [0, 0, 0, 0]}))
+    assert "nothing to train on" in refusal(dict(messages=four, **{name: [0, 0, 0, 0]}))
     assert "a text has none" in refusal(dict(text="Four.", **{name: [0, 1]}))
 
 
@@ -110,24 +110,24 @@ def test_labels_that_say_nothing_against_an_answer(row):
     assert read_row(row)
 
 
-def test_rows_that_are_not_to_be_learnt_are_left_out_and_counted(tokenizer, tmp_path):
+def test_rows_that_are_not_to_be_trained_on_are_left_out_and_counted(tokenizer, tmp_path):
     rows = [dict(prompt=f"{at} + 1?", completion=f"{'Right' if at % 4 else 'Wrong'} {at}.", label=bool(at % 4)) for at in range(200)]
-    learnt, report = trained_text(rows, tokenizer)
-    assert "Wrong" not in learnt and learnt.count("Right") == 150 and (report.untrained, report.rows, report.examples, report.bad) == (50, 200, 150, 0)
-    assert "left out, as they say themselves that they are not to be learnt: 50 rows" in repr(report) and "first: the data, row 1" in repr(report)
+    trained, report = trained_text(rows, tokenizer)
+    assert "Wrong" not in trained and trained.count("Right") == 150 and (report.untrained, report.rows, report.examples, report.bad) == (50, 200, 150, 0)
+    assert "left out, as they say themselves that they are not to be trained on: 50 rows" in repr(report) and "first: the data, row 1" in repr(report)
     assert report_from_dict(json.loads(json.dumps(report_to_dict(report)))) == report
     training, held = split(rows, 0.5)
     assert len(training) + len(held) == 200
     path = tmp_path/"rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert len(file_rows(TASKS["custom"], path)[0]) == 200
-    with pytest.raises(DataError, match="all 50 rows say themselves that they are not to be learnt"): prepare(rows[::4], tokenizer, show=False)
+    with pytest.raises(DataError, match="all 50 rows say themselves that they are not to be trained on"): prepare(rows[::4], tokenizer, show=False)
 
 
 def test_marks_hold_on_the_way_to_tokens(tokenizer):
     rows = [dict(messages=[ASK, dict(TELL, content="First."), ASK, dict(TELL, content="Second.", loss=False), ASK, dict(TELL, content="Third.", loss_weight=1.0)])]
-    learnt, _ = trained_text(rows, tokenizer)
-    assert "First." in learnt and "Third." in learnt and "Second." not in learnt
+    trained, _ = trained_text(rows, tokenizer)
+    assert "First." in trained and "Third." in trained and "Second." not in trained
 
 
 # ---- pictures, thinking, the rest -------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_marks_hold_on_the_way_to_tokens(tokenizer):
     dict(Image=b"png"), dict(image_1="cat.png"), dict(input_image="cat.png"), dict(image_b64="aGk="), dict(image_paths='["cat.png"]')], ids=str)
 def test_rows_with_pictures_and_sound_are_refused(media):
     name = next(iter(media))
-    for row in (QA, dict(text="<image> a cat"), dict(messages=TALK)): assert f"the row has '{name}', and only text can be learnt here" in refusal(row | media)
+    for row in (QA, dict(text="<image> a cat"), dict(messages=TALK)): assert f"the row has '{name}', and only text can be trained on here" in refusal(row | media)
     assert f"turn 1 has '{name}'" in refusal(dict(messages=[dict(ASK, **media), TELL]))
 
 
@@ -259,8 +259,8 @@ def test_rows_with_one_answer_are_no_preference_rows(row):
     (dict(instruction="2 + 2?", input="", output="", text="Below is an instruction: 2 + 2?"), "the answer in the field 'output' is empty, beside a text and the question in 'instruction'"),
     (dict(instruction="2 + 2?", output=None, text="Something."), "the answer in the field 'output' is null"), (dict(question="2 + 2?", answer=float("nan"), text="Something."), "the answer in the field 'answer' is null"),
     (dict(prompt="2 + 2?", completion="", text="2 + 2? Four."), "the answer in the field 'completion' is empty"), (dict(instruction="2 + 2?", response="", text="### 2 + 2?"), "the answer in the field 'response' is empty"),
-    (dict(instruction="2 + 2?", response="Four.", text="### 2 + 2? ### Four."), 'Pass column_map={"output": "response"} to learn the answer'),
-    (dict(query="2 + 2?", text="2 + 2? Four."), "the text of the row holds the question in 'query' too, which would be learnt")], ids=str)
+    (dict(instruction="2 + 2?", response="Four.", text="### 2 + 2? ### Four."), 'Pass column_map={"output": "response"} to train on the answer'),
+    (dict(query="2 + 2?", text="2 + 2? Four."), "the text of the row holds the question in 'query' too, which would be trained on")], ids=str)
 def test_a_question_without_its_answer_is_no_document(row, says):
     assert says in refusal(row)
     assert read_row(row, column_map=dict(text="text")).text == row["text"]
@@ -280,7 +280,7 @@ def test_a_list_of_answers_is_not_glued_together(answers):
     assert read_row(dict(question="2 + 2?", answer=["Four."])) == Sample(TALK, None, None, ["list of one text turned into text"])
 
 
-def test_null_padding_is_not_learnt_whatever_it_is_stored_in():
+def test_null_padding_is_not_trained_on_whatever_it_is_stored_in():
     padded = dict(x=1, y=None, deep=dict(a=None, b=[dict(c=None, d=2)]))
     call = dict(role="assistant", content=None, tool_calls=[dict(function=dict(name="add", arguments=padded))])
     tool = dict(name="add", parameters=dict(type="object", properties=dict(x=dict(type="integer", enum=None), y=None)))

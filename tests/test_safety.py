@@ -531,9 +531,9 @@ def test_nothing_to_evaluate_on(tmp_path, fields):
 def test_fixed_questions_are_answered_at_every_evaluation(tmp_path):
     config = held(tmp_path, eval_prompts=["Which colour has lamp 1?", "Which colour has lamp 2?"])
     result = LoRATrainer(config).train(show=False)
-    assert [step for step, _ in result.answers] == [step for step, _ in result.eval_losses]
-    assert [row["answers"] for row in metrics(config.output_dir) if row["eval_loss"] is not None] == [answers for _, answers in result.answers]
-    assert result.answers[0][1] != result.answers[-1][1] and result.answers[-1][1][0].startswith("Red")
+    assert [step for step, _ in result.generations] == [step for step, _ in result.eval_losses]
+    assert [row["generations"] for row in metrics(config.output_dir) if row["eval_loss"] is not None] == [answers for _, answers in result.generations]
+    assert result.generations[0][1] != result.generations[-1][1] and result.generations[-1][1][0].startswith("Red")
 
 
 class Listener:

@@ -70,8 +70,8 @@ def test_real_trees_give_one_answer_to_each_question(name):
     for row in corpus.rows + corpus.held_out: said.setdefault(row["instruction"], []).append(row["output"])
     assert all(len(given) == 1 for given in said.values())
     assert all(row["output"].strip() and "\n" not in row["output"] and len(row["output"]) <= 200 for row in corpus.rows)
-    learnt = {row["instruction"] for row in corpus.rows}
-    assert not any(row["instruction"] in learnt for row in corpus.held_out)
+    trained = {row["instruction"] for row in corpus.rows}
+    assert not any(row["instruction"] in trained for row in corpus.held_out)
     facts = lambda rows: {(row["kind"], row["file"], row["line"], row["output"]) for row in rows}
     assert facts(corpus.rows) == facts(corpus.held_out)
     assert not [skip for skip in corpus.skipped if "secret" in skip.reason]

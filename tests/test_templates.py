@@ -24,9 +24,9 @@ def tiny(template=None):
     return tokenizer
 
 
-def learnt_texts(examples, tokenizer):
+def trained_texts(examples, tokenizer):
     return {turn.message: tokenizer.decode([label for label in example.labels[turn.start:turn.end] if label != -100])
-        for example in examples for turn in example.turns if turn.learnt}
+        for example in examples for turn in example.turns if turn.is_target}
 
 
 # ---- beside the marks of the training versions ------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def test_the_promises_hold_for_every_template_and_conversation(name):
             with pytest.raises(DataError, match="refuses this conversation"): render(messages, tokenizer, tools)
             continue
         assert found == render_all(messages, tokenizer, tools)
-        taught = [turn.message for example in found for turn in example.turns if turn.learnt]
+        taught = [turn.message for example in found for turn in example.turns if turn.is_target]
         left_out = any("tool calls" in note for example in found for note in example.notes)
         assert sorted(taught) == [at for at, message in enumerate(messages) if message["role"] == "assistant" and not (left_out and message.get("tool_calls"))]
         for example in found:
@@ -99,7 +99,7 @@ def test_notes_name_what_templates_do():
     assert "You are Qwen" in said("qwen2_5") and "that has no system message" in said("qwen2_5")
     assert "becomes several examples" in said("qwen3") and "drops the thinking of earlier answers" in said("qwen3")
     assert "generation begins with '<think>\\n'" in said("deepseek_r1_distill")
-    assert "list of parts" in said("idefics3") and "<|user|>, is learnt as its end" in said("glm4moe")
+    assert "list of parts" in said("idefics3") and "<|user|>, is trained on as its end" in said("glm4moe")
     assert template_notes(tiny())[0].startswith("the tokenizer has no chat template")
 
 
@@ -121,13 +121,13 @@ def any_tokenizer(name): return shown.public_tokenizer(name) if name in shown.PU
 
 
 def prompts_and_examples(name, talks=TALKS):
-    "(conversation, number of the answer, ids everybody asks with, ids before what is learnt, notes) of every learnt answer"
+    "(conversation, number of the answer, ids everybody asks with, ids before what is trained on, notes) of every answer that is trained on"
     tokenizer = any_tokenizer(name)
     for kind, (messages, tools) in talks.items():
         try: examples = render_all(messages, tokenizer, tools)
         except DataError: continue
         for example in examples:
-            for turn in (turn for turn in example.turns if turn.learnt):
+            for turn in (turn for turn in example.turns if turn.is_target):
                 first = next(at for at in range(turn.start, turn.end) if example.labels[at] != -100)
                 yield kind, turn.message, render_prompt(messages[:turn.message], tokenizer, tools), example.ids[:first], example.notes
 
@@ -149,11 +149,11 @@ def test_what_the_last_message_alone_is_given_is_trained_with(name):
     tokenizer, (messages, _) = any_tokenizer(name), TALKS["system"]
     examples = render_all(messages, tokenizer)
     for example in examples:
-        for turn in (turn for turn in example.turns if turn.learnt):
+        for turn in (turn for turn in example.turns if turn.is_target):
             asked = tokenizer.apply_chat_template(messages[:turn.message], tokenize=False, add_generation_prompt=True)
             assert tokenizer.decode(example.ids[:turn.start]) == asked and "Answer briefly." in asked
             assert tokenizer.decode(example.ids[turn.start:turn.end]) == messages[turn.message]["content"] + tokenizer.eos_token
-    assert sorted(turn.message for example in examples for turn in example.turns if turn.learnt) == [2, 4]
+    assert sorted(turn.message for example in examples for turn in example.turns if turn.is_target) == [2, 4]
     assert Renderer(tokenizer).batch([(messages, None)] * 2) == [examples] * 2
     same = [user("Blue."), assistant("Blue."), user("Blue."), assistant("Blue.")]  # a question that stands there twice
     assert all(asked == before for _, _, asked, before, _ in prompts_and_examples(name, dict(same=(same, None))))
@@ -169,9 +169,9 @@ def test_answers_stand_behind_a_closed_thinking_block_where_the_prompt_ends_in_o
             assert tokenizer.decode(asked) == tokenizer.apply_chat_template(messages[:message], tokenize=False, add_generation_prompt=True)
     for opened, closed in (("<think>\n", "\n</think>\n\n"), ("<|channel>thought\n", "<channel|>")):  # an answer that thinks does not belong there
         example = render([user("a"), assistant(f"{opened}because{closed}b")], tokenizer)
-        assert "because" in learnt_texts([example], tokenizer)[1] and any(note.startswith("generation begins") for note in example.notes)
+        assert "because" in trained_texts([example], tokenizer)[1] and any(note.startswith("generation begins") for note in example.notes)
     odd = render([user("a"), assistant("\nb")], tokenizer)  # the line break belongs to the answer
-    assert learnt_texts([odd], tokenizer)[1] == "\nb" + tokenizer.eos_token
+    assert trained_texts([odd], tokenizer)[1] == "\nb" + tokenizer.eos_token
 
 
 @pytest.mark.parametrize("name", ["r1_distill", "qwq", "minimax_m2", "nemotron_nano_2", "deepseek_r1_distill", "deepseekv3"])
@@ -185,11 +185,11 @@ def test_an_open_thinking_block_is_named(name):
 
 def test_no_mask_begins_inside_a_tag_or_a_word():
     tokenizer, (messages, tools) = any_tokenizer("nemotron_nano_2"), TALKS["tools"]
-    assert learnt_texts(render_all(messages, tokenizer, tools), tokenizer)[1].startswith('<TOOLCALL>[{"name": "look_up"')
+    assert trained_texts(render_all(messages, tokenizer, tools), tokenizer)[1].startswith('<TOOLCALL>[{"name": "look_up"')
     for call, other, shared in (("[TOOL_CALLS] ", "[TOOLS: none] ", ""), ("call: ", "calm: ", ""), ("<tool_call>", "<tool_free>", ""), ("Sure. <fn>", "Sure. <free>", "Sure. ")):
         own = tiny("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}" + call + "{{ m.tool_calls | tojson }}{% else %}{% if m.role == 'assistant' %}" + other + "{% endif %}{{ m.content }}{% endif %}<|im_end|>\n"
             "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")
-        taught = learnt_texts(render_all(messages, own, tools), own)
+        taught = trained_texts(render_all(messages, own, tools), own)
         assert taught[1].startswith(call.removeprefix(shared)) and taught[3].startswith("It is")
 
 
@@ -199,12 +199,12 @@ def test_a_template_for_tools_that_wants_a_list_of_them(as_list):
     both = tiny([dict(name=name, template=template) for name, template in named.items()] if as_list else named)
     messages, tools = TALKS["tools"]
     example = render(messages, both, tools)
-    assert learnt_texts([example], both)[1] == '<tool_call>\n{"name": "look_up", "arguments": {"word": "dusk"}}\n</tool_call><|im_end|>' and not example.notes
+    assert trained_texts([example], both)[1] == '<tool_call>\n{"name": "look_up", "arguments": {"word": "dusk"}}\n</tool_call><|im_end|>' and not example.notes
     assert render(TALKS["single"][0], both).ids == render(TALKS["single"][0], tiny(tiny_template())).ids
     assert stop_ids(both) == {both.eos_token_id} and end_of_turn(both) == both.eos_token_id
     assert Renderer(both).batch([TALKS["single"], TALKS["tools"]]) == [render_all(TALKS["single"][0], both), render_all(messages, both, tools)]
     alone = tiny(shown.PUBLIC["hermes"])  # and where it is the only one
-    assert learnt_texts([render(TALKS["single"][0], alone)], alone) == {1: "Blue, mostly.<|im_end|>"}
+    assert trained_texts([render(TALKS["single"][0], alone)], alone) == {1: "Blue, mostly.<|im_end|>"}
     assert render_prompt(messages[:1], alone) == alone.apply_chat_template(messages[:1], tools=[], add_generation_prompt=True)["input_ids"]
 
 
@@ -248,25 +248,25 @@ def test_rows_of_one_shape_are_told_alike():
 
 # ---- thinking, weights, tools -----------------------------------------------------------------------------------------
 
-def test_empty_thinking_is_read_and_not_learnt():
+def test_empty_thinking_is_read_and_not_trained_on():
     for name in ("qwen3", "qwen3_5_think", "qwen3_6"):
         tokenizer, (messages, _) = tokenizer_for(name), TALKS["single"]
         quiet, full = render(messages, tokenizer), render(messages, tokenizer, thinking="as_is")
         asked = render_prompt(messages[:1], tokenizer, enable_thinking=False)
         assert quiet.ids[:len(asked)] == asked and quiet.labels[len(asked)] != -100 and set(quiet.labels[:len(asked)]) == {-100}
-        assert learnt_texts([quiet], tokenizer) == {1: "Blue, mostly.<|im_end|>"}
-        assert learnt_texts([full], tokenizer)[1].endswith("</think>\n\nBlue, mostly.<|im_end|>")
+        assert trained_texts([quiet], tokenizer) == {1: "Blue, mostly.<|im_end|>"}
+        assert trained_texts([full], tokenizer)[1].endswith("</think>\n\nBlue, mostly.<|im_end|>")
         assert any("enable_thinking=False" in note for note in quiet.notes)
     other = render(TALKS["single"][0], tokenizer_for("qwen3_8"))  # without thinking this one has another system message, so no prompt writes the block
-    assert learnt_texts([other], tokenizer_for("qwen3_8")) == {1: "Blue, mostly.<|im_end|>"} and any("no prompt writes it" in note for note in other.notes)
+    assert trained_texts([other], tokenizer_for("qwen3_8")) == {1: "Blue, mostly.<|im_end|>"} and any("no prompt writes it" in note for note in other.notes)
     glm = tokenizer_for("glm4moe")
-    assert learnt_texts([render(TALKS["single"][0], glm)], glm) == {1: "Blue, mostly.<|user|>"}
+    assert trained_texts([render(TALKS["single"][0], glm)], glm) == {1: "Blue, mostly.<|user|>"}
     plain = tiny(tiny_template())
     for opened, closed in [("<think>\n", "\n</think>\n\n"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("[THINK]", "[/THINK]\n"), ("<|channel>thought\n", "<channel|>")]:
-        assert learnt_texts([render([user("a"), assistant(f"{opened}{closed}b")], plain)], plain) == {1: "b<|im_end|>"}
-        assert learnt_texts([render([user("a"), assistant(f"{opened}because{closed}b")], plain)], plain) == {1: f"{opened}because{closed}b<|im_end|>"}
-        assert learnt_texts([render([user("a"), assistant(f"{opened}because{closed}b")], plain, thinking="strip")], plain) == {1: "b<|im_end|>"}
-        assert learnt_texts([render([user("a"), assistant(f"say {opened}{closed}")], plain)], plain) == {1: f"say {opened}{closed}<|im_end|>"}  # not at the head: text
+        assert trained_texts([render([user("a"), assistant(f"{opened}{closed}b")], plain)], plain) == {1: "b<|im_end|>"}
+        assert trained_texts([render([user("a"), assistant(f"{opened}because{closed}b")], plain)], plain) == {1: f"{opened}because{closed}b<|im_end|>"}
+        assert trained_texts([render([user("a"), assistant(f"{opened}because{closed}b")], plain, thinking="strip")], plain) == {1: "b<|im_end|>"}
+        assert trained_texts([render([user("a"), assistant(f"say {opened}{closed}")], plain)], plain) == {1: f"say {opened}{closed}<|im_end|>"}  # not at the head: text
 
 
 def tiny_template(): return AutoTokenizer.from_pretrained(shown.TINY).chat_template
@@ -278,16 +278,16 @@ def test_stripped_thinking_leaves_no_trace_in_any_form():
         for kind in ("thinking", "thinking in text"):
             messages = TALKS[kind][0]
             assert [example.ids for example in render_all(messages, tokenizer, thinking="strip")] == [example.ids for example in render_all([messages[0], assistant("It is 4.")], tokenizer)]
-        assert not any("make" in text for text in learnt_texts(render_all(TALKS["thinking, multi"][0], tokenizer, thinking="strip"), tokenizer).values())
+        assert not any("make" in text for text in trained_texts(render_all(TALKS["thinking, multi"][0], tokenizer, thinking="strip"), tokenizer).values())
 
 
 @pytest.mark.parametrize("flag", [dict(weight=0), dict(train=False), dict(weight=0.0), dict(train=0)])
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "gptoss", "gemma"])
-def test_an_answer_without_weight_is_read_and_not_learnt(name, flag):
+def test_an_answer_without_weight_is_read_and_not_trained_on(name, flag):
     tokenizer, (messages, _) = tokenizer_for(name), TALKS["multi"]
     marked = [*messages[:3], messages[3] | flag, *messages[4:]]
     found = render_all(marked, tokenizer)
-    assert sorted(learnt_texts(found, tokenizer)) == [1, 5]
+    assert sorted(trained_texts(found, tokenizer)) == [1, 5]
     assert found[-1].ids == render_all(messages, tokenizer)[-1].ids  # the flag itself never reaches the template
     assert Renderer(tokenizer).batch([(marked, None)]) == [found]
 
@@ -302,10 +302,10 @@ def test_arguments_of_tool_calls_may_be_an_object_or_json():
         assert render_all(as_json, tokenizer, tools) == [example.__class__(**{**vars(example), "messages": as_json}) for example in expected]
 
 
-def test_tools_that_a_template_leaves_out_are_not_learnt_as_silence():
+def test_tools_that_a_template_leaves_out_are_not_trained_on_as_silence():
     tokenizer, (messages, tools) = tokenizer_for("llama3"), TALKS["tools"]
     example = render(messages, tokenizer, tools)
-    assert sorted(learnt_texts([example], tokenizer)) == [3] and "the template leaves tool calls of an answer out" in example.notes
+    assert sorted(trained_texts([example], tokenizer)) == [3] and "the template leaves tool calls of an answer out" in example.notes
 
 
 # ---- other tokenizers -------------------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def test_control_tokens_that_swallow_the_blanks_behind_them():
     tokenizer.eos_token = "<|endoftext|>"
     example = render(ANSWERS[:2] + [user("And at night?"), assistant("Black.")], tokenizer)
     assert example.ids == tokenizer(template_text(example.messages, tokenizer), add_special_tokens=False)["input_ids"]
-    assert learnt_texts([example], tokenizer) == {1: "Blue.<|end|>", 3: "Black.<|end|>"}
+    assert trained_texts([example], tokenizer) == {1: "Blue.<|end|>", 3: "Black.<|end|>"}
     check_prefix(render(ANSWERS, tokenizer), ANSWERS, tokenizer)
 
 
@@ -353,7 +353,7 @@ def test_tokenizers_written_in_python():
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     example = render(ANSWERS, tokenizer)
     check_prefix(example, ANSWERS, tokenizer)
-    assert learnt_texts([example], tokenizer) == {1: "Blue.</s>", 3: "\nBlack.</s>"}
+    assert trained_texts([example], tokenizer) == {1: "Blue.</s>", 3: "\nBlack.</s>"}
     assert render([user("</s>"), assistant("b")], tokenizer).ids.count(tokenizer.eos_token_id) == 2
 
 
@@ -361,7 +361,7 @@ def test_no_template_at_all():
     tokenizer = tiny()
     example = render([system("Be brief."), *ANSWERS], tokenizer)
     check_prefix(example, [system("Be brief."), *ANSWERS], tokenizer)
-    assert learnt_texts([example], tokenizer) == {2: "Blue.<|im_end|>", 4: "\nBlack.<|im_end|>"}
+    assert trained_texts([example], tokenizer) == {2: "Blue.<|im_end|>", 4: "\nBlack.<|im_end|>"}
     tokenizer.chat_template = PLAIN_TEMPLATE
     assert render([system("Be brief."), *ANSWERS], tokenizer).ids == example.ids
     tokenizer.chat_template, tokenizer.eos_token = None, None
@@ -398,7 +398,7 @@ def test_control_tokens_in_the_data_stay_text(name):
     def controls(example): return [token_id for token_id in example.ids if token_id in special]
     guarded = render(kind, tokenizer)
     assert controls(guarded) == controls(render(plain, tokenizer))
-    assert learnt_texts([guarded], tokenizer)[1].count(hostile) == 1 and any("looks like a control token" in note for note in guarded.notes)
+    assert trained_texts([guarded], tokenizer)[1].count(hostile) == 1 and any("looks like a control token" in note for note in guarded.notes)
     assert [token_id for token_id in render_prompt(kind[:1], tokenizer) if token_id in special] == [token_id for token_id in render_prompt(plain[:1], tokenizer) if token_id in special]
     assert len(controls(render(kind, tokenizer, allow_special_tokens=True))) >= len(controls(guarded)) + 2 * len(tokenizer.all_special_tokens) - 2
     assert controls(render_text(hostile, tokenizer)) == [tokenizer.eos_token_id]
@@ -410,14 +410,14 @@ def test_control_tokens_in_tools_and_names_stay_text():
     assert render(*_with(evil, tokenizer)).ids.count(tokenizer.eos_token_id) == render(messages, tokenizer, tools).ids.count(tokenizer.eos_token_id)
     ascii_only = tiny("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | tojson(ensure_ascii=True) }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     example = render([user("a <|im_end|>"), assistant("b <|im_end|>")], ascii_only)
-    assert learnt_texts([example], ascii_only) == {1: '"b <|im_end|>"<|im_end|>'} and example.ids.count(ascii_only.eos_token_id) == 2
+    assert trained_texts([example], ascii_only) == {1: '"b <|im_end|>"<|im_end|>'} and example.ids.count(ascii_only.eos_token_id) == 2
 
 
 def test_characters_that_break_things_go_through():
     tokenizer = tiny(tiny_template())
     odd = "a\0b \u202eright\u202c <script>alert(1)</script> \x1b[31mred\x1b[0m \U000F0000\U0010FFFD \ud800 e\u0301 \ufeff"
     example = render([user(odd), assistant(odd)], tokenizer)
-    assert learnt_texts([example], tokenizer)[1] == mended(odd) + "<|im_end|>" or "�" in mended(odd)
+    assert trained_texts([example], tokenizer)[1] == mended(odd) + "<|im_end|>" or "�" in mended(odd)
     assert "halves of surrogate pairs became U+FFFD" in example.notes and "halves of surrogate pairs became U+FFFD" in render_text(odd, tokenizer).notes
     assert "<script" not in example._repr_html_() and "\x1b" not in repr(example)
     assert trained_mask(render_text(odd, tokenizer)) and mended("\ud83d\ude00") == "\U0001F600"
@@ -437,7 +437,7 @@ def test_one_beginning_of_sequence():
         doubled.add_special_tokens(dict(bos_token="<s>"))
         doubled.chat_template = "<s>{{ bos_token }}" + tiny_template()
         example = render(ANSWERS, doubled)
-        assert example.ids.count(doubled.bos_token_id) == 1 and learnt_texts([example], doubled)[1] == "Blue.<|im_end|>"
+        assert example.ids.count(doubled.bos_token_id) == 1 and trained_texts([example], doubled)[1] == "Blue.<|im_end|>"
         assert example.ids[:example.turns[0].start] == render_prompt(ANSWERS[:1], doubled)
 
 

@@ -114,7 +114,7 @@ def test_half_a_character_is_shown_as_bytes(tiny):
     ids = tiny("€")["input_ids"]
     assert token_texts(ids, tiny) == ["⟨E2⟩", "⟨82⟩", "⟨AC⟩"]
     assert "⟦€⟧" in repr(TokenLine(ids, list(ids), tiny))                       # neighbours of one kind are whole again
-    assert "⟨E2⟩⟦⟨82⟩⟨AC⟩⟧" in repr(TokenLine(ids, [-100, *ids[1:]], tiny))    # unless only a part is learnt
+    assert "⟨E2⟩⟦⟨82⟩⟨AC⟩⟧" in repr(TokenLine(ids, [-100, *ids[1:]], tiny))    # unless only a part is trained on
     page = TokenLine(ids, list(ids), tiny)._repr_html_()
     assert "\ufffd" not in page and page.count("· part of €") == 3
 
@@ -165,22 +165,22 @@ class Reader(HTMLParser):
 def test_the_page_says_everything_without_its_colours(tiny):
     question, answer = tiny("Who keeps the light?")["input_ids"], tiny(" Ada.")["input_ids"]
     line = TokenLine(question + answer + question + [0] * 37, [-100] * len(question) + answer + [-100] * (len(question) + 37), tiny,
-        kinds=["context"] * len(question) + ["learnt"] * len(answer) + ["cut"] * len(question) + ["padding"] * 37,
+        kinds=["context"] * len(question) + ["target"] * len(answer) + ["cut"] * len(question) + ["padding"] * 37,
         names=["user"] * len(question) + ["turn 2, assistant"] * len(answer) + ["user"] * len(question) + [""] * 37,
         weights=[0.] * len(question) + [1.] * len(answer) + [0.] * (len(question) + 37), borders=[len(question + answer)])
     found = Reader(re.sub(r' style="[^"]*"', "", line._repr_html_())).found
-    learnt = [text for tag, title, text in found if tag == "ins" and title]
-    assert "".join(learnt).replace("·", " ") == " Ada."
+    target = [text for tag, title, text in found if tag == "ins" and title]
+    assert "".join(target).replace("·", " ") == " Ada."
     assert ("ins", f"id {answer[0]} · label {answer[0]} · turn 2, assistant · weight 1") in {(tag, title) for tag, title, _ in found}
     assert sum(tag == "del" and bool(title) for tag, title, _ in found) == len(question)
     assert [text for tag, title, text in found if tag == "sub" and title] == ["… 37 padding"]
     assert [text.strip() for tag, title, text in found if "another example" in title] == ["┃"]
-    assert f"{len(answer)} of {len(line.ids)} tokens are learnt, 37 are padding, {len(question)} are cut" in line._repr_html_()
+    assert f"{len(answer)} of {len(line.ids)} tokens are trained on, 37 are padding, {len(question)} are cut" in line._repr_html_()
 
 
 def test_brackets_in_the_data_are_not_taken_for_ours(tiny):
-    shown = repr(line_of("⟦not learnt⟧", tiny, labels=[-100] * len(tiny("⟦not learnt⟧")["input_ids"])))
-    assert "⟦" not in shown and "⟨U+27E6⟩not learnt⟨U+27E7⟩" in shown
+    shown = repr(line_of("⟦not trained on⟧", tiny, labels=[-100] * len(tiny("⟦not trained on⟧")["input_ids"])))
+    assert "⟦" not in shown and "⟨U+27E6⟩not trained on⟨U+27E7⟩" in shown
 
 
 # ---- size -------------------------------------------------------------------------------------------------------------

@@ -121,8 +121,8 @@ def fill_in(book):
 def look_at_rows(book):
     "Rows one after the other, with coloured tokens; the hostile ones are text"
     panel, tokens = book.find(".sage-data-panel"), book.find(".sage-data-panel .sage-tokens")
-    expect(tokens).to_contain_text("learnt")
-    assert len(tokens.evaluate("all => [...new Set([...all.querySelectorAll('[style]')].map(one => getComputedStyle(one).backgroundColor))]")) > 2, "what is learnt looks like what is not"
+    expect(tokens).to_contain_text("trained on")
+    assert len(tokens.evaluate("all => [...new Set([...all.querySelectorAll('[style]')].map(one => getComputedStyle(one).backgroundColor))]")) > 2, "what is trained on looks like what is not"
     book.shot("rows", ".sage-data-panel")
     seen = ""
     for _ in ROWS:

@@ -57,7 +57,7 @@ def waiting(asked):
 
 
 def trainer_settings(asked):
-    "What TRL's trainer is told, by itself and under Unsloth: lines packed by best fit, or rows of similar length together; answers are learnt"
+    "What TRL's trainer is told, by itself and under Unsloth: lines packed by best fit, or rows of similar length together; answers are trained on"
     batch, accumulated = dict(padded=(asked.batch, 1), packed=(asked.lines, 1), lines=(1, asked.lines))[asked.variant]
     packing = dict(train_sampling_strategy="group_by_length") if asked.variant == "padded" else dict(packing=True, packing_strategy="bfd")
     return packing | dict(

@@ -33,7 +33,7 @@ def train(asked):
     wait(asked)
     watch.begin()
     for step in trainer.steps():
-        watch.read(step.tokens, step.learnt, 0)
+        watch.read(step.tokens, step.target_tokens, 0)
         wait(asked)
         watch.step()
         watch.losses.append(step.loss)

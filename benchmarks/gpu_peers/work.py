@@ -38,9 +38,9 @@ def attention_flops(lengths, shape):
     return 6 * shape["num_hidden_layers"] * shape["hidden_size"] * sum(length * length for length in lengths)
 
 
-def training_flops(tokens, learnt, lengths, rank, shape):
+def training_flops(tokens, target_tokens, lengths, rank, shape):
     "What so many tokens of rows of those lengths need: reference.flops and attention; what is computed twice or for padding is not counted"
-    return flops(tokens, learnt, rank=rank, shape=shape) + attention_flops(lengths, shape) * tokens / sum(lengths)
+    return flops(tokens, target_tokens, rank=rank, shape=shape) + attention_flops(lengths, shape) * tokens / sum(lengths)
 
 
 # ---- the model --------------------------------------------------------------------------------------------------------

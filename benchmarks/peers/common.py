@@ -64,7 +64,7 @@ def row_by_row(asked):
 
 class Watch:
     "When each optimizer step ended, what it read, and what it lost"
-    def __init__(self): self.marks, self.losses, self.tokens, self.learnt, self.area, self.first, self.model = [], [], [], [], [], None, {}
+    def __init__(self): self.marks, self.losses, self.tokens, self.target_tokens, self.area, self.first, self.model = [], [], [], [], [], None, {}
 
     def look(self, model):
         "What is trained, and in which number formats"
@@ -76,11 +76,11 @@ class Watch:
         "Training begins now"
         self.processor, self.machine, self.marks = time.process_time(), machine_seconds(), [time.perf_counter()]
 
-    def read(self, tokens, learnt, area):
-        "A micro-batch of the step that is being made: its real tokens, those learnt, and its rectangle with padding"
+    def read(self, tokens, target_tokens, area):
+        "A micro-batch of the step that is being made: its real tokens, those trained on, and its rectangle with padding"
         if len(self.tokens) < len(self.marks):
-            for counts in (self.tokens, self.learnt, self.area): counts.append(0)
-        for counts, count in ((self.tokens, tokens), (self.learnt, learnt), (self.area, area)): counts[-1] += count
+            for counts in (self.tokens, self.target_tokens, self.area): counts.append(0)
+        for counts, count in ((self.tokens, tokens), (self.target_tokens, target_tokens), (self.area, area)): counts[-1] += count
 
     def step(self):
         "The optimizer has made its step"
@@ -91,7 +91,7 @@ class Watch:
         "Print everything as one line"
         seconds, busy = self.marks[-1] - self.marks[0], time.process_time() - self.processor
         others = max(0, machine_seconds() - self.machine - busy) / (seconds * (os.cpu_count() or 1))
-        found = dict(steps=len(self.marks) - 1, tokens=self.tokens, learnt=self.learnt, area=self.area, losses=self.losses, seconds=seconds,
+        found = dict(steps=len(self.marks) - 1, tokens=self.tokens, target_tokens=self.target_tokens, area=self.area, losses=self.losses, seconds=seconds,
                      step_seconds=[after - before for before, after in zip(self.marks, self.marks[1:])], to_first_step=self.first,
                      compile_seconds=compile_seconds(), cpu_seconds=busy, others=others, peak_mib=peak_memory(),
                      versions={name: installed(name) for name in ("torch", "transformers", "peft", *packages)})

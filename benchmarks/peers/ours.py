@@ -20,7 +20,7 @@ def main():
     watch.look(trainer.model)
     watch.begin()
     for step in trainer.steps():
-        watch.read(step.tokens, step.learnt, step.tokens)
+        watch.read(step.tokens, step.target_tokens, step.tokens)
         watch.step()
         watch.losses.append(step.loss)
     watch.report("sage-finetune", settings=asked.set)

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer. Its loss takes the output head only where a token is learnt, chunk by chunk, in every variant: that is its default.
+"""TRL's SFTTrainer. Its loss takes the output head only where a token is trained on, chunk by chunk, in every variant: that is its default.
 
 default       as it comes: weights in 32 bits under bf16 autocast, gradient checkpointing, padding
 padding_free  bf16 weights, no checkpointing, the rows of a step one behind the other in one line without padding

@@ -8,6 +8,6 @@ __all__ = ['FinetuneError', 'ConfigError', 'DataError', 'ModelError', 'RunError'
 # %% ../../nbs/core/00_errors.ipynb #2517b3f7
 class FinetuneError(Exception): "Something the user can put right; the message says how"
 class ConfigError(FinetuneError, ValueError): "A setting that cannot work, or two that contradict each other"
-class DataError(FinetuneError, ValueError): "Rows that cannot be learnt from"
+class DataError(FinetuneError, ValueError): "Rows that cannot be trained on"
 class ModelError(FinetuneError, ValueError): "A model, tokenizer or adapter that cannot be used"
 class RunError(FinetuneError, RuntimeError): "A run folder that cannot be read or written"

@@ -99,7 +99,7 @@ def test_data_of_ones_own_is_trained_on(kind, tmp_path):
     class Mine(LoRATrainer):
         def prepare_data(self): return BROUGHT[kind]()
     result = Mine(little(tmp_path)).train(show=False)
-    assert result.steps == 2 and result.learnt and (result.lora_dir/"adapter_model.safetensors").exists()
+    assert result.steps == 2 and result.target_tokens and (result.lora_dir/"adapter_model.safetensors").exists()
 
 
 def test_padding_is_never_trained_on(tmp_path):

@@ -290,7 +290,7 @@ def train_panel(folder):
     from sage_finetune.train_panel import TrainPanel
     run = prepared(folder/"run\x1b[2J\u202e<script>")
     write_status(run, "failed", message=PAYLOAD)
-    numbers = dict.fromkeys(("epoch", "loss", "learning_rate", "grad_norm", "tokens", "learnt", "seconds", "tokens_per_second"), 1)
+    numbers = dict.fromkeys(("epoch", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "seconds", "tokens_per_second"), 1)
     (run/"metrics.jsonl").write_text(json.dumps(dict(numbers, step=1, total=2, note=PAYLOAD)) + "\n", encoding="utf-8")
     return TrainPanel(run)
 
@@ -381,7 +381,7 @@ def test_nobody_forges_the_last_word_of_a_log(tmp_path):
     "What the model says to eval_prompts, a note and a folder's name are in the log; the sentence of its end is looked for there"
     from sage_finetune.trainer import CallbackHandler, Step
     said = io.StringIO()
-    step = filled(Step, step=1, total=1, eval_loss=1., answers=[PAYLOAD])
+    step = filled(Step, step=1, total=1, eval_loss=1., generations=[PAYLOAD])
     out, sys.stdout = sys.stdout, said
     try: CallbackHandler(questions=[PAYLOAD]).step_end(step)
     finally: sys.stdout = out
