@@ -386,7 +386,7 @@ def machine():
 
 
 def kept_name(kind, result):
-    "The file of a result; the comparison has one for every kind of processor, as what is fast differs between them"
+    "The file of a result; the comparison has one for every kind of CPU, as what is fast differs between them"
     if kind != "train": return f"{kind}.json"
     fastest = next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in result["machine"]["formats"]), "")
     return "-".join(["train", *re.findall(r"[a-z0-9]+", re.sub(r"\(r\)|processor", "", result["machine"]["processor"].lower())), *filter(None, [fastest])]) + ".json"

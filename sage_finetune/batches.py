@@ -567,7 +567,7 @@ def rope_mixes(
 
 # %% ../nbs/07_batches.ipynb #limits-trial
 TRIAL_WORK = 2e11  # tokens × parameters of the longest trial: half a minute on two cores
-FASTER = dict(cuda=1000, mps=10)  # how much more a graphics card does in that time
+FASTER = dict(cuda=1000, mps=10)  # how much more a GPU does in that time
 
 class LongTrial(NamedTuple):
     "Samples that go beyond a limit of a model."
@@ -636,7 +636,7 @@ class ContaminationCheck(NamedTuple):
 def dropout_disabled(
     model: torch.nn.Module # as it was before, afterwards
 ) -> Iterator[None]:
-    "No dropout for a while. Quantised layers stay as they are: on a processor, bitsandbytes repacks resting 4-bit ones for good, and computes resting 8-bit ones in another way."
+    "No dropout for a while. Quantised layers stay as they are: on a CPU, bitsandbytes repacks resting 4-bit ones for good, and computes resting 8-bit ones in another way."
     modes = {module: module.training for module in model.modules()}
     for module in modes: module.training = module.training and type(module).__name__ in ('Linear4bit', 'Linear8bitLt')
     try: yield
@@ -644,7 +644,7 @@ def dropout_disabled(
         for module, mode in modes.items(): module.training = mode
 
 def _rounding(logits: Tensor) -> float:
-    "What rounding explains: little where logits fill 32 bits on a processor, more on a graphics card, most where they fit into 16 bits"
+    "What rounding explains: little where logits fill 32 bits on a CPU, more on a GPU, most where they fit into 16 bits"
     halved = any(torch.equal(logits, logits.to(kind).to(logits.dtype)) for kind in (torch.bfloat16, torch.float16))
     return 5e-2 if halved else 1e-4 if logits.device.type == 'cpu' else 5e-3
 

@@ -60,7 +60,7 @@ def _apart(value: Any, tensors: dict) -> Any:
 
 def read_state(
     path: str | Path # what `write_state` wrote
-) -> Any: # the same tree, tensors on the processor
+) -> Any: # the same tree, tensors on the CPU
     "Read a tree of tensors and plain values back. Raises `RunError` for a file that holds none."
     try:
         open_regular(path).close()  # safe_open would wait for a pipe
@@ -78,11 +78,11 @@ def _unflatten_state(told: Any, tensor: Any) -> Any:
 
 # %% ../nbs/11_checkpoint.ipynb #1e5dad0c
 def random_state() -> dict:
-    "The state of every random generator a run may draw from: torch's (processor and current card), numpy's and Python's."
+    "The state of every random generator a run may draw from: torch's (CPU and current GPU), numpy's and Python's."
     kind, words, *rest = np.random.get_state()
     version, numbers, spare = random.getstate()
-    card = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return dict(torch=torch.get_rng_state(), cuda=card, numpy=[kind, torch.from_numpy(words.astype(np.int64)), *rest], python=[version, list(numbers), spare])
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return dict(torch=torch.get_rng_state(), cuda=gpu, numpy=[kind, torch.from_numpy(words.astype(np.int64)), *rest], python=[version, list(numbers), spare])
 
 def set_random_state(
     state: dict # what `random_state` gave

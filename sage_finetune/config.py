@@ -232,7 +232,7 @@ class TrainingConfig(Checked):
     warmup_ratio: float = dial(0.1, 0., 0.5, effect='harmless') # share of the steps in which the learning rate rises to its peak
     weight_decay: float = dial(0., 0., 1., effect='harmless') # pull of the adapter's weights towards zero
     max_grad_norm: float = dial(1., 1e-6, 1e6, effect='harmless') # longer gradients are shortened to this length
-    fp16: bool | None = dial(None, effect='harmless') # 16-bit floats for older cards; None: chosen from the hardware
+    fp16: bool | None = dial(None, effect='harmless') # 16-bit floats for older GPUs; None: chosen from the hardware
     bf16: bool | None = dial(None, effect='harmless') # 16-bit floats with the range of 32-bit ones; None: chosen from the hardware
     gradient_checkpointing: bool = dial(False, effect='harmless') # compute activations twice instead of keeping them: less memory, a quarter slower
     optim: str = dial('adamw_torch', choices=('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit', 'adafactor', 'sgd'), effect='harmless') # optimizer; the 8-bit and paged ones come from bitsandbytes
@@ -252,7 +252,7 @@ class TrainingConfig(Checked):
     continue_from: Path | None = dial(None, effect='read') # an adapter to start from, with new data: a run folder or its lora_weights
     seed: int = dial(42, 0, 2**32-1, effect='harmless') # where chance starts: the same seed gives the same adapter
     dataloader_num_workers: int = dial(0, 0, 64, effect='harmless') # extra processes that prepare batches
-    device: str = dial('auto', choices=('auto', 'cpu', 'cuda', 'mps'), effect='harmless') # where to compute; auto: the graphics card if there is one
+    device: str = dial('auto', choices=('auto', 'cpu', 'cuda', 'mps'), effect='harmless') # where to compute; auto: the GPU if there is one
 
     def __post_init__(self): self.check()
 
@@ -395,36 +395,36 @@ def preset(
 
 # %% ../nbs/00_config.ipynb #67ac4470
 class PresetConfigs:
-    "Recipes by graphics card; every field can be overridden: `PresetConfigs.rtx_3060(data_path='data.json')`."
+    "Recipes by GPU; every field can be overridden: `PresetConfigs.rtx_3060(data_path='data.json')`."
     @staticmethod
     def minimal(
         **overrides: Any # fields to set differently
     ) -> TrainingConfig:
-        "Less than 8 GB: 4-bit weights, examples of 512 tokens, rank 4; for cards with 6 GB free."
+        "Less than 8 GB: 4-bit weights, examples of 512 tokens, rank 4; for GPUs with 6 GB free."
         return preset('minimal', **overrides)
     @staticmethod
     def rtx_3060(
         **overrides: Any # fields to set differently
     ) -> TrainingConfig:
-        "12 GB: 8-bit weights, examples of 1,024 tokens; for cards with 10 GB free."
+        "12 GB: 8-bit weights, examples of 1,024 tokens; for GPUs with 10 GB free."
         return preset('rtx_3060', **overrides)
     @staticmethod
     def rtx_4090(
         **overrides: Any # fields to set differently
     ) -> TrainingConfig:
-        "24 GB: 16-bit weights, examples of 2,048 tokens, four at once; for cards with 20 GB free."
+        "24 GB: 16-bit weights, examples of 2,048 tokens, four at once; for GPUs with 20 GB free."
         return preset('rtx_4090', **overrides)
     @staticmethod
     def a100(
         **overrides: Any # fields to set differently
     ) -> TrainingConfig:
-        "40 or 80 GB: 16-bit weights, examples of 4,096 tokens, eight at once; for cards with 35 GB free."
+        "40 or 80 GB: 16-bit weights, examples of 4,096 tokens, eight at once; for GPUs with 35 GB free."
         return preset('a100', **overrides)
     @staticmethod
     def tiny(
         **overrides: Any # fields to set differently
     ) -> TrainingConfig:
-        "No card at all: the packaged model and example in 32-bit floats, exact and the same on every machine."
+        "No GPU at all: the packaged model and example in 32-bit floats, exact and the same on every machine."
         return preset('tiny', **overrides)
 
 # %% ../nbs/00_config.ipynb #d3a65c7e
@@ -467,19 +467,19 @@ class Suggestion(NamedTuple):
 _NEEDS_GB = {'a100': 35, 'rtx_4090': 20, 'rtx_3060': 10, 'minimal': 6}
 
 def suggest_preset(
-    free_gb: float | None = None # free memory of the card in GB; None: ask the card
+    free_gb: float | None = None # free memory of the GPU in GB; None: ask the GPU
 ) -> Suggestion:
-    "The largest preset that fits into the free memory of the graphics card."
-    card = 'a card'
-    if free_gb is None: card, free_gb = _free_memory()
-    if not free_gb: return Suggestion('tiny', 'no CUDA card was found, and the packaged model runs on any processor')
+    "The largest preset that fits into the free memory of the GPU."
+    gpu = 'a GPU'
+    if free_gb is None: gpu, free_gb = _free_memory()
+    if not free_gb: return Suggestion('tiny', 'no CUDA GPU was found, and the packaged model runs on any CPU')
     for name, need in _NEEDS_GB.items():
-        if free_gb >= need: return Suggestion(name, f'{card} has {free_gb:.1f} GB free and {name} needs about {need}')
-    return Suggestion('tiny', f'{card} has only {free_gb:.1f} GB free and the smallest recipe, minimal, needs about 6')
+        if free_gb >= need: return Suggestion(name, f'{gpu} has {free_gb:.1f} GB free and {name} needs about {need}')
+    return Suggestion('tiny', f'{gpu} has only {free_gb:.1f} GB free and the smallest recipe, minimal, needs about 6')
 
 # %% ../nbs/00_config.ipynb #268aef5c
 def _free_memory() -> tuple:
-    "Name and free GB (10**9 bytes) of the current CUDA card; GB is 0 without one"
+    "Name and free GB (10**9 bytes) of the current CUDA GPU; GB is 0 without one"
     import torch  # only here: reading a config must not cost the import of torch
     if not torch.cuda.is_available(): return 'this machine', 0.
     return torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0] / 1e9

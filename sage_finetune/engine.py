@@ -49,7 +49,7 @@ def _loss_and_grad_logits(
     scale: float, # logits are multiplied by this first
     slopes: bool # False: the loss is enough
 ) -> Tensor: # the sum
-    "Loss of a chunk; in 32 bits, a few rows at a time so that they stay in a processor's cache"
+    "Loss of a chunk; in 32 bits, a few rows at a time so that they stay in a CPU's cache"
     total, group = logits.new_zeros((), dtype=torch.float32), len(logits) if logits.is_cuda else 4
     for part, target in zip(logits.split(max(group, 1)), labels[:, None].split(max(group, 1))):
         scores = part.to(torch.promote_types(part.dtype, torch.float32))
@@ -144,7 +144,7 @@ def find_head(
 
 # %% ../nbs/09_engine.ipynb #3db15577
 def _rows_at_once(x: Tensor, columns: int) -> int:
-    "Rows of a product that are computed together: oneDNN leaves half of a processor idle for some wide, low ones (at 512 to 1,024 columns, up to 1,536 rows)"
+    "Rows of a product that are computed together: oneDNN leaves half of a CPU idle for some wide, low ones (at 512 to 1,024 columns, up to 1,536 rows)"
     if x.device.type != 'cpu' or x.dtype == torch.float32 or not 512 <= columns <= 1024 or len(x) >= 1536: return max(len(x), 1)
     return columns * 3 // 4 // PAD_MULTIPLE * PAD_MULTIPLE
 
@@ -471,7 +471,7 @@ def _check_mode(model: nn.Module) -> Iterator[None]:
         model.zero_grad(set_to_none=True)
 
 def _gradient(model: nn.Module) -> Tensor:
-    "All trained numbers' gradients in a row, on the processor; they are gone afterwards"
+    "All trained numbers' gradients in a row, on the CPU; they are gone afterwards"
     found = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten().cpu() for p in model.parameters() if p.requires_grad])
     model.zero_grad(set_to_none=True)
     return found
@@ -847,7 +847,7 @@ def _ask(function: str, *numbers: int):
 def retain_freed_memory(
     device: torch.device # of the model
 ):
-    "Keep memory with this process from now on, also that of large tensors. Only for models on a processor."
+    "Keep memory with this process from now on, also that of large tensors. Only for models on a CPU."
     if device.type != 'cpu': return
     _ask('mallopt', -4, 0)   # M_MMAP_MAX: nothing is asked of the system apart
     _ask('mallopt', -1, -1)  # M_TRIM_THRESHOLD: nothing is given back
@@ -861,7 +861,7 @@ def spare_memory(
 def trim_memory(
     device: torch.device # of the model
 ):
-    "Give the system the memory this process no longer uses, and keep no more than usual from now on. Only for models on a processor."
+    "Give the system the memory this process no longer uses, and keep no more than usual from now on. Only for models on a CPU."
     if device.type != 'cpu': return
     for option, usual in ((-4, 65536), (-3, 2**25), (-1, 2**26)): _ask('mallopt', option, usual)  # the largest the C library would choose by itself
     _ask('malloc_trim', 0)

@@ -83,15 +83,15 @@ def show_value(
 class ModelAdvice(NamedTuple):
     "A model that is known to work"
     name: str # as `model_name`
-    memory: str # of the card, in 8 bits
+    memory: str # of the GPU, in 8 bits
     remark: str # what it is good for
 
-MODELS = (ModelAdvice('tiny', 'no card', 'packaged with this library: for lessons, on any computer'),
+MODELS = (ModelAdvice('tiny', 'no GPU', 'packaged with this library: for lessons, on any computer'),
           ModelAdvice('Qwen/Qwen2.5-0.5B-Instruct', '4–6 GB', 'the smallest that holds a conversation'),
-          ModelAdvice('Qwen/Qwen2.5-1.5B-Instruct', '6–8 GB', 'best for cards of 12 GB'),
+          ModelAdvice('Qwen/Qwen2.5-1.5B-Instruct', '6–8 GB', 'best for GPUs of 12 GB'),
           ModelAdvice('Qwen/Qwen2.5-Coder-1.5B-Instruct', '6–8 GB', 'the same for source code'),
-          ModelAdvice('Qwen/Qwen2.5-3B-Instruct', '10–12 GB', 'writes better, for cards of 16 GB'),
-          ModelAdvice('Qwen/Qwen2.5-7B-Instruct', '16–20 GB', 'for cards of 24 GB'))
+          ModelAdvice('Qwen/Qwen2.5-3B-Instruct', '10–12 GB', 'writes better, for GPUs of 16 GB'),
+          ModelAdvice('Qwen/Qwen2.5-7B-Instruct', '16–20 GB', 'for GPUs of 24 GB'))
 
 _ANSWERS = {'chosen for you': None, 'yes': True, 'no': False}
 
@@ -418,7 +418,7 @@ def memory_bar(
 def memory_line(
     need: float, # bytes
     free: float, # bytes
-    where: str, # "the card" or "this machine"
+    where: str, # "the GPU" or "this machine"
     measured: bool = False # or predicted
 ) -> str: # HTML
     "Whether it fits, in a sentence."
@@ -427,16 +427,16 @@ def memory_line(
     return alert_html('good', f'this fits: {said}') if need <= free else alert_html('error', f'this does not fit: {said}')
 
 def memory_answers(
-    question: dict # config: the fields; folder: where relative paths start; card: say which recipe suits the card
+    question: dict # config: the fields; folder: where relative paths start; gpu: say which recipe suits the GPU
 ) -> Iterator[dict]: # html and text of the bar; then a fix where it does not fit; or error
     "What a form wants to know about memory, one thing after the other."
     try:
         from sage_finetune.memory import PARTS, cheapest_reduction, estimate_memory, fits, available_memory  # only in the process that counts
         os.chdir(question['folder'])
-        if question.get('card'): yield dict(suggested=suggest_preset())
+        if question.get('gpu'): yield dict(suggested=suggest_preset())
         config = TrainingConfig(**question['config'])
         estimate = estimate_memory(config)
-        free, where = available_memory(estimate.device), 'this machine' if estimate.device == 'cpu' else 'the card'
+        free, where = available_memory(estimate.device), 'this machine' if estimate.device == 'cpu' else 'the GPU'
         bar = memory_bar({name: (size, PARTS[name][0]) for name, size in estimate.parts.items()}, free)
         what = f'<div style="font-size:90%;opacity:.8">{sanitize_html(estimate.what)}</div>'
         yield dict(html=memory_line(estimate.total, free, where) + bar + what, text=str(estimate), fits=fits(estimate, free), free=free, where=where)
@@ -580,7 +580,7 @@ class MemoryView:
     def __init__(self,
         owner: Panel, # who shows errors
         take: Callable, # called with the fields of the cheapest fix
-        suggested: Callable, # called with name and reason of the recipe that suits the card
+        suggested: Callable, # called with name and reason of the recipe that suits the GPU
         settled: Callable # called when the bar belongs to the config again
     ):
         self.owner, self.take, self.suggested, self.settled = owner, take, suggested, settled
@@ -597,7 +597,7 @@ class MemoryView:
             if key == self.key: return
             self.key, self.fix, self.counting, self.busy = key, None, True, True
             self.draw()
-            MEMORY.ask(dict(config=config.to_dict(), card=not self.greeted), self.heard)
+            MEMORY.ask(dict(config=config.to_dict(), gpu=not self.greeted), self.heard)
 
     def heard(self,
         told: dict # an answer
@@ -606,7 +606,7 @@ class MemoryView:
         self.owner.guarded(self._hear, told)
 
     def _hear(self, told: dict):
-        "One thing after the other: the card, the bar, a fix, an error, the end"
+        "One thing after the other: the GPU, the bar, a fix, an error, the end"
         if 'suggested' in told:
             self.greeted = True
             self.suggested(*told['suggested'])
@@ -635,7 +635,7 @@ class MemoryView:
         from sage_finetune.memory import PARTS, available_memory, format_bytes  # whoever measured has it loaded
         predicted, step = measurement.predicted, ('a step, measured', measurement.growth, '#888888')
         kept = {name: (predicted.parts[name], PARTS[name][0]) for name in ('weights', 'adapter', 'runtime')}
-        need, (free, where) = predicted.total - predicted.step + measurement.growth, self.there or (available_memory(predicted.device), 'this machine' if predicted.device == 'cpu' else 'the card')
+        need, (free, where) = predicted.total - predicted.step + measurement.growth, self.there or (available_memory(predicted.device), 'this machine' if predicted.device == 'cpu' else 'the GPU')
         said = f'a step was predicted to take {format_bytes(predicted.step)} and took {format_bytes(measurement.growth)}: the prediction was off by {measurement.off:+.0%}'
         self.bar, self.text, self.fix, self.counting = memory_line(need, free, where, True) + memory_bar(kept | {step[0]: step[1:]}, free) + alert_html('note', said), str(measurement), None, False
         self.off = alert_html('note', f'measured before: {said}')
@@ -708,8 +708,8 @@ class ConfigForm(Panel):
         self.upload = marked(W.FileUpload(accept=','.join(_ENDINGS), multiple=False, description=f'upload rows (at most {UPLOAD_LIMIT / 1e6:.0f} MB)', layout=W.Layout(width='260px', margin='2px 2px 2px 215px')), 'sage-upload')
         self.summary, self.refused, self.code = marked(W.HTML(), 'sage-summary'), W.HTML(), marked(W.HTML(), 'sage-code')
         self.python = marked(W.Textarea(description='as Python', rows=9, style=dict(description_width='80px'), layout=W.Layout(width='98%')), 'sage-python')
-        hint(self.preset, 'recipes by graphics card; model, data and folder stay where you named them')
-        hint(self.models, 'models known to work, with the memory of the card they need in 8 bits')
+        hint(self.preset, 'recipes by GPU; model, data and folder stay where you named them')
+        hint(self.models, 'models known to work, with the memory of the GPU they need in 8 bits')
         hint(self.python, 'the same config in a few lines, to copy')
         self.preset.observe(lambda change: self.guarded(self._choose), 'value')
         self.models.observe(lambda change: self.guarded(self._choose_model), 'value')
@@ -809,7 +809,7 @@ class ConfigForm(Panel):
         self._show(config.check(), self.base)
 
     def _suggest(self, name: str, reason: str):
-        "The card is known"
+        "The GPU is known"
         self.suggested = name, reason
         self._label()
 

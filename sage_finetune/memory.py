@@ -239,11 +239,11 @@ def _packed_bytes(layer: nn.Module, bits: int) -> int:
 class _PackedProduct(torch.autograd.Function):
     "What a product with a quantised weight takes: the weight unpacked for a moment, both ways; 8 bits also keep what came in"
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: tuple, bits: int, on_card: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shape: tuple, bits: int, on_gpu: bool) -> Tensor:
         ctx.save_for_backward(x if bits == 8 else None)
         ctx.unpacked = shape, x.dtype
         flat = x.reshape(-1, x.shape[-1])
-        if bits == 8 and on_card: moment = flat.half(), flat.to(torch.int8), flat.new_empty(len(flat), shape[0], dtype=torch.int32)  # the card multiplies bytes
+        if bits == 8 and on_gpu: moment = flat.half(), flat.to(torch.int8), flat.new_empty(len(flat), shape[0], dtype=torch.int32)  # the GPU multiplies bytes
         else: moment = flat.new_empty(shape)
         return x.new_empty(*x.shape[:-1], shape[0])
 
@@ -252,23 +252,23 @@ class _PackedProduct(torch.autograd.Function):
         shape, dtype = ctx.unpacked
         return upstream @ upstream.new_empty(shape, dtype=dtype).to(upstream.dtype), None, None, None
 
-def _pack(model: nn.Module, bits: int, on_card: bool):
+def _pack(model: nn.Module, bits: int, on_gpu: bool):
     "Every frozen linear layer but the head holds and does what a quantised one does"
     for layer in list(model.modules()):
-        if isinstance(layer, BaseTunerLayer): layer.cast_input_dtype_enabled = not on_card  # those of quantised layers leave it to autocast there
+        if isinstance(layer, BaseTunerLayer): layer.cast_input_dtype_enabled = not on_gpu  # those of quantised layers leave it to autocast there
         if not vars(layer).get('quantised') or layer.weight.requires_grad: continue
         shape = tuple(layer.weight.shape) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape[::-1])  # (out, in)
         layer.weight = nn.Parameter(torch.empty(_packed_bytes(layer, bits), dtype=torch.uint8, device='meta'), requires_grad=False)
-        layer.forward = lambda x, shape=shape: _PackedProduct.apply(x, shape, bits, on_card)
+        layer.forward = lambda x, shape=shape: _PackedProduct.apply(x, shape, bits, on_gpu)
 
 # %% ../nbs/12_memory.ipynb #b403d31b
 class _DryRun:
     "A model ready to be rehearsed"
     def __init__(self, config: TrainingConfig, device: str, dtype: torch.dtype, ways: Sequence[str], few: int = 0):
-        self.config, self.on_card, self.ways, self.mode, self.asked = config, device != 'cpu', ways, FakeTensorMode(allow_non_fake_inputs=True), 0
-        self.dtype = torch.float16 if self.on_card and dtype == torch.bfloat16 else dtype  # as wide, and without the shortcuts a processor takes
+        self.config, self.on_gpu, self.ways, self.mode, self.asked = config, device != 'cpu', ways, FakeTensorMode(allow_non_fake_inputs=True), 0
+        self.dtype = torch.float16 if self.on_gpu and dtype == torch.bfloat16 else dtype  # as wide, and without the shortcuts a CPU takes
         (self.model, self.left_out), bits = _hollow(config, self.dtype, few), 8 if config.load_in_8bit else 4 if config.load_in_4bit else 0
-        if bits: _pack(self.model, bits, self.on_card)
+        if bits: _pack(self.model, bits, self.on_gpu)
         if config.gradient_checkpointing: checkpoint_layers(self.model)
         lean = 'layers' in ways and _make_lean(self.model, bool(bits))
         self.head = engines.find_head(self.model) if 'head' in ways else None
@@ -281,7 +281,7 @@ class _DryRun:
         widths, packs = [sum(line) for line in lines], 'packs' in self.ways
         if 'samples' in self.ways:
             lengths = [length for line in lines for length in line]
-            if not self.on_card: lengths += [-sum(lengths) % engines.PAD_MULTIPLE] * bool(sum(lengths) % engines.PAD_MULTIPLE)
+            if not self.on_gpu: lengths += [-sum(lengths) % engines.PAD_MULTIPLE] * bool(sum(lengths) % engines.PAD_MULTIPLE)
             borders, ids = _Borders(accumulate(lengths, initial=0)), torch.zeros(1, sum(lengths), dtype=torch.long)
             return dict(input_ids=ids, position_ids=ids.clone(), use_cache=False, cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=max(lengths), max_length_k=max(lengths))
         ids = torch.zeros(len(lines), max(widths), dtype=torch.long)
@@ -303,7 +303,7 @@ class _DryRun:
         chosen = torch.zeros(max(1, round(len(flat) * learnt)), dtype=torch.long)
         if not self.head: return F.cross_entropy(flat[chosen].float(), chosen, reduction='sum')
         weight = self.head.output.weight
-        return _HeadSteps.apply(flat[chosen].to(weight.dtype), weight, None if self.on_card else 4)
+        return _HeadSteps.apply(flat[chosen].to(weight.dtype), weight, None if self.on_gpu else 4)
 
 # %% ../nbs/12_memory.ipynb #5be2f9a1
 class _ExpertShapes(TorchDispatchMode):
@@ -357,12 +357,12 @@ def _trace_step(config: TrainingConfig, device: str, dtype: torch.dtype, lines: 
     return count, stage
 
 # %% ../nbs/12_memory.ipynb #0bf7d14c
-MICRO_BATCH_TOKENS = 768  # of packed samples on a processor: more at once are hardly faster there, and cost memory
+MICRO_BATCH_TOKENS = 768  # of packed samples on a CPU: more at once are hardly faster there, and cost memory
 
 def batch_layout(
     config: TrainingConfig, # how rows are put together
     packs: bool, # rows are laid one behind the other
-    few: bool, # samples are read one by one on a processor: they may come in pieces of any size, and small ones need less memory
+    few: bool, # samples are read one by one on a CPU: they may come in pieces of any size, and small ones need less memory
     halvings: int = 0 # how often memory ran out
 ) -> dict: # what `plan_batches` takes
     "How lines are put together."
@@ -371,7 +371,7 @@ def batch_layout(
 def largest_micro_batch(
     config: TrainingConfig, # how rows are put together
     lengths: Sequence[int] | None = None, # tokens of each row; None: all of max_length
-    few: bool = False # samples are read one by one on a processor
+    few: bool = False # samples are read one by one on a CPU
 ) -> list[list[int]]: # lines of the tokens of samples
     "The largest micro-batch of a run."
     size, accumulation, layout = config.per_device_train_batch_size, config.gradient_accumulation_steps, batch_layout(config, config.packing, few)
@@ -496,7 +496,7 @@ class MemoryEstimate:
 
 # %% ../nbs/12_memory.ipynb #1a193044
 def _number_format(config: TrainingConfig, device: str) -> torch.dtype:
-    "The format of a run, also of one on a card that is not here: it is taken for one that knows bf16"
+    "The format of a run, also of one on a GPU that is not here: it is taken for one that knows bf16"
     if config.fp16 and device != 'cpu': return torch.float16
     if device == pick_device(replace(config, device='auto')).type or device == 'cpu': return plan_precision(replace(config, device=device)).dtype
     return torch.float32 if config.bf16 is False else torch.bfloat16
@@ -512,7 +512,7 @@ def turned(
 
 # %% ../nbs/12_memory.ipynb #bf0b7425
 RUNTIME = {('cpu', torch.bfloat16): 124e6, ('cpu', torch.float32): 75e6}  # measured on Linux, torch 2.13
-CONTEXT = 550e6  # of a card's driver and its libraries; assumed
+CONTEXT = 550e6  # of a GPU's driver and its libraries; assumed
 FRAGMENTATION = 0.8  # bytes lost for each byte of a step, where the C library keeps memory: the median of ten models
 
 COUNTED = ('model_name', 'load_in_8bit', 'load_in_4bit', 'gradient_checkpointing', 'packing', 'engine', 'optim', 'lora')  # the dials a rehearsal depends on, besides its lines
@@ -597,7 +597,7 @@ def _limits(root: Path, groups: str) -> Iterator[int]:
 def available_memory(
     device: str | None = None # "cpu", "cuda" or "mps"; None: the best there is
 ) -> int: # bytes
-    "What a run could take now: of the card, else of this machine within the limits of its container."
+    "What a run could take now: of the GPU, else of this machine within the limits of its container."
     device = device or pick_device(TrainingConfig()).type
     if device == 'cuda': return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if device == 'mps': return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
@@ -718,7 +718,7 @@ def _reset_highest() -> bool:
 def peak_growth(
     device: torch.device # of the model
 ) -> Iterator[list]: # empty; holds the bytes afterwards
-    "Measure how much more memory is taken inside a `with` than before it, at most: of the card by torch's own count, else of this process."
+    "Measure how much more memory is taken inside a `with` than before it, at most: of the GPU by torch's own count, else of this process."
     found, before = [], _resident() if device.type != 'cuda' else torch.cuda.memory_allocated(device)
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)

@@ -65,8 +65,8 @@ def _native_formats(device: torch.device) -> tuple:
     if device.type == 'cuda':
         best = ('bf16', 'fp16') if torch.cuda.is_bf16_supported(including_emulation=False) else ('fp16',)
         return best, torch.cuda.get_device_name(device)
-    if device.type == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()): return ('bf16',), 'this processor'
-    return (), 'this processor' if device.type == 'cpu' else 'this device'
+    if device.type == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()): return ('bf16',), 'this CPU'
+    return (), 'this CPU' if device.type == 'cpu' else 'this device'
 
 # %% ../nbs/08_model.ipynb #e37fb5c4
 class Precision(NamedTuple):
@@ -88,7 +88,7 @@ def plan_precision(
     device = pick_device(config)
     native, where = _native_formats(device)
     asked = next((name for name in ('fp16', 'bf16') if getattr(config, name)), None)
-    if asked == 'fp16' and device.type == 'cpu': raise ConfigError('fp16=True needs a graphics card. Leave fp16 and bf16 at None: the format is then chosen for the processor.')
+    if asked == 'fp16' and device.type == 'cpu': raise ConfigError('fp16=True needs a GPU. Leave fp16 and bf16 at None: the format is then chosen for the CPU.')
     if asked == 'bf16' and device.type == 'cuda' and 'bf16' not in native: raise ConfigError(f'bf16=True, but {where} only imitates bf16. Use fp16=True, or leave both at None.')
     if asked: return Precision(asked, 'the config asks for it')
     allowed = [name for name in native if getattr(config, name) is not False]
@@ -479,7 +479,7 @@ def _embedding_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(module)]: module for module in (table, *[head] * apart)}
 
-ROWS = 64  # tables grow to a multiple of it: graphics cards like even shapes
+ROWS = 64  # tables grow to a multiple of it: GPUs like even shapes
 
 @torch.no_grad()
 def _grow(model: torch.nn.Module, highest: int):
@@ -778,7 +778,7 @@ def _check_biases(model: PeftModel, bias: str):
     if torch.bfloat16 in kinds: warnings.warn(f'lora.bias={bias!r}: biases are trained in bf16, where small steps are lost. fp16=False, bf16=False trains them in 32 bits', stacklevel=4)
 
 def _mended(model: PeftModel) -> PeftModel:
-    "On a processor, DoRA makes 8-bit weights anew and loses their scale; the layer still knows it"
+    "On a CPU, DoRA makes 8-bit weights anew and loses their scale; the layer still knows it"
     def recall(layer: torch.nn.Module, _: tuple):
         if layer.weight.CB is not None and layer.weight.SCB is None: layer.weight.SCB = layer.state.SCB
     for layer in model.modules():
@@ -1013,10 +1013,10 @@ def _param_groups(model: torch.nn.Module, config: TrainingConfig) -> list[dict]:
     return [dict(params=params, lr=config.learning_rate * (ratio if fast else 1), weight_decay=config.weight_decay if decay else 0.) for (fast, decay), params in groups.items() if params]
 
 def _from_bitsandbytes(name: str, device: torch.device) -> type:
-    "The optimizer of that name, tried on the device. A processor has no pages to swap, so paged ones are their plain relatives there"
+    "The optimizer of that name, tried on the device. A CPU has no pages to swap, so paged ones are their plain relatives there"
     plain = name.removeprefix('paged_')
     if name != plain and device.type == 'cpu':
-        warnings.warn(f'optim={name!r}: on a processor there is nothing to page, so it works as {plain!r}', stacklevel=3)
+        warnings.warn(f'optim={name!r}: on a CPU there is nothing to page, so it works as {plain!r}', stacklevel=3)
         name = plain
     try:
         from bitsandbytes import optim  # only here: importing it takes a second
@@ -1136,8 +1136,8 @@ def likeliest_tokens(
     return [Said(row[:end], end is not None, any(tied[:None if end is None else end + 1])) for row, tied, end in zip(grown, ties, ends)]
 
 # %% ../nbs/08_model.ipynb #3aa09678
-def free() -> float: # GB (10**9 bytes) the graphics card still holds for this process; 0 without one
-    "Collect what nobody refers to any more and hand the card's unused memory back."
+def free() -> float: # GB (10**9 bytes) the GPU still holds for this process; 0 without one
+    "Collect what nobody refers to any more and hand the GPU's unused memory back."
     gc.collect()
     if not torch.cuda.is_available(): return 0.
     torch.cuda.empty_cache()

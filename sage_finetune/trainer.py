@@ -208,7 +208,7 @@ def _halves(items: list) -> list[list]:
 def out_of_memory(
     error: BaseException # anything that was raised
 ) -> bool:
-    "Whether an error means that memory ran out, of a card or of the machine."
+    "Whether an error means that memory ran out, of a GPU or of the machine."
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, Exception) and should_reduce_batch_size(error)
 
 def memory_error(
@@ -363,7 +363,7 @@ class TrainingResult:
     tokens: int = 0 # real tokens read
     learnt: int = 0 # tokens learnt
     seconds: float = 0. # duration
-    peak_memory_gb: float = 0. # highest memory use in 10**9 bytes: of the card, or of the whole process without one
+    peak_memory_gb: float = 0. # highest memory use in 10**9 bytes: of the GPU, or of the whole process without one
     stopped: bool = False # ended before its last step
     message: str = '' # why, and how to go on
     best: tuple | None = None # (loss on held-out rows, step) where it was lowest
@@ -402,7 +402,7 @@ class TrainingResult:
 
 # %% ../nbs/13_trainer.ipynb #58d9d8a2
 def peak_memory_gb() -> float: # in 10**9 bytes
-    "The highest memory use so far: of the card where there is one, else of this process."
+    "The highest memory use so far: of the GPU where there is one, else of this process."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 1e9
     try: import resource  # not on Windows
     except ImportError: return 0.
@@ -419,7 +419,7 @@ def make_accelerator(
         raise ConfigError(f'report_to={tool!r}, but it is not installed. Run: pip install {tool}')
     for kind in ('FSDP', 'DEEPSPEED'):
         if os.environ.get(f'ACCELERATE_USE_{kind}', 'false') == 'true':
-            raise ConfigError(f'the launcher asks for {kind}, but here every process holds the whole model and they share the steps. Launch without it (accelerate launch --multi_gpu); a model that does not fit one card may in 4 bits: load_in_4bit=True.')
+            raise ConfigError(f'the launcher asks for {kind}, but here every process holds the whole model and they share the steps. Launch without it (accelerate launch --multi_gpu); a model that does not fit one GPU may in 4 bits: load_in_4bit=True.')
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     accelerator = Accelerator(mixed_precision='no' if precision == 'fp32' else precision, cpu=pick_device(config).type == 'cpu', log_with=tool,
                               project_config=ProjectConfiguration(str(config.output_dir), str(config.output_dir)))

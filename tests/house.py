@@ -306,7 +306,7 @@ NOT_OURS = {
 
 
 def side_effects(root, names=("config",), tolerate=()):
-    "What importing rooms and making every config writes, where it connects, and whether it wakes the graphics card"
+    "What importing rooms and making every config writes, where it connects, and whether it wakes the GPU"
     code = _WATCH + f"""
 import importlib, {PACKAGE}
 for name in {list(names)!r}: importlib.import_module("{PACKAGE}." + name)

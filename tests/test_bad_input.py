@@ -192,7 +192,7 @@ def test_settings_that_do_not_exist():
 
 BAD_SETTINGS = [(dict(learning_rat=1e-4), ["training_config.json", "'learning_rat'", "'learning_rate'"]), (dict(lora=dict(rank=4)), ["training_config.json", "'rank'"]),
                 (dict(learning_rate="fast"), ["learning_rate = 'fast'", "a number from 1e-09 to 1"]), (dict(num_train_epochs=0), ["num_train_epochs = 0", "from 1"]),
-                (dict(load_in_8bit=True, load_in_4bit=True), ["load_in_8bit", "load_in_4bit", "contradict", "Set one of them to False"]), (dict(fp16=True), ["fp16=True needs a graphics card", "None"])]
+                (dict(load_in_8bit=True, load_in_4bit=True), ["load_in_8bit", "load_in_4bit", "contradict", "Set one of them to False"]), (dict(fp16=True), ["fp16=True needs a GPU", "None"])]
 
 
 @pytest.mark.parametrize("fields, says", BAD_SETTINGS, ids=[next(iter(case[0])) for case in BAD_SETTINGS])

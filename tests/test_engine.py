@@ -301,7 +301,7 @@ def test_evaluation_is_the_plain_loss(tmp_path, folder_of):
 
 def test_bf16_follows_fp32(tmp_path):
     "The band: on the packaged model, the mean of ten steps' losses stays within 3 % or 0.02 nats of that in 32 bits (bf16 keeps 8 bits, a relative rounding of 0.4 % an operation)"
-    if plan_precision(TrainingConfig(device="cpu")).name != "bf16": pytest.skip("this processor has no fast bf16")
+    if plan_precision(TrainingConfig(device="cpu")).name != "bf16": pytest.skip("this CPU has no fast bf16")
     curves = [[step.loss for step in LoRATrainer(recipe(tmp_path/name, bf16=bf16, num_train_epochs=10)).steps()] for name, bf16 in (("half", True), ("full", False))]
     means = [torch.tensor(curve).view(-1, 10).mean(1).tolist() for curve in curves]
     assert len(means[0]) == 6 and means[0] == pytest.approx(means[1], rel=0.03, abs=0.02)

@@ -188,7 +188,7 @@ def test_an_unknown_x_axis_is_refused():
 
 
 def redraw(count):
-    "Processor time of the fastest redraw of a run that goes on, with so many steps behind it"
+    "CPU time of the fastest redraw of a run that goes on, with so many steps behind it"
     rows, spent = run_of(count + 200, every=10), []
     curve = filled(rows[:count])
     for at in range(count, count + 200, 20):

@@ -78,7 +78,7 @@ def test_started_stopped_and_resumed(straight, tmp_path, capfd):
     half = panel.join(300)
     assert half.stopped and panel.state == status(panel.run_dir)["state"].replace("cancelled", "stopped") and first < half.steps < 72
     assert f"after step {half.steps} of 72" in panel.line.value and f"checkpoint-{half.steps} (" in panel.line.value and enabled(panel) == {"start", "resume"}
-    assert psutil.Process(panel.control.process.pid).status() == "zombie" if psutil.pid_exists(panel.control.process.pid) else True  # the card is free
+    assert psutil.Process(panel.control.process.pid).status() == "zombie" if psutil.pid_exists(panel.control.process.pid) else True  # the GPU is free
     panel.buttons["compare"].click()
     until(lambda: not panel._comparing)
     again = panel.control.watch.again

@@ -1,7 +1,7 @@
 "sage_finetune. It packs, chooses its format and its engine by itself; the job's `set` changes any field of TrainingConfig."
 from peers.common import LEARNING_RATE, Watch
 
-from .common import card_memory, told, wait
+from .common import gpu_memory, told, wait
 
 
 def config_of(asked):
@@ -37,7 +37,7 @@ def train(asked):
         wait(asked)
         watch.step()
         watch.losses.append(step.loss)
-    memory = card_memory(asked)  # before the plan is asked, which tries a batch
+    memory = gpu_memory(asked)  # before the plan is asked, which tries a batch
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
     how = dict(checkpointing=checkpointing) | chosen(trainer)
     watch.report("sage-finetune", "bitsandbytes", outcome="ok", **memory, how=how)
