@@ -168,9 +168,9 @@ def identity(
     base_weights: str = '' # `base_fingerprint`, where the model came from files: every number counts
 ) -> dict: # plain values
     "What makes this run this run."
-    dials = {name: value for name, value in config.to_dict().items() if name not in FREE}
-    if dials['lora'].get('target_parameters') is None: dials['lora'].pop('target_parameters', None)  # runs from before there was this field
-    return dials | dict(rows=fingerprint_rows(dataset), base=fingerprint_base(model), processes=processes, base_weights=base_weights)
+    fields = {name: value for name, value in config.to_dict().items() if name not in FREE}
+    if fields['lora'].get('target_parameters') is None: fields['lora'].pop('target_parameters', None)  # runs from before there was this field
+    return fields | dict(rows=fingerprint_rows(dataset), base=fingerprint_base(model), processes=processes, base_weights=base_weights)
 
 def fingerprint_rows(
     dataset: Any # rows with `input_ids` and `labels`

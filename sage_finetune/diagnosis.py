@@ -281,13 +281,13 @@ def _libraries() -> Iterator[Look]:
 
 def trial_step(
     config: TrainingConfig, # its device and number format
-    **dials: Any # fields of the packaged model's recipe, such as load_in_4bit=True
+    **overrides: Any # fields of the packaged model's recipe, such as load_in_4bit=True
 ) -> str: # what happened, in words
     "Give the packaged model an adapter and make one step, forward and backward. Raises whatever stands in the way."
     import torch
     from sage_finetune.config import PresetConfigs
     from sage_finetune.model import attach_lora, load_base, plan_precision
-    began, recipe = time.perf_counter(), PresetConfigs.tiny(device=config.device, fp16=config.fp16, bf16=config.bf16, **dials)
+    began, recipe = time.perf_counter(), PresetConfigs.tiny(device=config.device, fp16=config.fp16, bf16=config.bf16, **overrides)
     with torch.random.fork_rng():
         model, tokenizer = load_base(recipe)
         model = attach_lora(model, recipe.lora)
@@ -314,10 +314,10 @@ def _what_runs(config: TrainingConfig | None) -> Iterator[Look]:
     for name in asked if config else BITS: yield from _trials(BITS[name], chosen, 'problem' if asked else 'note', **{name: True})
     yield from _compiler(chosen, pick_device(chosen).type)
 
-def _trials(what: str, config: TrainingConfig, bad: str, **dials: Any) -> Iterator[Look]:
+def _trials(what: str, config: TrainingConfig, bad: str, **overrides: Any) -> Iterator[Look]:
     "A trial as a line"
-    try: yield Look(what, trial_step(config, **dials))
-    except Exception as error: yield Look(what, f'fails: {_reason(error)}', bad, _pip('-U bitsandbytes') if dials else '')
+    try: yield Look(what, trial_step(config, **overrides))
+    except Exception as error: yield Look(what, f'fails: {_reason(error)}', bad, _pip('-U bitsandbytes') if overrides else '')
 
 def _compiler(config: TrainingConfig, device: str) -> Iterator[Look]:
     "What compiling a model's layers needs"

@@ -503,33 +503,33 @@ def _number_format(config: TrainingConfig, device: str) -> torch.dtype:
 
 def turned(
     config: TrainingConfig, # stays as it is
-    **dials: Any # fields of it or of its adapter, such as max_length=512 or r=16
+    **overrides: Any # fields of it or of its adapter, such as max_length=512 or r=16
 ) -> TrainingConfig:
-    "A copy with some dials turned. Raises `ConfigError` for those there are not."
+    "A copy with some fields set differently. Raises `ConfigError` for those there are not."
     config = as_config(config, 'estimate_memory')
-    lora = {name: dials.pop(name) for name in list(dials) if name in LoRAConfig.__dataclass_fields__}
-    return replace(config, **dials, lora=replace(dials.get('lora', config.lora), **lora)) if lora else replace(config, **dials)
+    lora = {name: overrides.pop(name) for name in list(overrides) if name in LoRAConfig.__dataclass_fields__}
+    return replace(config, **overrides, lora=replace(overrides.get('lora', config.lora), **lora)) if lora else replace(config, **overrides)
 
 # %% ../nbs/12_memory.ipynb #bf0b7425
 RUNTIME = {('cpu', torch.bfloat16): 124e6, ('cpu', torch.float32): 75e6}  # measured on Linux, torch 2.13
 CONTEXT = 550e6  # of a GPU's driver and its libraries; assumed
 FRAGMENTATION = 0.8  # bytes lost for each byte of a step, where the C library keeps memory: the median of ten models
 
-COUNTED = ('model_name', 'load_in_8bit', 'load_in_4bit', 'gradient_checkpointing', 'packing', 'engine', 'optim', 'lora')  # the dials a rehearsal depends on, besides its lines
+COUNTED = ('model_name', 'load_in_8bit', 'load_in_4bit', 'gradient_checkpointing', 'packing', 'engine', 'optim', 'lora')  # the fields a rehearsal depends on, besides its lines
 
 def estimate_memory(
     config: TrainingConfig, # of the run
     lengths: Sequence[int] | None = None, # tokens of each row; None: rows of max_length
     device: str | None = None, # "cpu" or "cuda", there or not; None: where the run will be
     learnt: float = 1., # share of the tokens that is learnt, from 0 to 1
-    **dials: Any # fields to set differently
+    **overrides: Any # fields to set differently
 ) -> MemoryEstimate:
-    "What a run is going to take, from its config alone. Raises `ModelError` when the model's config.json cannot be read, `ConfigError` for a dial there is not."
-    config = turned(config, **dials)
+    "What a run is going to take, from its config alone. Raises `ModelError` when the model's config.json cannot be read, `ConfigError` for a field there is not."
+    config = turned(config, **overrides)
     device = device or pick_device(config).type
     dtype = _number_format(config, device)
-    dials = json.dumps({name: value for name, value in config.to_dict().items() if name in COUNTED} | dict(gradient_accumulation_steps=min(2, config.gradient_accumulation_steps)))
-    known = dials, _stamp(config.model_name), device, dtype
+    fields = json.dumps({name: value for name, value in config.to_dict().items() if name in COUNTED} | dict(gradient_accumulation_steps=min(2, config.gradient_accumulation_steps)))
+    known = fields, _stamp(config.model_name), device, dtype
     ways = _ways_of(*known)
     lines = largest_micro_batch(replace(config, packing='packs' in ways), lengths, device == 'cpu' and 'samples' in ways)
     counted = _counted(*known, ways, json.dumps(lines), learnt)
@@ -545,14 +545,14 @@ def _stamp(model_name: str) -> float:
     return path.stat().st_mtime if path.exists() else 0.
 
 @lru_cache(256)
-def _ways_of(dials: str, stamp: float, device: str, dtype: torch.dtype) -> tuple[str, ...]:
+def _ways_of(fields: str, stamp: float, device: str, dtype: torch.dtype) -> tuple[str, ...]:
     "What the engine is going to choose"
-    return _choose_ways(TrainingConfig(**json.loads(dials)), device, dtype)
+    return _choose_ways(TrainingConfig(**json.loads(fields)), device, dtype)
 
 @lru_cache(256)
-def _counted(dials: str, stamp: float, device: str, dtype: torch.dtype, ways: tuple, lines: str, learnt: float) -> dict:
+def _counted(fields: str, stamp: float, device: str, dtype: torch.dtype, ways: tuple, lines: str, learnt: float) -> dict:
     "What is counted of a run"
-    config = TrainingConfig(**json.loads(dials))
+    config = TrainingConfig(**json.loads(fields))
     try: return _count(config, device, dtype, json.loads(lines), learnt, ways)
     except (FinetuneError, TimeoutError, MemoryError): raise
     except Exception as error: raise ModelError(_uncountable(config.model_name, error)) from error

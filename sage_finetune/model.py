@@ -715,7 +715,7 @@ def _patterns(settings: LoRAConfig | PeftConfig) -> list[tuple[str, str]]:
 
 # %% ../nbs/08_model.ipynb #e8260cab
 def _peft_settings(model: torch.nn.Module, lora: LoRAConfig, token_ids: list[int]) -> LoraConfig:
-    "The dials of an adapter in PEFT's words"
+    "The fields of an adapter in PEFT's words"
     try: tied, (modules, parameters) = _trains_tied(model, lora), _targets(model, lora)
     except re.error as error: raise ConfigError(f'lora.target_modules={lora.target_modules!r} is not a pattern that can be read ({error}). Name layers in a list, or write a regular expression.') from error
     _check_parameters(lora, parameters)
@@ -727,7 +727,7 @@ def _peft_settings(model: torch.nn.Module, lora: LoRAConfig, token_ids: list[int
 
 def attach_lora(
     model: 'PreTrainedModel', # the base; it is frozen
-    lora: LoRAConfig, # the dials of the adapter
+    lora: LoRAConfig, # the fields of the adapter
     seed: int = 42, # where the adapter's starting values come from
     new_tokens: list[int] | None = None # ids of new tokens, for which `resize_embeddings` has made room; their rows are trained too
 ) -> PeftModel: # the base with a fresh adapter in 32 bits
@@ -963,16 +963,16 @@ def restore_adapter(
     set_peft_model_state_dict(model, {name: weights[name] for name in own})
 
 # %% ../nbs/08_model.ipynb #cb376a06
-_INHERITED = ('r', 'lora_alpha', 'target_modules', 'bias', 'use_rslora', 'use_dora', 'modules_to_save', 'target_parameters')  # dials that are fixed once an adapter exists
+_INHERITED = ('r', 'lora_alpha', 'target_modules', 'bias', 'use_rslora', 'use_dora', 'modules_to_save', 'target_parameters')  # fields that are fixed once an adapter exists
 
 def _in_short(base: torch.nn.Module, lora: LoRAConfig) -> LoRAConfig:
-    "The dials, with layers named as they are named in a saved adapter of this base"
+    "The fields, with layers named as they are named in a saved adapter of this base"
     if 'target_modules' not in changed(lora) and 'target_parameters' not in changed(lora): return lora
     modules, parameters = _targets(base, lora)
     return lora if parameters is None else replace(lora, target_modules=modules, target_parameters=parameters)
 
 def _disagreements(lora: LoRAConfig, settings: LoraConfig) -> list[str]:
-    "Dials that somebody has set to something else than what the adapter has"
+    "Fields that somebody has set to something else than what the adapter has"
     order = lambda value: sorted(value) if isinstance(value, (list, set, tuple)) else value
     found = {name: (getattr(lora, name), getattr(settings, name)) for name in _INHERITED if name in changed(lora)}
     said = [f'lora.{name}={asked!r} (it has {order(has)!r})' for name, (asked, has) in found.items() if order(asked) != order(has)]
@@ -991,14 +991,14 @@ def _inheritance(settings: LoraConfig, folder: Path, base: torch.nn.Module, toke
 def continue_adapter(
     base: 'PreTrainedModel', # the model the adapter was trained on
     source: str | Path, # a run folder, its `lora_weights`, or any PEFT adapter
-    lora: LoRAConfig # dials left at their defaults are inherited
+    lora: LoRAConfig # fields left at their defaults are inherited
 ) -> tuple[PeftModel, str]: # ready to learn, in 32 bits; and what was inherited
-    "Go on training an old adapter. Raises `ConfigError` for dials that contradict it and `ModelError` when it does not fit the base."
+    "Go on training an old adapter. Raises `ConfigError` for fields that contradict it and `ModelError` when it does not fit the base."
     folder = adapter_folder(source)
     settings = _saved_settings(folder)
     _check_continuable(folder)
     if wrong := _disagreements(_in_short(base, lora), settings):
-        raise ConfigError(f'continue_from={str(source)!r} has an adapter that contradicts the config: {"; ".join(wrong)}. Leave these dials at their defaults, or start a fresh adapter without continue_from.')
+        raise ConfigError(f'continue_from={str(source)!r} has an adapter that contradicts the config: {"; ".join(wrong)}. Leave these fields at their defaults, or start a fresh adapter without continue_from.')
     _check_parameters(lora, sorted(settings.target_parameters or []))
     model = load_adapter(base, folder, trainable=True, dropout=lora.lora_dropout if 'lora_dropout' in changed(lora) else None)
     return model, _inheritance(settings, folder, base, len(new_token_ids(folder)))

@@ -162,7 +162,7 @@ def recipe(
     config: TrainingConfig | None = None, # your own recipe; None: one that suits the model and this machine
     **overrides: Any                      # fields to set differently
 ) -> TrainingConfig:                      # a new object; yours is not touched
-    "The dials of a run. Raises `ConfigError` for an unknown field or a wrong value."
+    "The fields of a run. Raises `ConfigError` for an unknown field or a wrong value."
     if config is not None: config = as_config(config, 'config')
     else:
         name = 'tiny' if model == 'tiny' else suggest_preset().name
@@ -215,20 +215,20 @@ def prepare_run(
     kind, folder, data = find_task(task), as_folder(output_dir, 'output_dir').absolute(), data and expand_home(data)
     if overwrite and folder.is_dir(): bring_back(folder, is_rewritten)
     ensure_empty(folder, overwrite)
-    dials = recipe(model, config, **overrides)
+    run_config = recipe(model, config, **overrides)
     resolve_model(model)
-    rows, held_out, row_format, source = task_rows(kind, data, code_root, max_facts, max_answer, dials.seed, show, skip_secrets)
-    dials.output_dir, dials.data_path = folder, folder/f'training_data_{task}_{row_format}.json'
-    if held_out: dials.eval_path = folder/f'eval_data_{task}_{row_format}.json'
+    rows, held_out, row_format, source = task_rows(kind, data, code_root, max_facts, max_answer, run_config.seed, show, skip_secrets)
+    run_config.output_dir, run_config.data_path = folder, folder/f'training_data_{task}_{row_format}.json'
+    if held_out: run_config.eval_path = folder/f'eval_data_{task}_{row_format}.json'
     if data and Path(data).resolve() in [part.resolve() for part in run_parts(folder)]:
         raise RunError(f'{data} is part of the run in {folder} that would be replaced. Copy it to another place, or choose another output_dir.')
-    written = [dials.data_path.name] + ([dials.eval_path.name] if held_out else [])
+    written = [run_config.data_path.name] + ([run_config.eval_path.name] if held_out else [])
     if overwrite and run_parts(folder): refuse_replacing(folder, [META, STATUS, CONFIG, *written])
     with replace_directory(folder):
-        write_json(dials.data_path, rows)
-        if held_out: write_json(dials.eval_path, held_out)
+        write_json(run_config.data_path, rows)
+        if held_out: write_json(run_config.eval_path, held_out)
         note_files(folder, written)
-        dials.save(folder/CONFIG)
+        run_config.save(folder/CONFIG)
         write_status(folder, 'pending', message=f'{len(rows)} rows are ready')
-        write_meta(folder, task, model, dials.data_path, folder/CONFIG, format=row_format, **source)
+        write_meta(folder, task, model, run_config.data_path, folder/CONFIG, format=row_format, **source)
     return folder

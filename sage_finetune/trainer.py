@@ -1021,7 +1021,7 @@ def saved_compile_choice(
 class LoRATrainer:
     "Trains an adapter: `LoRATrainer(config).train()`."
     def __init__(self,
-        config: TrainingConfig # every dial of the run, or a dict of them; it is copied, so later changes to it have no effect here
+        config: TrainingConfig # every field of the run, or a dict of them; it is copied, so later changes to it have no effect here
     ):
         self.config = copy.deepcopy(as_config(config, type(self).__name__)).check()
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.accelerator = self.report = self.batching = self.run = None

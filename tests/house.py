@@ -27,7 +27,7 @@ WINGS = ("core", "modeling", "")
 MAY_IMPORT = {
     "ipywidgets": {
         "panel": "what all panels share; everything below it also works in a terminal",
-        "form": "the dials", "data_panel": "the rows", "train_panel": "the run", "chat_panel": "the talk", "widgets": "all of them in one place"},
+        "form": "the settings", "data_panel": "the rows", "train_panel": "the run", "chat_panel": "the talk", "widgets": "all of them in one place"},
     "matplotlib": {"plot": "the pictures; a run on a server needs none"},
     "detect_secrets": {"core.secrets": "rules that others keep, inside a function: they are asked for a text, never for a file or a service"},
     "typer": {"cli": "the command line; the library is used without it"},

@@ -198,7 +198,7 @@ def test_the_same_seed_twice_in_one_process(straight, ready, tmp_path):
 
 
 @pytest.mark.parametrize("fields", [dict(seed=43), dict(learning_rate=1.9e-3)])
-def test_another_seed_or_dial_gives_other_bytes(straight, ready, tmp_path, fields):
+def test_another_seed_or_field_gives_other_bytes(straight, ready, tmp_path, fields):
     run = copy(ready, tmp_path/"run")
     change(run, **fields)
     train_from_meta(run, show=False)

@@ -61,11 +61,11 @@ def test_optimizer_state_is_exact(tmp_path, optim):
     assert sum(_state_bytes(p.shape, optim) for p in model.parameters() if p.requires_grad) == pytest.approx(bytes_of(kept), rel=1e-3, abs=0)
 
 
-@pytest.mark.parametrize("dials", [dict(), dict(bf16=True), dict(bf16=True, gradient_checkpointing=True), dict(gradient_checkpointing=True), dict(engine="plain"), dict(engine="plain", packing=False)],
-    ids=lambda dials: " ".join(f"{name}={value}" for name, value in dials.items()) or "auto")
-def test_a_rehearsed_step_takes_what_a_real_one_takes(tmp_path, dials):
+@pytest.mark.parametrize("overrides", [dict(), dict(bf16=True), dict(bf16=True, gradient_checkpointing=True), dict(gradient_checkpointing=True), dict(engine="plain"), dict(engine="plain", packing=False)],
+    ids=lambda overrides: " ".join(f"{name}={value}" for name, value in overrides.items()) or "auto")
+def test_a_rehearsed_step_takes_what_a_real_one_takes(tmp_path, overrides):
     "The same counter looks at the trainer's own step on real tensors"
-    trainer = LoRATrainer(recipe(tmp_path, data_path="example", max_length=256, gradient_accumulation_steps=1, max_steps=3, **dials)).setup()
+    trainer = LoRATrainer(recipe(tmp_path, data_path="example", max_length=256, gradient_accumulation_steps=1, max_steps=3, **overrides)).setup()
     batch, = trainer._batches(trainer.dataset, [trainer.plan.longest])
     trainer.model.train()
     with MemoryTracker() as count:
@@ -127,7 +127,7 @@ def test_lengths_decide_when_they_are_known(tmp_path):
     assert estimate_memory(config, [20] * 50, device="cpu").parts["activations"] < 0.1 * estimate_memory(config, device="cpu").parts["activations"]
 
 
-def test_wrong_dials_and_models_are_refused(tmp_path):
+def test_wrong_fields_and_models_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="max_length"): estimate_memory(recipe(tmp_path), max_lenght=3)
     with pytest.raises(ModelError, match="config.json"): build_meta_model(recipe(tmp_path, model_name=str(tmp_path)))
     assert format_bytes(2.5e9) == "2.50 GB" and format_bytes(2.5e6) == "2.5 MB"
@@ -140,9 +140,9 @@ ctypes.CDLL(None).mallopt(-3, 262144)  # large tensors lie apart: a heap without
 from sage_finetune.config import TrainingConfig
 from sage_finetune.memory import estimate_memory, peak_growth
 from sage_finetune.trainer import LoRATrainer, memory_error
-dials = json.loads(sys.argv[1])
-trainer = LoRATrainer(TrainingConfig(output_dir=tempfile.mkdtemp(), device="cpu", **dials))
-rows = [[7] * dials["max_length"]] * 8
+overrides = json.loads(sys.argv[1])
+trainer = LoRATrainer(TrainingConfig(output_dir=tempfile.mkdtemp(), device="cpu", **overrides))
+rows = [[7] * overrides["max_length"]] * 8
 trainer.dataset = datasets.Dataset.from_dict(dict(input_ids=rows, labels=rows))
 with peak_growth(torch.device("cpu")) as growth:
     trainer.setup()
@@ -163,15 +163,15 @@ HELD_OUT = [  # shapes that nothing was fitted on
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the highest resident size is reset through /proc")
-@pytest.mark.parametrize("shape, dials", HELD_OUT, ids=["bf16", "fp32", "checkpointing"])
-def test_a_process_takes_what_was_predicted_but_for_the_holes(tmp_path, shape, dials):
+@pytest.mark.parametrize("shape, overrides", HELD_OUT, ids=["bf16", "fp32", "checkpointing"])
+def test_a_process_takes_what_was_predicted_but_for_the_holes(tmp_path, shape, overrides):
     from transformers import AutoConfig, AutoModelForCausalLM
     from sage_finetune.config import tiny_path
     place = folder(tmp_path/"model", **shape)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place), dtype=torch.bfloat16 if dials["bf16"] else torch.float32).save_pretrained(place)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place), dtype=torch.bfloat16 if overrides["bf16"] else torch.float32).save_pretrained(place)
     for file in tiny_path().glob("*"):
         if "token" in file.name or "chat" in file.name: (tmp_path/"model"/file.name).write_bytes(file.read_bytes())
-    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(dict(model_name=place, gradient_accumulation_steps=2) | dials)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(dict(model_name=place, gradient_accumulation_steps=2) | overrides)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     measured, predicted = map(int, done.stdout.split())
     assert measured > 300 * 2**20 and predicted == pytest.approx(measured, rel=0.1)
@@ -181,11 +181,11 @@ MANY = dict(num_hidden_layers=11, hidden_size=64, intermediate_size=256)
 
 
 @pytest.mark.parametrize("shape", [dict(), dict(model_type="llama"), dict(model_type="gemma2", head_dim=16)], ids=["qwen2", "llama", "of two kinds"])
-@pytest.mark.parametrize("dials", [dict(), dict(gradient_checkpointing=True), dict(load_in_4bit=True, packing=False), dict(max_length=32, gradient_accumulation_steps=1, per_device_train_batch_size=1, lora=dict(r=256))],
+@pytest.mark.parametrize("overrides", [dict(), dict(gradient_checkpointing=True), dict(load_in_4bit=True, packing=False), dict(max_length=32, gradient_accumulation_steps=1, per_device_train_batch_size=1, lora=dict(r=256))],
     ids=["auto", "checkpointing", "4 bits padded", "gradients larger than activations"])
-def test_a_few_layers_stand_for_all(tmp_path, monkeypatch, shape, dials):
+def test_a_few_layers_stand_for_all(tmp_path, monkeypatch, shape, overrides):
     "Whichever moment is the fullest; where the layers are of two kinds, all are rehearsed anyway"
-    config = TrainingConfig(model_name=folder(tmp_path/"model", **MANY | shape), bf16=True, **dict(max_length=128) | dials)
+    config = TrainingConfig(model_name=folder(tmp_path/"model", **MANY | shape), bf16=True, **dict(max_length=128) | overrides)
     rehearsed, hollow = [], memory._hollow
     monkeypatch.setattr(memory, "_hollow", lambda *given: rehearsed.append(hollow(*given)[1]) or hollow(*given))
     few = estimate_memory(config, device="cuda").parts

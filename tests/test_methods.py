@@ -80,19 +80,19 @@ DRAWS = [random.Random(seed) for seed in range(14)]
 
 
 def drawn(chance):
-    "A model and an adapter's dials, by chance"
+    "A model and an adapter's fields, by chance"
     kind = chance.choice(("qwen2", "llama", "gpt2"))
     names = dict(gpt2=["c_attn", "c_fc"]).get(kind, ["q_proj", "down_proj", "v_proj"])
     pattern = dict(gpt2=r".*\.h\.0\..*c_(attn|proj)").get(kind, r"model\.layers\.[01]\.(mlp|self_attn)\.(up|k)_proj")
     base = dict(kind=kind, seed=chance.randrange(99), tied=chance.random() < 0.5, width=16 * chance.randint(1, 3), layers=chance.randint(1, 2))
-    dials = dict(r=chance.choice((1, 2, 5, 8)), lora_alpha=chance.choice((1, 8, 32)), use_rslora=chance.random() < 0.5, use_dora=chance.random() < 0.4,
+    overrides = dict(r=chance.choice((1, 2, 5, 8)), lora_alpha=chance.choice((1, 8, 32)), use_rslora=chance.random() < 0.5, use_dora=chance.random() < 0.4,
         init_lora_weights=chance.choice(("default", "gaussian", "pissa", "pissa_niter_16")), target_modules=chance.choice(("all-linear", chance.sample(names, 2 if kind != "gpt2" else 1), pattern)))
-    return base, LoRAConfig(**dials)
+    return base, LoRAConfig(**overrides)
 
 
 @pytest.mark.parametrize("chance", DRAWS, ids=range(len(DRAWS)))
 def test_any_variant_starts_as_the_base_learns_and_fits_plain_peft(chance, tmp_path):
-    "Over families, shapes and dials: no change at the start, a falling loss, no word from a library, and on the original base the same logits through plain PEFT"
+    "Over families, shapes and fields: no change at the start, a falling loss, no word from a library, and on the original base the same logits through plain PEFT"
     shape, lora = drawn(chance)
     base, ids, before = small(**shape), some_ids(), copy.deepcopy(lora)
     plain = logits(base, ids)
@@ -349,15 +349,15 @@ def test_going_on_inherits_everything(tmp_path):
     for part in ("r=4", "lora_alpha=12", "q_proj, up_proj", "rsLoRA", "DoRA", "whole: norm", "run"): assert part in sentence
     losses = learn(second, ids)
     assert losses[-1] < losses[0]
-    assert continue_adapter(small(), tmp_path/"run", lora)[1]  # dials that say the same are no contradiction
+    assert continue_adapter(small(), tmp_path/"run", lora)[1]  # fields that say the same are no contradiction
 
 
 def test_going_on_names_what_contradicts(tmp_path):
     first = attach_lora(small(), LoRAConfig(r=4, target_modules=["q_proj"]))
     saved(first, tmp_path/"run")
-    for dials, words in ((dict(r=16), ["lora.r=16 (it has 4)"]), (dict(target_modules=["v_proj"], use_rslora=True), ["lora.target_modules=['v_proj'] (it has ['q_proj'])", "lora.use_rslora=True"]),
+    for overrides, words in ((dict(r=16), ["lora.r=16 (it has 4)"]), (dict(target_modules=["v_proj"], use_rslora=True), ["lora.target_modules=['v_proj'] (it has ['q_proj'])", "lora.use_rslora=True"]),
             (dict(init_lora_weights="pissa"), ["has its start behind it"])):
-        with pytest.raises(ConfigError) as refused: continue_adapter(small(), tmp_path/"run", LoRAConfig(**dials))
+        with pytest.raises(ConfigError) as refused: continue_adapter(small(), tmp_path/"run", LoRAConfig(**overrides))
         assert all(word in str(refused.value) for word in words) and "continue_from" in str(refused.value)
     for other in (small(width=48), small("gpt2"), small(layers=1)):
         with pytest.raises(ModelError, match="does not fit this base model"): continue_adapter(other, tmp_path/"run", LoRAConfig())
@@ -558,11 +558,11 @@ def test_noise_only_while_it_is_asked_for():
     assert not torch.equal(first, second) and torch.equal(noise_of(model, 5., inputs), second)  # a resumed run hears what it would have heard
 
 
-@pytest.mark.parametrize("dials", (dict(new_tokens=[90]), dict(modules_to_save=["embed_tokens"]), {}), ids=str)
-def test_noise_reaches_the_loss_on_every_path(dials):
+@pytest.mark.parametrize("overrides", (dict(new_tokens=[90]), dict(modules_to_save=["embed_tokens"]), {}), ids=str)
+def test_noise_reaches_the_loss_on_every_path(overrides):
     "Also through the engine's ways, which call the body and not the model, and through embeddings that are wrapped"
-    tokens = dials.pop("new_tokens", None)
-    model = attach_lora(small(width=48), LoRAConfig(**dials), new_tokens=tokens)
+    tokens = overrides.pop("new_tokens", None)
+    model = attach_lora(small(width=48), LoRAConfig(**overrides), new_tokens=tokens)
     batch = collate([[dict(input_ids=some_ids(shape=(1, size))[0].tolist(), labels=some_ids(shape=(1, size))[0].tolist()) for size in (5, 9)]], 0, packed=True)
     engine = pick_engine(model, packs=True)
     model.train()
