@@ -64,7 +64,7 @@ def _run(arguments: list[str] | None) -> int:
 # %% ../nbs/35_cli.ipynb #a278cda4
 @app.command('doctor')
 def doctor_command(
-    run_dir: Annotated[Optional[Path], typer.Argument(metavar='[RUN_DIR]', help='a run folder whose recipe is looked at too', callback=_home)] = None,
+    run_dir: Annotated[Optional[Path], typer.Argument(metavar='[RUN_DIR]', help='a run folder whose config is looked at too', callback=_home)] = None,
     online: Annotated[bool, typer.Option(help='ask the Hub whether it answers')] = True
 ):
     "Look at everything a run needs, and say what to change."

@@ -389,13 +389,13 @@ def preset(
     name: str,   # one of `PRESETS`
     **overrides: Any # fields to set differently
 ) -> TrainingConfig:
-    "The recipe of that name, with your changes. Raises `ConfigError` for an unknown name."
+    "The preset of that name, with your changes. Raises `ConfigError` for an unknown name."
     if name not in PRESETS: raise ConfigError(f"there is no preset {name!r}. There are: {', '.join(PRESETS)}.")
     return TrainingConfig(**{**PRESETS[name], **overrides})
 
 # %% ../nbs/00_config.ipynb #67ac4470
 class PresetConfigs:
-    "Recipes by GPU; every field can be overridden: `PresetConfigs.rtx_3060(data_path='data.json')`."
+    "Presets by GPU; every field can be overridden: `PresetConfigs.rtx_3060(data_path='data.json')`."
     @staticmethod
     def minimal(
         **overrides: Any # fields to set differently
@@ -461,7 +461,7 @@ class Suggestion(NamedTuple):
     def config(self,
         **overrides: Any # fields to set differently
     ) -> TrainingConfig:
-        "The recipe itself."
+        "The config itself."
         return preset(self.name, **overrides)
 
 _NEEDS_GB = {'a100': 35, 'rtx_4090': 20, 'rtx_3060': 10, 'minimal': 6}
@@ -475,7 +475,7 @@ def suggest_preset(
     if not free_gb: return Suggestion('tiny', 'no CUDA GPU was found, and the packaged model runs on any CPU')
     for name, need in _NEEDS_GB.items():
         if free_gb >= need: return Suggestion(name, f'{gpu} has {free_gb:.1f} GB free and {name} needs about {need}')
-    return Suggestion('tiny', f'{gpu} has only {free_gb:.1f} GB free and the smallest recipe, minimal, needs about 6')
+    return Suggestion('tiny', f'{gpu} has only {free_gb:.1f} GB free and the smallest preset, minimal, needs about 6')
 
 # %% ../nbs/00_config.ipynb #268aef5c
 def _free_memory() -> tuple:

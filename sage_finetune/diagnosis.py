@@ -281,22 +281,22 @@ def _libraries() -> Iterator[Look]:
 
 def trial_step(
     config: TrainingConfig, # its device and number format
-    **overrides: Any # fields of the packaged model's recipe, such as load_in_4bit=True
+    **overrides: Any # fields of the packaged model's preset, such as load_in_4bit=True
 ) -> str: # what happened, in words
     "Give the packaged model an adapter and make one step, forward and backward. Raises whatever stands in the way."
     import torch
     from sage_finetune.config import PresetConfigs
     from sage_finetune.model import attach_lora, load_base, plan_precision
-    began, recipe = time.perf_counter(), PresetConfigs.tiny(device=config.device, fp16=config.fp16, bf16=config.bf16, **overrides)
+    began, tiny = time.perf_counter(), PresetConfigs.tiny(device=config.device, fp16=config.fp16, bf16=config.bf16, **overrides)
     with torch.random.fork_rng():
-        model, tokenizer = load_base(recipe)
-        model = attach_lora(model, recipe.lora)
+        model, tokenizer = load_base(tiny)
+        model = attach_lora(model, tiny.lora)
         ids = torch.tensor([tokenizer.encode('What is a lamp? A lamp is a light.')], device=model.device)   # (1, tokens)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
     grown = sum(float(one.grad.abs().sum()) for one in model.parameters() if one.grad is not None)
     if not (0 < grown < float('inf')): raise FinetuneError(f'the step of the packaged model has loss {loss.item():g} and a gradient of {grown:g}')
-    return f'{plan_precision(recipe).name} on {model.device.type}, attention {model.config._attn_implementation}: loss {loss.item():.2f} in {time.perf_counter() - began:.1f} s'
+    return f'{plan_precision(tiny).name} on {model.device.type}, attention {model.config._attn_implementation}: loss {loss.item():.2f} in {time.perf_counter() - began:.1f} s'
 
 # %% ../nbs/21_diagnosis.ipynb #5761b638
 BITS = {'load_in_8bit': '8 bits', 'load_in_4bit': '4 bits'}
@@ -399,7 +399,7 @@ def _why_not(endpoint: str, wanted: list[str]) -> str:
     return ''
 
 # %% ../nbs/21_diagnosis.ipynb #1284d78b
-def _recipe(config: TrainingConfig) -> Iterator[Look]:
+def _config_checks(config: TrainingConfig) -> Iterator[Look]:
     "Contradictions, model and data of a config"
     try: config.check()
     except ConfigError as error: yield Look('config', str(error), 'problem')
@@ -538,7 +538,7 @@ def doctor(
     config, looks = _config_of(config)
     checks = [('versions', _versions), ('package', _package), ('extras', _extras, config), ('torchao', _torchao), ('widgets', _front_end), ('machine', _cpu), ('GPU', _gpu),
               ('disk', check_folder_writable, (config or TrainingConfig()).output_dir), ('loading', _libraries), ('what runs', _what_runs, config), ('Hub', _hub, config, online)]
-    if config: checks += [('config', _recipe, config), ('output_dir', _run_folder, config), ('Python files', _shadows, config.output_dir), ('memory', _memory, config)]
+    if config: checks += [('config', _config_checks, config), ('output_dir', _run_folder, config), ('Python files', _shadows, config.output_dir), ('memory', _memory, config)]
     for what, check, *given in checks: looks += looked(what, check, *given)
     return Diagnosis(looks, time.perf_counter() - began)
 

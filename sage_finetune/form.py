@@ -262,16 +262,16 @@ ABOUT = ('model_name', 'trust_remote_code', 'data_path', 'eval_path', 'column_ma
 def with_preset(
     config: TrainingConfig, # as it is now
     name: str, # one of `PRESETS`
-    before: str = '' # the recipe it came from; '' for none
+    before: str = '' # the preset it came from; '' for none
 ) -> TrainingConfig: # a new one
-    "Another recipe for the same work: model, data and folder stay where they are not those of the recipe before."
+    "Another preset for the same work: model, data and folder stay where they are not those of the preset before."
     old = preset(before) if before else TrainingConfig()
     return preset(name, **{field: getattr(config, field) for field in ABOUT if getattr(config, field) != getattr(old, field)})
 
 def preset_of(
     config: TrainingConfig # any
 ) -> str: # one of `PRESETS`, or ''
-    "The recipe a config follows, whatever it is about."
+    "The preset a config follows, whatever it is about."
     about = {field: getattr(config, field) for field in ABOUT}
     return next((name for name in PRESETS if preset(name, **about) == config), '')
 
@@ -279,15 +279,15 @@ def preset_of(
 def nearest_preset(
     config: TrainingConfig # any
 ) -> tuple[str, dict]: # one of `PRESETS`, or '' for the plain defaults; field -> value where the config differs from it
-    "The recipe that says most of a config."
-    recipes = {name: preset(name) for name in PRESETS} | {'': TrainingConfig()}
-    near = {name: {field: value for field, value in config.__dict__.items() if value != getattr(recipe, field)} for name, recipe in recipes.items()}
+    "The preset that says most of a config."
+    starts = {name: preset(name) for name in PRESETS} | {'': TrainingConfig()}
+    near = {name: {field: value for field, value in config.__dict__.items() if value != getattr(start, field)} for name, start in starts.items()}
     return min(near.items(), key=lambda one: len(one[1]))
 
 def python_code(
     config: TrainingConfig # any
 ) -> str: # a small program
-    "Python that makes the same config: the nearest recipe and what differs."
+    "Python that makes the same config: the nearest preset and what differs."
     name, differs = nearest_preset(config)
     source = lambda value: sanitize_repr(str(value) if isinstance(value, Path) else value)
     arguments = ''.join(f'\n    {field}={source(value)},' for field, value in differs.items())
@@ -427,7 +427,7 @@ def memory_line(
     return alert_html('good', f'this fits: {said}') if need <= free else alert_html('error', f'this does not fit: {said}')
 
 def memory_answers(
-    question: dict # config: the fields; folder: where relative paths start; gpu: say which recipe suits the GPU
+    question: dict # config: the fields; folder: where relative paths start; gpu: say which preset suits the GPU
 ) -> Iterator[dict]: # html and text of the bar; then a fix where it does not fit; or error
     "What a form wants to know about memory, one thing after the other."
     try:
@@ -580,7 +580,7 @@ class MemoryView:
     def __init__(self,
         owner: Panel, # who shows errors
         take: Callable, # called with the fields of the cheapest fix
-        suggested: Callable, # called with name and reason of the recipe that suits the GPU
+        suggested: Callable, # called with name and reason of the preset that suits the GPU
         settled: Callable # called when the bar belongs to the config again
     ):
         self.owner, self.take, self.suggested, self.settled = owner, take, suggested, settled
@@ -708,7 +708,7 @@ class ConfigForm(Panel):
         self.upload = marked(W.FileUpload(accept=','.join(_ENDINGS), multiple=False, description=f'upload rows (at most {UPLOAD_LIMIT / 1e6:.0f} MB)', layout=W.Layout(width='260px', margin='2px 2px 2px 215px')), 'sage-upload')
         self.summary, self.refused, self.code = marked(W.HTML(), 'sage-summary'), W.HTML(), marked(W.HTML(), 'sage-code')
         self.python = marked(W.Textarea(description='as Python', rows=9, style=dict(description_width='80px'), layout=W.Layout(width='98%')), 'sage-python')
-        hint(self.preset, 'recipes by GPU; model, data and folder stay where you named them')
+        hint(self.preset, 'presets by GPU; model, data and folder stay where you named them')
         hint(self.models, 'models known to work, with the memory of the GPU they need in 8 bits')
         hint(self.python, 'the same config in a few lines, to copy')
         self.preset.observe(lambda change: self.guarded(self._choose), 'value')
@@ -776,7 +776,7 @@ class ConfigForm(Panel):
         for function in self.listeners: self.guarded(function, self.config)
 
     def _label(self):
-        "The lists that say where the config stands: recipe and model"
+        "The lists that say where the config stands: preset and model"
         options = [(f'{name}: {_PRESET_WORDS[name].partition(":")[0]}' + f' ★ suggested: {self.suggested[1]}' * (name == self.suggested[0]), name) for name in PRESETS] + [('custom: your own settings', 'custom')]
         self.quiet = True
         try:
@@ -784,10 +784,10 @@ class ConfigForm(Panel):
             self.preset.value = preset_of(self._config) or 'custom'
             self.models.value = self._config.model_name if self._config.model_name in [one.name for one in MODELS] else ''
         finally: self.quiet = False
-        self.why_preset.value = f'<div style="font-size:90%;opacity:.8">{sanitize_html(_PRESET_WORDS.get(self.preset.value, "differs from every recipe"))}</div>'
+        self.why_preset.value = f'<div style="font-size:90%;opacity:.8">{sanitize_html(_PRESET_WORDS.get(self.preset.value, "differs from every preset"))}</div>'
 
     def _choose(self):
-        "A recipe was chosen"
+        "A preset was chosen"
         if self.quiet: return
         if self.preset.value == 'custom': return self._label()
         made = with_preset(self._config, self.preset.value, self.base)

@@ -274,7 +274,7 @@ def teach(
     seed: int = 0, # chooses phrasings, and the facts of the theme `invented`
     replayed: int = 25, # rows of the old corpus mixed in
     forgotten: bool = True, # ask the old skills too, before and after
-    **overrides: Any # fields of the recipe to set differently
+    **overrides: Any # fields of the config to set differently
 ) -> dict: # what was right before and after, on new facts and on old skills
     "Train an adapter on a lesson and measure what was gained and what was lost."
     taught = world.lesson(theme, seed)
@@ -324,7 +324,7 @@ seconds. Made by `python -m sage_finetune.tiny`; the notebook `nbs/31_tiny.ipynb
 
 ## What it can be taught
 
-LoRA with the recipe of `PresetConfigs.tiny()`, about ten seconds each; new facts and a new identity, asked in phrasings that were not trained. A few of the old questions
+LoRA with the config of `PresetConfigs.tiny()`, about ten seconds each; new facts and a new identity, asked in phrasings that were not trained. A few of the old questions
 ask who the assistant is: a new identity answers those otherwise on purpose. The lesson without replayed rows shows what mixing in old rows is good for.
 
 | lesson | rows (of them replayed) | new facts right | old skills right, of {asked} |

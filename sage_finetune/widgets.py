@@ -36,14 +36,14 @@ def active_run(
     return max((run for run, status in found.items() if is_running(status)), key=lambda run: found[run].updated, default=None)
 
 # %% ../nbs/27_widgets.ipynb #1f1d86d0
-TABS = dict(recipe='1 · Recipe', data='2 · Data', train='3 · Train', chat='4 · Chat')
+TABS = dict(config='1 · Config', data='2 · Data', train='3 · Train', chat='4 · Chat')
 
 class Studio(Panel):
-    "Recipe, data, training and talk in four tabs; `form`, `data`, `train` and `chat` are the panels in them."
+    "Config, data, training and talk in four tabs; `form`, `data`, `train` and `chat` are the panels in them."
     name = 'studio'
 
     def __init__(self,
-        source: TrainingConfig | str | Path | None = None # a recipe, a run folder, or None: the run that is at work in finetune_output, else a recipe for this machine
+        source: TrainingConfig | str | Path | None = None # a config, a run folder, or None: the run that is at work in finetune_output, else a preset for this machine
     ):
         source = source or active_run()
         self.form = ConfigForm(source if isinstance(source, TrainingConfig) or source is None else read_meta(source).to_config())
@@ -53,7 +53,7 @@ class Studio(Panel):
         self.tabs = marked(W.Tab(children=list(self.places.values())), 'sage-tabs')
         for number, title in enumerate(TABS.values()): self.tabs.set_title(number, title)
         super().__init__(self.tabs, self._told)
-        self._fill('recipe', self.form, 'data')
+        self._fill('config', self.form, 'data')
         self._fill('train', self.train, 'chat')
         self.tabs.observe(lambda change: self._opened(), 'selected_index')
         if source is not None and not isinstance(source, TrainingConfig): self.open('train')
@@ -71,7 +71,7 @@ class Studio(Panel):
         self.clear_failure()
         self._told.value = ''
         name = list(TABS)[self.tabs.selected_index or 0]
-        if name != 'recipe': self.guarded(getattr(self, f'_open_{name}'))
+        if name != 'config': self.guarded(getattr(self, f'_open_{name}'))
 
     def _fill(self, name: str, panel: Panel, following: str = ''):
         "Put a panel into its tab, with the way on"
@@ -79,14 +79,14 @@ class Studio(Panel):
         onward = [self.button(f'Next: {TABS[following]}', lambda: self.open(following), css=f'sage-to-{following}')] if following else []
         self.places[name].children = [panel.box, flex_row(*onward)]
 
-    def _recipe(self) -> TrainingConfig:
-        "The recipe of the first tab"
+    def _config(self) -> TrainingConfig:
+        "The config of the first tab"
         if self.form.valid: return self.form.config
-        raise ConfigError(f'{self.form.problem_text} Put it right in the tab {TABS["recipe"]} first.')
+        raise ConfigError(f'{self.form.problem_text} Put it right in the tab {TABS["config"]} first.')
 
     def _open_data(self):
-        "Show the rows of the recipe"
-        config = self._recipe()
+        "Show the rows of the config"
+        config = self._config()
         if self._taken.get('data') == config: return
         if self.data: self.data.config = config
         else:
@@ -95,11 +95,11 @@ class Studio(Panel):
         self._taken['data'] = config
 
     def _open_train(self):
-        "Show the run of the recipe, unless another one goes on"
+        "Show the run of the config, unless another one goes on"
         if self.form.valid and self._taken['train'] == self.form.config: return
         if self.train.state in BUSY: self._told.value = alert_html('note', f'The settings were changed. {self.train.run_dir.name} goes on as it was begun.')
         else:
-            self.train.look_at(self._recipe())
+            self.train.look_at(self._config())
             self._taken['train'] = self.form.config
 
     def _open_chat(self):

@@ -12,7 +12,7 @@ from types import NoneType
 
 import ipywidgets
 import pytest
-from helpers import recipe
+from helpers import tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -162,12 +162,12 @@ def test_a_listener_that_fails_is_shown(still):
     assert form.config.seed == 7 and isinstance(form.failure, ZeroDivisionError) and 'ZeroDivisionError' in form.problem.value
 
 
-# ---- recipes ------------------------------------------------------------------------------------------------------------
+# ---- presets ------------------------------------------------------------------------------------------------------------
 
-def test_a_recipe_keeps_what_was_named(still):
+def test_a_preset_keeps_what_was_named(still):
     still.config = PresetConfigs.tiny()
     still.preset.value = 'minimal'
-    assert still.config == PresetConfigs.minimal()  # nothing was named: the packaged model and data go with their recipe
+    assert still.config == PresetConfigs.minimal()  # nothing was named: the packaged model and data go with their preset
     still.fields['model_name'].value, still.fields['data_path'].value, still.fields['seed'].value = 'tiny', 'mine.jsonl', '7'
     assert (still.preset.value, still.base) == ('custom', 'minimal')
     still.preset.value = 'a100'
@@ -176,7 +176,7 @@ def test_a_recipe_keeps_what_was_named(still):
     assert still.preset.value == 'custom'
     still.fields['lora.use_dora'].value = False
     assert still.preset.value == 'a100'
-    still.preset.value = 'custom'  # not a recipe one could choose
+    still.preset.value = 'custom'  # not a preset one could choose
     assert still.preset.value == 'a100'
 
 
@@ -348,9 +348,9 @@ def test_two_forms_share_the_process_and_not_the_answers(live):
 
 
 def test_steps_and_time_come_from_rows_and_earlier_runs(live, tmp_path):
-    config = recipe(tmp_path, output_dir=tmp_path/'first')
+    config = tiny_config(tmp_path, output_dir=tmp_path/'first')
     LoRATrainer(config).train()
-    live.config = recipe(tmp_path, output_dir=tmp_path/'second')
+    live.config = tiny_config(tmp_path, output_dir=tmp_path/'second')
     assert live.wait()
     said = live._summary()
     assert ('note', 'steps: about 12 (24 rows, none held out, 2 epochs)') in said
@@ -367,7 +367,7 @@ def test_steps_and_time_come_from_rows_and_earlier_runs(live, tmp_path):
 
 
 def test_a_measurement_replaces_the_prediction(live, tmp_path):
-    config = recipe(tmp_path, max_steps=2)
+    config = tiny_config(tmp_path, max_steps=2)
     live.config = config
     assert live.wait()
     measurement = measure_memory(LoRATrainer(config).setup())

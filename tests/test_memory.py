@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers import adapter, recipe
+from helpers import adapter, tiny_config
 from sage_finetune import engine, memory
 from sage_finetune.batches import plan_batches
 from sage_finetune.config import TrainingConfig
@@ -34,7 +34,7 @@ def bytes_of(tensors): return sum({x.untyped_storage()._cdata: x.untyped_storage
 
 @pytest.mark.parametrize("bits", [0, 8, 4])
 def test_weights_and_adapter_are_exact(tmp_path, bits):
-    config = recipe(tmp_path, load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    config = tiny_config(tmp_path, load_in_8bit=bits == 8, load_in_4bit=bits == 4)
     base, _ = load_base(config)
     model, said = attach_lora(base, config.lora), estimate_memory(config)
     packed = [x for layer in model.modules() for x in constants(layer)]
@@ -52,7 +52,7 @@ def constants(layer):
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "sgd"])
 def test_optimizer_state_is_exact(tmp_path, optim):
-    config = recipe(tmp_path, optim=optim)
+    config = tiny_config(tmp_path, optim=optim)
     model = attach_lora(load_base(config)[0], config.lora)
     optimizer = make_optimizer(model, config)
     model(input_ids=torch.ones(1, 8, dtype=torch.long), labels=torch.ones(1, 8, dtype=torch.long)).loss.backward()
@@ -65,7 +65,7 @@ def test_optimizer_state_is_exact(tmp_path, optim):
     ids=lambda overrides: " ".join(f"{name}={value}" for name, value in overrides.items()) or "auto")
 def test_a_rehearsed_step_takes_what_a_real_one_takes(tmp_path, overrides):
     "The same counter looks at the trainer's own step on real tensors"
-    trainer = LoRATrainer(recipe(tmp_path, data_path="example", max_length=256, gradient_accumulation_steps=1, max_steps=3, **overrides)).setup()
+    trainer = LoRATrainer(tiny_config(tmp_path, data_path="example", max_length=256, gradient_accumulation_steps=1, max_steps=3, **overrides)).setup()
     batch, = trainer._batches(trainer.dataset, [trainer.plan.longest])
     trainer.model.train()
     with MemoryTracker() as count:
@@ -91,7 +91,7 @@ def test_the_head_takes_what_the_chunked_loss_takes():
 
 
 def test_measuring_changes_nothing(tmp_path):
-    trainer = LoRATrainer(recipe(tmp_path, max_steps=3)).setup()
+    trainer = LoRATrainer(tiny_config(tmp_path, max_steps=3)).setup()
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     def state(): return [p.detach().clone() for p in trained], copy.deepcopy(trainer.optimizer.state_dict()), torch.get_rng_state(), [p.grad is None for p in trained], trainer.model.training
     for _ in range(2):  # before the first step, and when the optimizer remembers something
@@ -128,8 +128,8 @@ def test_lengths_decide_when_they_are_known(tmp_path):
 
 
 def test_wrong_fields_and_models_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="max_length"): estimate_memory(recipe(tmp_path), max_lenght=3)
-    with pytest.raises(ModelError, match="config.json"): build_meta_model(recipe(tmp_path, model_name=str(tmp_path)))
+    with pytest.raises(ConfigError, match="max_length"): estimate_memory(tiny_config(tmp_path), max_lenght=3)
+    with pytest.raises(ModelError, match="config.json"): build_meta_model(tiny_config(tmp_path, model_name=str(tmp_path)))
     assert format_bytes(2.5e9) == "2.50 GB" and format_bytes(2.5e6) == "2.5 MB"
 
 
@@ -246,7 +246,7 @@ def test_out_of_memory_names_what_would_have_fitted(tmp_path):
 def test_an_estimate_changes_nothing_of_a_run_after_it(tmp_path, fields, estimated):
     "A rehearsal computes without numbers; nothing of it may stay where a run finds it"
     def run(name):
-        trainer = LoRATrainer(recipe(tmp_path/name, max_steps=3, **fields))
+        trainer = LoRATrainer(tiny_config(tmp_path/name, max_steps=3, **fields))
         trainer.train(show=False)
         return str(trainer.engine).partition(" frozen weights packed")[0].rstrip("0123456789"), adapter(tmp_path/name/"run")
     before = run("before")

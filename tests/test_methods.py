@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import recipe, rows, write_rows
+from helpers import tiny_config, rows, write_rows
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
@@ -590,7 +590,7 @@ METHODS = {"rsLoRA": dict(lora=dict(use_rslora=True, r=16)), "DoRA": dict(lora=d
 def test_every_method_trains_alike_on_both_engines(method, tmp_path):
     "What the lean engine cannot do, it leaves to the plain one: the same losses and the same adapter, up to rounding"
     def run(engine):
-        trainer = WithTokens(recipe(tmp_path/engine, engine=engine, max_steps=4, torch_compile=False, **METHODS[method]))
+        trainer = WithTokens(tiny_config(tmp_path/engine, engine=engine, max_steps=4, torch_compile=False, **METHODS[method]))
         return trainer, trainer.train(show=False).losses
     (lean, losses), (plain, expected) = run("auto"), run("plain")
     assert losses == pytest.approx(expected, rel=2e-4) and losses[-1] < losses[0]
@@ -608,7 +608,7 @@ def test_every_method_trains_alike_on_both_engines(method, tmp_path):
 @pytest.mark.parametrize("variant", ({}, dict(use_dora=True, use_rslora=True)), ids=("LoRA", "DoRA"))
 def test_a_quantised_base_trains_and_merges(bits, variant, tmp_path):
     "From a config to a merged model in 32 bits: what is quantised is counted, the adapter is in 32 bits, evaluation in between does no harm"
-    config = recipe(tmp_path, **{f"load_in_{bits}bit": True}, max_steps=8, eval_path=write_rows(tmp_path/"held.jsonl", rows(4)), eval_steps=2, lora=variant)
+    config = tiny_config(tmp_path, **{f"load_in_{bits}bit": True}, max_steps=8, eval_path=write_rows(tmp_path/"held.jsonl", rows(4)), eval_steps=2, lora=variant)
     trainer = LoRATrainer(config)
     result = trainer.train(show=False)
     assert result.losses[-1] < result.losses[0] - 0.3 and len(result.eval_losses) == 4
@@ -671,7 +671,7 @@ def test_models_can_be_loaded_in_several_threads(tmp_path):
 
 def test_a_panel_and_a_merge_load_at_once(tmp_path):
     "What a chat panel's thread and the main thread do: one opens the run while the other merges it"
-    trainer = LoRATrainer(recipe(tmp_path, max_steps=1))
+    trainer = LoRATrainer(tiny_config(tmp_path, max_steps=1))
     trainer.train(show=False)
     def opened(): clear_model_cache(), load_cached_model(trainer.config.output_dir, "cpu")
     assert not in_threads(opened, lambda: merge(trainer.config.output_dir), rounds=2)

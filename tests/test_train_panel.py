@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import adapter, copy, ended, metrics, prepared, recipe, status, until, write_rows
+from helpers import adapter, copy, ended, metrics, prepared, tiny_config, status, until, write_rows
 
 from sage_finetune.core.errors import DataError, RunError
 from sage_finetune.core.processes import start_mark
@@ -25,13 +25,13 @@ HOSTILE = "<img src=x onerror=alert(1)> <script>alert(2)</script> \x1b[31mred"
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     "A run of 72 steps without any interruption"
-    config = recipe(tmp_path_factory.mktemp("panel"), num_train_epochs=8, save_steps=10, eval_steps=12, eval_ratio=0.2, lora=dict(lora_dropout=0.1), per_device_train_batch_size=2, max_steps=72)
+    config = tiny_config(tmp_path_factory.mktemp("panel"), num_train_epochs=8, save_steps=10, eval_steps=12, eval_ratio=0.2, lora=dict(lora_dropout=0.1), per_device_train_batch_size=2, max_steps=72)
     LoRATrainer(config).train(show=False)
     return config
 
 
 def like(straight, folder, **fields):
-    "The same recipe for another folder"
+    "The same config for another folder"
     config = settled(straight)
     for name, value in dict(fields, output_dir=folder/"run").items(): setattr(config, name, value)
     return config
@@ -172,7 +172,7 @@ def test_what_is_learnt_by_heart_is_told(straight, tmp_path):
 
 
 def test_refused_at_the_door(straight, tmp_path):
-    "The run's own sentence, in red; and a run that is there keeps its recipe"
+    "The run's own sentence, in red; and a run that is there keeps its config"
     config = like(straight, tmp_path, data_path=write_rows(tmp_path/"bad.jsonl", [dict(instruction="What?", output=HOSTILE), dict(wrong=HOSTILE)]))
     panel = TrainPanel(config)
     panel.start()
@@ -202,24 +202,24 @@ def test_replaced(straight, tmp_path):
     assert panel.join(300).steps == 4 and len(metrics(run)) == 4 and not panel.control.watch.again.count
 
 
-def test_resumed_with_another_recipe(straight, tmp_path):
+def test_resumed_with_another_config(straight, tmp_path):
     run = copy(straight.output_dir, tmp_path/"run")
     with pytest.raises(RunError, match="learning_rate was 0.002, now 0.1"): prepare_resume(run, like(straight, tmp_path, learning_rate=0.1))
     with pytest.raises(RunError, match="data_path was"): prepare_resume(run, like(straight, tmp_path, data_path=write_rows(tmp_path/"other.jsonl")))
-    assert settled(straight).to_dict() | dict(output_dir=str(run), max_steps=80) == recipe_of(prepare_resume(run, like(straight, tmp_path, max_steps=80)))
+    assert settled(straight).to_dict() | dict(output_dir=str(run), max_steps=80) == config_of(prepare_resume(run, like(straight, tmp_path, max_steps=80)))
 
 
-def recipe_of(run):
-    "The recipe of a run as a user would have written it: what was chosen for it undone"
+def config_of(run):
+    "The config of a run as a user would have written it: what was chosen for it undone"
     content = json.loads((run/"training_config.json").read_text())
     return content | dict(overwrite_output_dir=False)
 
 
 def test_relative_paths(tmp_path, monkeypatch):
-    "A recipe with relative paths means the same to a process that stands somewhere else"
+    "A config with relative paths means the same to a process that stands somewhere else"
     monkeypatch.chdir(tmp_path)
     write_rows(Path("rows.jsonl")), write_rows(Path("held.jsonl"))
-    run = make_run(recipe(Path("."), data_path="rows.jsonl", eval_path="held.jsonl", output_dir="run"))
+    run = make_run(tiny_config(Path("."), data_path="rows.jsonl", eval_path="held.jsonl", output_dir="run"))
     content = json.loads((run/"training_config.json").read_text())
     assert [content[name] for name in ("data_path", "eval_path", "output_dir")] == [str(tmp_path/name) for name in ("rows.jsonl", "held.jsonl", "run")]
 
