@@ -625,7 +625,7 @@ class ContaminationCheck(NamedTuple):
     moved: float # how far logits of a sample moved when its neighbour in the line was changed
     elsewhere: float # how far they moved when a sample in another line was changed: what the kernels do to each other anyway, mostly nothing
     apart: float # how far they are from those of the sample alone
-    rounding: float # how far that may be in this number format
+    rounding: float # how far that may be in this precision
 
     @property
     def tight(self) -> bool:
@@ -644,7 +644,7 @@ def dropout_disabled(
         for module, mode in modes.items(): module.training = mode
 
 def _rounding(logits: Tensor) -> float:
-    "What rounding explains: little where logits fill 32 bits on a CPU, more on a GPU, most where they fit into 16 bits"
+    "What rounding explains: little where logits are fp32 on a CPU, more on a GPU, most where they fit into 16 bits"
     halved = any(torch.equal(logits, logits.to(kind).to(logits.dtype)) for kind in (torch.bfloat16, torch.float16))
     return 5e-2 if halved else 1e-4 if logits.device.type == 'cpu' else 5e-3
 

@@ -404,7 +404,7 @@ def _checked_progress(told: dict, path: Path) -> Progress:
     if len(best) == 2 and is_number(best[0]) and type(best[1]) is int and 0 <= best[1] <= progress.step and max(progress.halvings, progress.eval_halvings) < 64: return progress
     raise RunError(f'{path} tells of a progress that cannot be: {printable(repr(told)[:100])}')
 
-BEST_KEPT = 'the adapter is that of step {}, where the held-out loss was lowest'  # also read back, by who warns of learning by heart
+BEST_KEPT = 'the adapter is that of step {}, where the held-out loss was lowest'  # also read back, by who warns of overfitting
 
 class CheckpointManager:
     "Knows the last whole step of a run, and can save it at any time."

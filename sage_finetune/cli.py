@@ -170,7 +170,7 @@ def merge_command(
     run_dir: RunDir,
     output: Annotated[Optional[Path], typer.Option('-o', '--output', help='folder for the merged model; merged_model in the run folder by default', callback=_home)] = None,
     trust_remote_code: TrustCode = False,
-    fp32: Annotated[bool, typer.Option('--fp32', help='merge and save in 32 bits: twice the size, no rounding')] = False,
+    fp32: Annotated[bool, typer.Option('--fp32', help='merge and save in fp32: twice the size, no rounding')] = False,
     force: Annotated[bool, typer.Option('--force', help='keep a merged model that lost much of what the adapter changes')] = False,
     allow_other_base: Annotated[bool, typer.Option('--allow-other-base', help='go on where the base has other weights than in training')] = False
 ):

@@ -209,7 +209,7 @@ class TrainingConfig(Checked):
     trust_remote_code: bool = config_field(False, effect='permission') # run Python code that comes with the model: only for authors you trust
     data_path: Path | None = config_field(None, effect='read') # training rows: a .json, .jsonl, .csv or .parquet file, a folder of them, a Hub data set, or "example" (packaged)
     eval_path: Path | None = config_field(None, effect='read') # evaluation rows in a file of their own; else eval_ratio of the training rows
-    eval_ratio: float = config_field(0.1, 0., 0.5, effect='harmless') # share of the rows held out to measure what was not learnt by heart
+    eval_ratio: float = config_field(0.1, 0., 0.5, effect='harmless') # share of the rows held out as the validation set: a loss that rises on them shows overfitting
     column_map: dict[str, str] | None = config_field(None, effect='harmless') # where the columns have names of their own: {"question": "Frage", "answer": "Antwort"}
     on_bad_row: str = config_field('error', choices=('error', 'skip'), effect='harmless') # a row that cannot be used stops the run, or is skipped, counted and listed in bad_rows.jsonl
     max_length: int = config_field(1024, 16, 1_048_576, effect='harmless') # longest example in tokens; overlong says what becomes of longer ones
@@ -424,7 +424,7 @@ class PresetConfigs:
     def tiny(
         **overrides: Any # fields to set differently
     ) -> TrainingConfig:
-        "No GPU at all: the packaged model and example in 32-bit floats, exact and the same on every machine."
+        "No GPU at all: the packaged model and example in fp32, exact and the same on every machine."
         return preset('tiny', **overrides)
 
 # %% ../nbs/00_config.ipynb #d3a65c7e

@@ -280,7 +280,7 @@ def _libraries() -> Iterator[Look]:
     else: yield Look('loading', f'the libraries load ({time.perf_counter() - began:.1f} s)')
 
 def trial_step(
-    config: TrainingConfig, # its device and number format
+    config: TrainingConfig, # its device and precision
     **overrides: Any # fields of the packaged model's preset, such as load_in_4bit=True
 ) -> str: # what happened, in words
     "Give the packaged model an adapter and make one step, forward and backward. Raises whatever stands in the way."
@@ -302,12 +302,12 @@ def trial_step(
 BITS = {'load_in_8bit': '8 bits', 'load_in_4bit': '4 bits'}
 
 def _what_runs(config: TrainingConfig | None) -> Iterator[Look]:
-    "Number format, a step, 8 and 4 bits, compiling"
+    "Precision, a step, 8 and 4 bits, compiling"
     from sage_finetune.model import pick_device, plan_precision
     chosen = config or TrainingConfig()
-    try: yield Look('numbers', str(plan_precision(chosen)))
+    try: yield Look('precision', str(plan_precision(chosen)))
     except ConfigError as error:
-        yield Look('numbers', str(error), 'problem', 'config.fp16 = config.bf16 = None; config.device = "auto"')
+        yield Look('precision', str(error), 'problem', 'config.fp16 = config.bf16 = None; config.device = "auto"')
         return
     asked = [name for name in BITS if getattr(chosen, name)]
     yield from _trials('a step', chosen, 'problem')

@@ -72,7 +72,7 @@ def _ask_the_hub(seconds: float = 4.):
 
 def build_meta_model(
     config: TrainingConfig, # `model_name` and `lora`
-    dtype: torch.dtype = torch.float32 # number format of the base
+    dtype: torch.dtype = torch.float32 # precision of the base
 ) -> nn.Module: # with an adapter; all on the `meta` device
     "A model and its adapter as shapes without numbers. Raises `ModelError` when its config cannot be read."
     return _hollow(config, dtype)[0]
@@ -94,7 +94,7 @@ def _hollow(config: TrainingConfig, dtype: torch.dtype, few: int = 0) -> tuple[n
         return attach_lora(base, replace(config.lora, init_lora_weights='default'), config.seed), left_out  # where the adapter starts takes nothing
 
 def _keep_wide(base: nn.Module):
-    "The few numbers that an architecture keeps in 32 bits, as it is loaded"
+    "The few numbers that an architecture keeps in fp32, as it is loaded"
     kept = {*(getattr(base, '_keep_in_fp32_modules_strict', None) or ())}
     for name, tensor in (*base.named_parameters(), *base.named_buffers()):
         if kept.intersection(name.split('.')): tensor.data = tensor.data.float()
@@ -307,7 +307,7 @@ class _DryRun:
 
 # %% ../nbs/12_memory.ipynb #5be2f9a1
 class _ExpertShapes(TorchDispatchMode):
-    "The shapes of grouped products, in any number format"
+    "The shapes of grouped products, in any dtype"
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         "Run an operation, or tell what it gives"
         kwargs = kwargs or {}
@@ -453,7 +453,7 @@ def _uncountable(model_name: str, error: BaseException) -> str:
             'Restore it from a copy if it is damaged; else a run of a few steps (max_steps=3) shows what it takes.')
 
 # %% ../nbs/12_memory.ipynb #28da39f9
-PARTS = dict(weights=('#4878a8', 'the frozen base'), packed=('#9c755f', 'its weights again, in the order of the CPU\'s matrix products'), adapter=('#e49444', 'what is trained, in 32 bits'), gradients=('#d1615d', 'one for each trained number'),
+PARTS = dict(weights=('#4878a8', 'the frozen base'), packed=('#9c755f', 'its weights again, in the order of the CPU\'s matrix products'), adapter=('#e49444', 'what is trained, in fp32'), gradients=('#d1615d', 'one for each trained parameter'),
              optimizer=('#85b6b2', 'what it remembers of earlier gradients'), activations=('#6a9f58', 'kept on the way forward for the way back'),
              logits=('#e7ca60', 'a score for every word of the vocabulary, at the tokens at hand'), holes=('#bbbbbb', 'room between tensors that no tensor fits into'), runtime=('#a87c9f', 'what the libraries take for themselves'))
 
@@ -475,7 +475,7 @@ class MemoryEstimate:
     "What a run is going to take, part by part; shows itself."
     parts: dict # name of `PARTS` -> bytes, at the fullest moment of a step
     device: str # "cpu", "cuda" or "mps"
-    what: str # model, batch and number format in words
+    what: str # model, batch and precision in words
 
     @property
     def total(self) -> int:
@@ -495,7 +495,7 @@ class MemoryEstimate:
     def _repr_html_(self): return _bar(self.parts, self.total) + html_table(('memory', 'size', 'share', ''), self._rows())
 
 # %% ../nbs/12_memory.ipynb #1a193044
-def _number_format(config: TrainingConfig, device: str) -> torch.dtype:
+def _run_dtype(config: TrainingConfig, device: str) -> torch.dtype:
     "The format of a run, also of one on a GPU that is not here: it is taken for one that knows bf16"
     if config.fp16 and device != 'cpu': return torch.float16
     if device == pick_device(replace(config, device='auto')).type or device == 'cpu': return plan_precision(replace(config, device=device)).dtype
@@ -527,7 +527,7 @@ def estimate_memory(
     "What a run is going to take, from its config alone. Raises `ModelError` when the model's config.json cannot be read, `ConfigError` for a field there is not."
     config = turned(config, **overrides)
     device = device or pick_device(config).type
-    dtype = _number_format(config, device)
+    dtype = _run_dtype(config, device)
     fields = json.dumps({name: value for name, value in config.to_dict().items() if name in COUNTED} | dict(gradient_accumulation_steps=min(2, config.gradient_accumulation_steps)))
     known = fields, _stamp(config.model_name), device, dtype
     ways = _ways_of(*known)

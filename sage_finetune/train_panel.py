@@ -92,10 +92,10 @@ class RunSummary:
         "Real tokens a second, over the whole run."
         return self.tokens / max(self.seconds, 1e-9)
     @property
-    def by_heart(self) -> str: # a sentence, or nothing
+    def overfitting_warning(self) -> str: # a sentence, or nothing
         "Whether the loss on held-out rows has risen by a twentieth, and by 0.02 at least, since it was lowest, and the adapter is not the one of that step."
         if not self.best or self.eval_losses[-1] - self.best[0] < max(0.02, self.best[0] / 20) or BEST_KEPT.format(self.best[1]) in self.message: return ''
-        return f'On held-out rows the loss was lowest at step {self.best[1]:,} ({self.best[0]:.3f}); now it is {self.eval_losses[-1]:.3f}: since then rows are learnt by heart. load_best_model_at_end=True keeps the adapter of that step; fewer epochs end there.'
+        return f'On held-out rows the loss was lowest at step {self.best[1]:,} ({self.best[0]:.3f}); now it is {self.eval_losses[-1]:.3f}: since then the run is overfitting: rows are memorised. load_best_model_at_end=True keeps the adapter of that step; fewer epochs end there.'
 
     def rows(self) -> list[tuple]:
         "Names and values to show."
@@ -530,7 +530,7 @@ def remark_lines(
     "Whether what was gone on with is the same run, and whether it still learns what is asked of it."
     again, said = control.watch.again, [('note', text) for text in (control.expected, control.went_on) if text]
     said += [('good' if again.same else 'warning', f'{again}.')] * bool(again.count)
-    return said + [('warning', text) for text in (control.summary.by_heart,) if text]
+    return said + [('warning', text) for text in (control.summary.overfitting_warning,) if text]
 
 # %% ../nbs/25_train_panel.ipynb #4413eac8
 _windows = weakref.WeakValueDictionary()  # run folder -> the panel that watches it

@@ -137,7 +137,7 @@ def training_loop(
     model: torch.nn.Module, # with a trainable adapter
     optimizer: torch.optim.Optimizer, # over the adapter
     schedule: Any, # moves the learning rate
-    accelerator: Accelerator, # device, number format, processes
+    accelerator: Accelerator, # device, precision, processes
     max_grad_norm: float = 1., # longer gradients are shortened
     start: int = 0, # steps already done
     elapsed: float = 0. # seconds they took
@@ -174,7 +174,7 @@ def check_finite(
     "Refuse a step that is not a number. Raises `RunError` naming the step, its examples and the usual causes."
     if math.isfinite(loss) and math.isfinite(grad_norm): return
     raise RunError(f'step {number} has loss {loss} and gradient norm {grad_norm}, so training stops before it spoils the adapter. Its examples are {examples_of(planned)}. '
-                   'Lower learning_rate, look at those examples, or train in 32 bits (fp16=False, bf16=False).')
+                   'Lower learning_rate, look at those examples, or train in fp32 (fp16=False, bf16=False).')
 
 def examples_of(
     planned: PlannedStep # a step of the plan
@@ -273,7 +273,7 @@ class Plan:
     evaluation: str # what is held out
     steps: int # optimizer steps
     batch: str # how a step is put together
-    precision: str # the number format and why
+    precision: str # which one and why
     engine: str # how a batch becomes a loss
     seconds: float # measured on one batch of each kind and scaled up; not a number where memory ran out in that
     inherited: str = '' # the adapter the run continues
@@ -284,7 +284,7 @@ class Plan:
     def _rows(self) -> list[tuple]:
         "Names and values to show"
         head = [('model', f'{self.model}: {self.parameters}'), *[('coverage', self.coverage)] * bool(self.coverage), *[('adapter', self.inherited)] * bool(self.inherited)]
-        return [*head, *self.data, ('held out', self.evaluation), ('steps', f'{self.steps} steps of {self.batch}'), ('numbers', self.precision),
+        return [*head, *self.data, ('held out', self.evaluation), ('steps', f'{self.steps} steps of {self.batch}'), ('precision', self.precision),
                 ('engine', self.engine), ('time', self._time()), *[('warning', warning) for warning in self.warnings]]
 
     def _time(self) -> str:
@@ -934,7 +934,7 @@ def rename_tokens(
 def adapter_digest(
     model: torch.nn.Module # with a trainable adapter
 ) -> str: # 16 hexadecimal digits
-    "A short name for all trained numbers."
+    "A short name for all trained parameters."
     digest = hashlib.blake2b(digest_size=8)
     for p in model.parameters():
         if p.requires_grad: digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -1165,7 +1165,7 @@ class LoRATrainer:
 
     def loss(self,
         batch: dict # `input_ids`, `labels`, `position_ids`, `segments`, each (lines, longest)
-    ) -> Tensor: # scalar, in 32 bits
+    ) -> Tensor: # scalar, in fp32
         "The loss of one batch, summed over its learnt tokens. Override it to train towards something else, with `self.logits(batch)`."
         return self.engine.loss({name: value.to(self.accelerator.device) for name, value in batch.items()})
 
@@ -1419,7 +1419,7 @@ class Run:
             step.eval_loss = self._evaluate()
             if self.batching.eval_halvings != before:
                 step.note = '; '.join(filter(None, [step.note, 'memory ran out in the evaluation, so its batches are smaller from here on']))
-            if not math.isfinite(step.eval_loss): raise RunError(f'the held-out loss is {step.eval_loss} after step {step.step}. Train in 32 bits (fp16=False, bf16=False), or look at the rows that are held out.')
+            if not math.isfinite(step.eval_loss): raise RunError(f'the held-out loss is {step.eval_loss} after step {step.step}. Train in fp32 (fp16=False, bf16=False), or look at the rows that are held out.')
             if self.config.eval_prompts and is_main(): step.answers = self._in('eval_prompts', self.trainer.answers, self.config.eval_prompts)
         writer.add(step)
         if self.config.report_to != 'none': self.accelerator.log({name: value for name, value in asdict(step).items() if isinstance(value, (int, float))}, step=step.step)

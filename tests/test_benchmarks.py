@@ -38,7 +38,7 @@ def result(**peers):
 # ---- formulas ---------------------------------------------------------------------------------------------------------
 
 def small_model(rank):
-    "A model of the small shape with an adapter, in 32 bits"
+    "A model of the small shape with an adapter, in fp32"
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -120,7 +120,7 @@ def test_settings_are_json_or_text(text, value): assert value_of(text) == value
 # ---- what it doubts ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, doubt", [
-    (dict(tokens=[100, 100, 90]), "it read 290 tokens of the rows' 300"), (dict(trained=7), "its adapter has 7 numbers"), (dict(losses=[9., 9., 9.]), "its first loss is 9.00"),
+    (dict(tokens=[100, 100, 90]), "it read 290 tokens of the rows' 300"), (dict(trained=7), "its adapter has 7 parameters"), (dict(losses=[9., 9., 9.]), "its first loss is 9.00"),
     (dict(losses=[11.9, 13., 12.]), "its loss rose from 11.90 to 13.00"), (dict(others=.3), "others had 30% of the machine"),
     (dict(settings=dict(torch_compile=True)), "compiled nothing")])
 def test_a_run_is_doubted(changes, doubt):

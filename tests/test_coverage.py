@@ -131,7 +131,7 @@ def test_adapters_of_mixtures_travel(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "llama4_text", "gpt_oss"])
 def test_a_mixture_in_sixteen_bits(name):
-    "The adapter stays in 32 bits beside experts in 16, and learns"
+    "The adapter stays in fp32 beside experts in 16 bits, and learns"
     model, ids = attach_lora(mixture(name, dtype=torch.bfloat16), LoRAConfig(r=2)), ids_of()
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16): losses = learn(model, ids, steps=6, rate=5e-3)

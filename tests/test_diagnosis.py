@@ -294,7 +294,7 @@ def test_what_looks_like_a_secret(text):
 @pytest.mark.parametrize("change, what, said", [
     (dict(data_path="nowhere.jsonl"), "data_path", "there is no data file nowhere.jsonl"), (dict(data_path=None), "data_path", "not set"), (dict(model_name="./nowhere"), "model", "there is no model folder"),
     (dict(eval_path="nowhere.csv"), "eval_path", "there is no data file nowhere.csv"), (dict(continue_from="nowhere"), "continue_from", "there is no adapter"),
-    (dict(device="mps"), "numbers", "has none"), (dict(fp16=True, bf16=None), "numbers", "needs a GPU")])
+    (dict(device="mps"), "precision", "has none"), (dict(fp16=True, bf16=None), "precision", "needs a GPU")])
 def test_a_config_that_cannot_run(tmp_path, change, what, said):
     config = tiny_config(tmp_path)
     for name, value in change.items(): setattr(config, name, value)

@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_said(lora, sentence):
 
 
 def test_biases_in_sixteen_bits_are_not_silent():
-    with pytest.raises(ConfigError, match="lora.bias='all' trains numbers that are kept in fp16"): attach_lora(small(dtype=torch.float16), LoRAConfig(bias="all"))
+    with pytest.raises(ConfigError, match="lora.bias='all' trains parameters that are kept in fp16"): attach_lora(small(dtype=torch.float16), LoRAConfig(bias="all"))
     with pytest.warns(UserWarning, match="biases are trained in bf16"): attach_lora(small(dtype=torch.bfloat16), LoRAConfig(bias="lora_only"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -205,7 +205,7 @@ def test_pissa_keeps_what_else_is_trained(tmp_path):
 @pytest.mark.parametrize("names", (["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"], ["norm"]), ids="+".join)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 def test_layers_trained_whole(names, tied, dtype, tmp_path):
-    "They learn in 32 bits, travel with the adapter, and what was one table stays one table, merged and read back too"
+    "They learn in fp32, travel with the adapter, and what was one table stays one table, merged and read back too"
     make, ids = lambda: small(tied=tied, dtype=dtype), some_ids()
     model = attach_lora(make(), LoRAConfig(modules_to_save=names))
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
@@ -607,13 +607,13 @@ def test_every_method_trains_alike_on_both_engines(method, tmp_path):
 @pytest.mark.parametrize("bits", (4, 8))
 @pytest.mark.parametrize("variant", ({}, dict(use_dora=True, use_rslora=True)), ids=("LoRA", "DoRA"))
 def test_a_quantised_base_trains_and_merges(bits, variant, tmp_path):
-    "From a config to a merged model in 32 bits: what is quantised is counted, the adapter is in 32 bits, evaluation in between does no harm"
+    "From a config to a merged model in fp32: what is quantised is counted, the adapter is in fp32, evaluation in between does no harm"
     config = tiny_config(tmp_path, **{f"load_in_{bits}bit": True}, max_steps=8, eval_path=write_rows(tmp_path/"held.jsonl", rows(4)), eval_steps=2, lora=variant)
     trainer = LoRATrainer(config)
     result = trainer.train(show=False)
     assert result.losses[-1] < result.losses[0] - 0.3 and len(result.eval_losses) == 4
     weights = weight_bytes(trainer.model)
-    assert weights.quantised == 42 and weights.numbers == count_parameters(trainer.model).total
+    assert weights.quantised == 42 and weights.parameters == count_parameters(trainer.model).total
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     report = merge(config.output_dir)
     assert report.agrees and report.dtype == "float32" and report.positions >= 100

@@ -121,7 +121,7 @@ def test_every_step_is_clipped(tmp_path):
 
 
 def test_nothing_is_left_to_learn(tmp_path):
-    "What the adapter it goes on from knows by heart"
+    "What the adapter it goes on from has memorised"
     content = dict(data_path=write_rows(tmp_path/"rows.jsonl", rows(4)), warmup_ratio=0.)
     first = tiny_config(tmp_path/"first", num_train_epochs=60, learning_rate=5e-3, **content)
     LoRATrainer(first).train(show=False)

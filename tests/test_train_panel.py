@@ -158,17 +158,17 @@ def test_a_difference_is_seen(straight, tmp_path):
     assert (watch.again.first, watch.again.count, watch.again.differ, watch.again.example[0]) == (39, 34, 1, 41) and "1 of 34 losses differ" in str(watch.again)
 
 
-def test_what_is_learnt_by_heart_is_told(straight, tmp_path):
+def test_overfitting_is_told(straight, tmp_path):
     "The loss falls and the held-out one rises: a warning, live and in what is left behind; none when the best adapter was kept"
     run = copy(straight.output_dir, tmp_path/"run")
     rows, last = metrics(run), [row["step"] for row in metrics(run) if row["eval_loss"] is not None][-1]
     best = min((row["eval_loss"], row["step"]) for row in rows if row["eval_loss"] is not None and row["step"] != last)
-    assert "by heart" not in TrainPanel(run).proof.value
+    assert "overfitting" not in TrainPanel(run).proof.value
     (run/"metrics.jsonl").write_text("".join(json.dumps(row | dict(eval_loss=2 * best[0] if row["step"] == last else row["eval_loss"])) + "\n" for row in rows))
     panel = TrainPanel(run)
     assert all(f"lowest at step {best[1]}" in text and "load_best_model_at_end" in text for text in (panel.proof.value, panel.static_html(), repr(panel)))
     write_status(run, "completed", 72, 72, f"the adapter is that of step {best[1]}, where the held-out loss was lowest")
-    assert "by heart" not in TrainPanel(run).proof.value
+    assert "overfitting" not in TrainPanel(run).proof.value
 
 
 def test_refused_at_the_door(straight, tmp_path):

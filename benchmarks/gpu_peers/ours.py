@@ -22,7 +22,7 @@ def chosen(trainer):
     try: plan = str(trainer.describe())
     except RuntimeError: return {}  # the plan tries a batch, for which there may be no room any more
     lines = {line.split()[0]: line.split(maxsplit=1)[1].strip() for line in plan.splitlines() if len(line.split()) > 1}
-    return {name: lines[name] for name in ("engine", "numbers") if name in lines}
+    return {name: lines[name] for name in ("engine", "precision") if name in lines}
 
 
 def train(asked):

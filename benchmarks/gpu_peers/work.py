@@ -26,7 +26,7 @@ TEMPLATE = 40  # tokens a chat template may add to a row, at most
 # ---- what a shape holds and costs -------------------------------------------------------------------------------------
 
 def parameters(shape):
-    "All numbers of a model: embeddings, head, linear layers with the biases of q, k and v, norms"
+    "All parameters of a model: embeddings, head, linear layers with the biases of q, k and v, norms"
     hidden, wide, vocabulary = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
     narrow = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
     layer = 2 * hidden * hidden + 2 * hidden * narrow + 3 * hidden * wide + hidden + 2 * narrow + 2 * hidden
