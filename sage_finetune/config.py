@@ -208,7 +208,7 @@ class TrainingConfig(Checked):
     load_in_4bit: bool = config_field(False, effect='harmless') # keep the base weights in 4 bits (NF4): a quarter of the memory of bf16, slower
     trust_remote_code: bool = config_field(False, effect='permission') # run Python code that comes with the model: only for authors you trust
     data_path: Path | None = config_field(None, effect='read') # training rows: a .json, .jsonl, .csv or .parquet file, a folder of them, a Hub data set, or "example" (packaged)
-    eval_path: Path | None = config_field(None, effect='read') # evaluation rows in a file of their own; else eval_ratio of the training rows
+    eval_path: Path | None = config_field(None, effect='read') # validation set: evaluation rows in a file of their own; else eval_ratio of the training rows
     eval_ratio: float = config_field(0.1, 0., 0.5, effect='harmless') # share of the rows held out as the validation set: a loss that rises on them shows overfitting
     column_map: dict[str, str] | None = config_field(None, effect='harmless') # where the columns have names of their own: {"question": "Frage", "answer": "Antwort"}
     on_bad_row: str = config_field('error', choices=('error', 'skip'), effect='harmless') # a row that cannot be used stops the run, or is skipped, counted and listed in bad_rows.jsonl
@@ -216,7 +216,7 @@ class TrainingConfig(Checked):
     overlong: str = config_field('drop_turns', choices=('drop_turns', 'drop', 'error', 'truncate'), effect='harmless') # a row that is too long loses whole last turns, is left out, stops the run, or is cut off
     thinking: str = config_field('ignore_empty', choices=('ignore_empty', 'as_is', 'strip'), effect='harmless') # thinking blocks: empty ones are not learnt, all are learnt, or all are removed
     allow_special_tokens: bool = config_field(False, effect='permission') # let text in the data become control tokens such as <|im_end|>: only for data you trust
-    packing: bool = config_field(True, effect='harmless') # lay the rows of a step one behind the other instead of padding them: the same gradient, fewer tokens
+    packing: bool = config_field(True, effect='harmless') # lay the rows of a step one behind the other instead of padding them: the same gradient, fewer tokens, and no row reads another (no cross-contamination)
     engine: str = config_field('auto', choices=('auto', 'plain'), effect='harmless') # faster and smaller ways through the model, each used only where it is found equal; or transformers and PEFT as they are
     torch_compile: bool | None = config_field(None, effect='harmless') # compile the model's layers: faster steps after a slow first one; None: where the run is long enough to pay for it
     pack_weights: bool | None = config_field(None, effect='harmless') # on a CPU, keep frozen 16-bit weights in the layout of its matrix products: faster, for two more copies of them in memory; None: where they take less than a tenth of what is free, and not with gradient_checkpointing
@@ -227,11 +227,11 @@ class TrainingConfig(Checked):
     max_steps: int | None = config_field(None, 1, 100_000_000, effect='harmless') # stop after so many optimizer steps, whatever num_train_epochs says
     per_device_train_batch_size: int = config_field(1, 1, 65_536, effect='harmless') # rows that go through the model at once
     gradient_accumulation_steps: int = config_field(16, 1, 65_536, effect='harmless') # such batches before each optimizer step
-    learning_rate: float = config_field(2e-4, 1e-9, 1., effect='harmless') # size of a step at its peak
+    learning_rate: float = config_field(2e-4, 1e-9, 1., effect='harmless') # peak learning rate: how far a step moves the weights, once warmed up
     lr_scheduler_type: str = config_field('cosine', choices=('cosine', 'linear', 'constant', 'constant_with_warmup', 'cosine_with_restarts', 'polynomial', 'inverse_sqrt'), effect='harmless') # how the learning rate falls
     warmup_ratio: float = config_field(0.1, 0., 0.5, effect='harmless') # share of the steps in which the learning rate rises to its peak
     weight_decay: float = config_field(0., 0., 1., effect='harmless') # pull of the adapter's weights towards zero
-    max_grad_norm: float = config_field(1., 1e-6, 1e6, effect='harmless') # longer gradients are shortened to this length
+    max_grad_norm: float = config_field(1., 1e-6, 1e6, effect='harmless') # gradient clipping: a gradient with a larger norm is scaled down to this one
     fp16: bool | None = config_field(None, effect='harmless') # 16-bit floats for older GPUs; None: chosen from the hardware
     bf16: bool | None = config_field(None, effect='harmless') # 16-bit floats with the range of 32-bit ones; None: chosen from the hardware
     gradient_checkpointing: bool = config_field(False, effect='harmless') # compute activations twice instead of keeping them: less memory, a quarter slower

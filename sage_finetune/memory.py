@@ -455,7 +455,7 @@ def _uncountable(model_name: str, error: BaseException) -> str:
 # %% ../nbs/12_memory.ipynb #28da39f9
 PARTS = dict(weights=('#4878a8', 'the frozen base'), packed=('#9c755f', 'its weights again, in the order of the CPU\'s matrix products'), adapter=('#e49444', 'what is trained, in fp32'), gradients=('#d1615d', 'one for each trained parameter'),
              optimizer=('#85b6b2', 'what it remembers of earlier gradients'), activations=('#6a9f58', 'kept on the way forward for the way back'),
-             logits=('#e7ca60', 'a score for every word of the vocabulary, at the tokens at hand'), holes=('#bbbbbb', 'room between tensors that no tensor fits into'), runtime=('#a87c9f', 'what the libraries take for themselves'))
+             logits=('#e7ca60', 'a score for every word of the vocabulary, at the tokens at hand'), fragmentation=('#bbbbbb', 'room between tensors that no tensor fits into'), runtime=('#a87c9f', 'what the libraries take for themselves'))
 
 def format_bytes(
     size: float # bytes
@@ -535,7 +535,7 @@ def estimate_memory(
     counted = _counted(*known, ways, json.dumps(lines), learnt)
     parts = {name: counted.get(name, 0) for name in PARTS} | dict(runtime=int(RUNTIME.get((device, dtype), CONTEXT)))
     if not config.pack_weights or config.engine != 'auto': del parts['packed']
-    if device == 'cpu' and sys.platform == 'linux' and not config.gradient_checkpointing: parts['holes'] = int(FRAGMENTATION * sum(parts[name] for name in ('gradients', 'optimizer', 'activations', 'logits')))
+    if device == 'cpu' and sys.platform == 'linux' and not config.gradient_checkpointing: parts['fragmentation'] = int(FRAGMENTATION * sum(parts[name] for name in ('gradients', 'optimizer', 'activations', 'logits')))
     shown = f'{config.model_name}, {len(lines)} × {max(map(sum, lines))} tokens, {str(dtype).removeprefix("torch.")}, on {device}'
     return MemoryEstimate(parts, device, shown)
 

@@ -138,7 +138,7 @@ def training_loop(
     optimizer: torch.optim.Optimizer, # over the adapter
     schedule: Any, # moves the learning rate
     accelerator: Accelerator, # device, precision, processes
-    max_grad_norm: float = 1., # longer gradients are shortened
+    max_grad_norm: float = 1., # gradient clipping: longer gradients are scaled down to this norm
     start: int = 0, # steps already done
     elapsed: float = 0. # seconds they took
 ) -> Iterator[Step]:

@@ -136,7 +136,7 @@ def test_wrong_fields_and_models_are_refused(tmp_path):
 CHILD = """
 import ctypes, json, sys, tempfile
 import datasets, torch
-ctypes.CDLL(None).mallopt(-3, 262144)  # large tensors lie apart: a heap without holes
+ctypes.CDLL(None).mallopt(-3, 262144)  # large tensors lie apart: a heap without fragmentation
 from sage_finetune.config import TrainingConfig
 from sage_finetune.memory import estimate_memory, peak_growth
 from sage_finetune.trainer import LoRATrainer, memory_error
@@ -153,7 +153,7 @@ with peak_growth(torch.device("cpu")) as growth:
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
 said = estimate_memory(trainer.config, [len(row) for row in rows])
-print(growth[0], said.total - said.parts["holes"])
+print(growth[0], said.total - said.parts["fragmentation"])
 """
 HELD_OUT = [  # shapes that nothing was fitted on
     (dict(hidden_size=640, num_hidden_layers=8, num_attention_heads=10, num_key_value_heads=2, intermediate_size=2560, vocab_size=65000), dict(max_length=768, bf16=True, pack_weights=False)),
@@ -164,7 +164,7 @@ HELD_OUT = [  # shapes that nothing was fitted on
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the highest resident size is reset through /proc")
 @pytest.mark.parametrize("shape, overrides", HELD_OUT, ids=["bf16", "fp32", "checkpointing"])
-def test_a_process_takes_what_was_predicted_but_for_the_holes(tmp_path, shape, overrides):
+def test_a_process_takes_what_was_predicted_but_for_fragmentation(tmp_path, shape, overrides):
     from transformers import AutoConfig, AutoModelForCausalLM
     from sage_finetune.config import tiny_path
     place = folder(tmp_path/"model", **shape)
