@@ -141,7 +141,7 @@ def run_command(
     run_dir: RunDir,
     resume: Annotated[bool, typer.Option(help='go on from the newest checkpoint')] = False,
     overwrite: Annotated[bool, typer.Option(help='start anew and replace what an earlier run left')] = False,
-    num_processes: Annotated[int, typer.Option(min=1, help='processes that share every step, one a GPU')] = 1,
+    num_processes: Annotated[int, typer.Option(min=1, help='processes that share every step, one per GPU')] = 1,
     trust_remote_code: TrustCode = False,
     allow_special_tokens: Annotated[bool, typer.Option('--allow-special-tokens', help='let text in the data become control tokens: only for data you trust')] = False,
     report_to: Annotated[Optional[ReportTo], typer.Option(help='also send the curves to this tool; wandb sends them under your account')] = None
