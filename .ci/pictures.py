@@ -43,7 +43,7 @@ def take(book):
     "The four tabs, one after the other"
     tab = lambda title: book.find(".sage-tabs .p-TabBar-tab, .sage-tabs .lm-TabBar-tab").filter(has_text=title).click()
     expect(book.find(".sage-memory")).to_contain_text("fits")
-    keep(book, "recipe", 980)
+    keep(book, "config", 980)
     tab("Data")
     expect(book.find(".sage-data-panel .sage-health")).to_contain_text("stop token")
     keep(book, "data")

@@ -1,15 +1,15 @@
-"""How fast training goes on a graphics card and how much of its memory it takes, beside TRL and Unsloth.
+"""How fast training goes on a GPU and how much of its memory it takes, beside TRL and Unsloth.
 
     python benchmarks/gpu.py --write                                   everything, and the table into benchmarks/GPU.md
     python benchmarks/gpu.py --budget 540                              what fits into nine minutes; the next call goes on where this one stopped
     python benchmarks/gpu.py --shapes 0.5B --lengths 2048 --rounds 1   a part of it
     python benchmarks/gpu.py --show --write                            measure nothing: table, picture and page from what is kept
     python benchmarks/gpu.py --peers ours ours:engine=plain trl        fields of ours' TrainingConfig behind a colon, more behind a +
-    python benchmarks/gpu.py --device cpu --tiny                       does it run at all? figures of the processor stay out of benchmarks/results
+    python benchmarks/gpu.py --device cpu --tiny                       does it run at all? figures of the CPU stay out of benchmarks/results
 
 The work: models of the shapes of Qwen2.5-0.5B, 1.5B and 7B with random weights, LoRA over bf16 or over 4 bits (NF4, quantised twice) in all linear
 layers, rows that are all as long as a line or spread log-normally around a quarter of one, about as many tokens behind every optimizer step. Every
-run is a fresh process; peers alternate; figures are medians of the rounds, of the steps after the warm-up, each with the card waited for. Gradient
+run is a fresh process; peers alternate; figures are medians of the rounds, of the steps after the warm-up, each with the GPU waited for. Gradient
 checkpointing is off, and on where a peer runs out of memory without it; where it does with it, that is the result. Runs are kept in
 benchmarks/results/gpu.json as soon as they end, and made again with --again alone.
 """
@@ -116,7 +116,7 @@ class Kept:
         self.save()
 
     def runs(self, card, setup):
-        "Those of one card and one setup"
+        "Those of one GPU and one setup"
         return [run for run in self.content["runs"] if run["card"] == card and run["setup"] == setup]
 
 
@@ -129,7 +129,7 @@ def finished(case, runs):
 # ---- one run, in a process of its own ---------------------------------------------------------------------------------
 
 def surroundings(folder, threads, cuda):
-    "The environment of a child: this project to import, no network, one card or none"
+    "The environment of a child: this project to import, no network, one GPU or none"
     found = dict(os.environ, BENCH_STARTED=str(time.time()), TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1",
                  TQDM_DISABLE="1", PYTHONWARNINGS="ignore")
     found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
@@ -178,11 +178,11 @@ class Bench:
         return self.until - time.monotonic()
 
     def look(self):
-        "Ask the card what it is and how fast it multiplies; a sentence where there is none"
+        "Ask the GPU what it is and how fast it multiplies; a sentence where there is none"
         facts = self.child("card", dict(device=self.asked.device), "card", 300)
-        if facts.get("outcome"): return f"the card could not be asked: {facts['said']}"
+        if facts.get("outcome"): return f"the GPU could not be asked: {facts['said']}"
         if not facts["card"]:
-            return (f"There is no CUDA card here (torch {facts['torch']} sees none), so nothing was measured; "
+            return (f"There is no CUDA GPU here (torch {facts['torch']} sees none), so nothing was measured; "
                     "--device cpu --tiny tries the script out.")
         self.call = dict(date=datetime.now(timezone.utc).isoformat(timespec="seconds"), python=platform.python_version(), **facts)
 
@@ -241,7 +241,7 @@ def measured(bench, case):
 
 
 def figures(run, lengths, call):
-    "Speed after the warm-up, and what share of the card's peaks it is"
+    "Speed after the warm-up, and what share of the GPU's peaks it is"
     skipped = min(run["setup"]["warm_up"], run["steps"] - 1)
     seconds, tokens, target_tokens = (sum(run[name][skipped:]) for name in ("step_seconds", "tokens", "target_tokens"))
     reached = training_flops(tokens, target_tokens, lengths, run["setup"]["rank"], SHAPES[run["shape"]]) / seconds / 1e12
@@ -265,7 +265,7 @@ def missing(asked):
     "Peers and methods that cannot run here -> why"
     found, trl = {}, [peer for peer in asked.peers if peer.startswith("trl")]
     if trl and not installed(sys.executable, "trl"): found |= dict.fromkeys(trl, "it is not installed: pip install trl")
-    if "unsloth" in asked.peers and asked.device != "cuda": found["unsloth"] = "it runs on a graphics card alone"
+    if "unsloth" in asked.peers and asked.device != "cuda": found["unsloth"] = "it runs on a GPU alone"
     elif "unsloth" in asked.peers and not installed(asked.unsloth_python, "unsloth"): found["unsloth"] = f"it is not installed: {UNSLOTH}"
     if "qlora" in asked.methods and not installed(sys.executable, "bitsandbytes"):
         found["qlora"] = "bitsandbytes is not installed: pip install bitsandbytes"
@@ -305,14 +305,14 @@ def said(run):
 
 
 def memory(run):
-    "The peak in GiB: of tensors on the card, or of the process without one"
+    "The peak in GiB: of tensors on the GPU, or of the process without one"
     return run.get("allocated_mib", run["peak_mib"]) / 1024
 
 
 # ---- table, picture, page ---------------------------------------------------------------------------------------------
 
 def groups(content):
-    "Runs of one card and one setup belong together: (card, setup) as text -> its runs, those measured last first"
+    "Runs of one GPU and one setup belong together: (GPU, setup) as text -> its runs, those measured last first"
     found = {}
     for run in content["runs"]: found.setdefault((run["card"], json.dumps(run["setup"])), []).append(run)
     return sorted(found.items(), key=lambda group: max(run["date"] for run in group[1]), reverse=True)
@@ -464,7 +464,7 @@ def options(arguments=None):
     parser.add_argument("--show", action="store_true", help="measure nothing, show what is kept")
     parser.add_argument("--write", action="store_true", help="put the tables into the page")
     parser.add_argument("--unsloth-python", default=sys.executable, help="Python of an environment with Unsloth in it")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of the processor, with --device cpu")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of the CPU, with --device cpu")
     parser.add_argument("--work", type=Path, default=work_folder(), help="where models, rows and logs are kept (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="folder of gpu.json and gpu.png: else benchmarks/results, or --work with --device cpu")
     parser.add_argument("--page", type=Path, default=HERE/"GPU.md", help="the page for --write (default: %(default)s)")

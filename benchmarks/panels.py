@@ -72,7 +72,7 @@ def memory(hours=HOURS, at_once=100):
 
 
 def stop(work, times=12):
-    "Milliseconds from Stop to the end of the answer: in its middle, and while a prompt is read, for a model of 0.5 billion numbers with an adapter"
+    "Milliseconds from Stop to the end of the answer: in its middle, and while a prompt is read, for a model of 0.5 billion parameters with an adapter"
     import torch
 
     from sage_finetune.chat import generate
@@ -184,7 +184,7 @@ def report(result):
                     + "\n".join(watched(batch, one) for batch, one in result["watch"].items()))
     if "stop" in result:
         one = result["stop"]
-        said.append(f"**Stop in the chat**: median (highest) milliseconds from Stop to the end of the answer; 0.5 billion numbers in {one['dtype']} with an adapter, {one['threads']} threads\n\n"
+        said.append(f"**Stop in the chat**: median (highest) milliseconds from Stop to the end of the answer; 0.5 billion parameters in {one['dtype']} with an adapter, {one['threads']} threads\n\n"
                     "| | tokens of the prompt | first word after | Stop is heard after |\n|---|--:|--:|--:|\n" + "\n".join(
                         f"| {'in the middle of an answer' if name == 'answer' else 'while the prompt is read'} | {one[name]['tokens']:,} | {one[name]['reads']:.1f} s | {spread(one[name]['milliseconds'])} |" for name in PROMPTS))
     if "memory" in result:

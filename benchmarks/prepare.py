@@ -159,7 +159,7 @@ def summary(runs):
 def table(found):
     "The figures as Markdown"
     best = found["ours"]["tokens_per_second"]
-    lines = ["| | seconds | tokens a second | ours is faster by | processor seconds | peak memory above import |", "|---|--:|--:|--:|--:|--:|"]
+    lines = ["| | seconds | tokens a second | ours is faster by | CPU seconds | peak memory above import |", "|---|--:|--:|--:|--:|--:|"]
     for kind, one in found.items():
         faster = "" if kind.startswith("ours") else f"{best / one['tokens_per_second']:.1f} ×"
         lines.append(f"| {KINDS[kind]} | {one['seconds']:.2f} | {one['tokens_per_second']:,.0f} | {faster} | {one['processor_seconds']:.2f} | {one['peak_mib']:,.0f} MiB |")

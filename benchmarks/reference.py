@@ -50,7 +50,7 @@ def linear_layers(shape=SHAPE):
 
 
 def adapter_size(rank=8, shape=SHAPE):
-    "The numbers of a LoRA over all linear layers"
+    "The parameters of a LoRA over all linear layers"
     return shape["num_hidden_layers"] * sum(rank * (one + other) for one, other in linear_layers(shape))
 
 

@@ -186,7 +186,7 @@ def doubts(run, reference, shape=SHAPE, rank=RANK):
     tokens, whole, start, losses = sum(run["tokens"]), sum(reference["lengths"]), math.log(shape["vocab_size"]), run["losses"]
     passes = max(1, round(tokens / whole))
     if abs(tokens - passes * whole) > whole / 100: yield f"it read {tokens} tokens of the rows' {whole}"
-    if run["trained"] != adapter_size(rank, shape): yield f"its adapter has {run['trained']:,} numbers, not {adapter_size(rank, shape):,}"
+    if run["trained"] != adapter_size(rank, shape): yield f"its adapter has {run['trained']:,} parameters, not {adapter_size(rank, shape):,}"
     if not all(map(math.isfinite, losses)) or abs(losses[0] - start) > 1: yield f"its first loss is {losses[0]:.2f}; random weights give about {start:.1f}"
     elif max(losses) > losses[0] + 0.5: yield f"its loss rose from {losses[0]:.2f} to {max(losses):.2f}"
     if run["settings"].get("torch_compile") and not run["compile_seconds"]: yield "it was asked to compile, and compiled nothing"
@@ -215,7 +215,7 @@ def share(run, peak, shape=SHAPE, rank=RANK):
 
 
 def peak_of(roofs):
-    "The matrix products' speed in the faster number format, the median over the rounds, in TFLOP/s"
+    "The matrix products' speed in the faster precision, the median over the rounds, in TFLOP/s"
     return max(statistics.median(one[kind] for one in roofs) for kind in ("bf16", "fp32"))
 
 
@@ -386,7 +386,7 @@ def machine():
 
 
 def kept_name(kind, result):
-    "The file of a result; the comparison has one for every kind of processor, as what is fast differs between them"
+    "The file of a result; the comparison has one for every kind of CPU, as what is fast differs between them"
     if kind != "train": return f"{kind}.json"
     fastest = next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in result["machine"]["formats"]), "")
     return "-".join(["train", *re.findall(r"[a-z0-9]+", re.sub(r"\(r\)|processor", "", result["machine"]["processor"].lower())), *filter(None, [fastest])]) + ".json"

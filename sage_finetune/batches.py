@@ -170,10 +170,10 @@ class _BatchArgs(NamedTuple):
     max_steps: int | None
 
 class _EpochShuffler:
-    "How chance falls in each epoch of a recipe"
-    def __init__(self, lengths: np.ndarray, recipe: _BatchArgs):
-        self.lengths, self.recipe, self.last = lengths, recipe, (None, None)
-        self.pattern = _pattern(lengths, recipe.max_length) if recipe.packing and recipe.step_tokens else None
+    "How chance falls in each epoch of a plan"
+    def __init__(self, lengths: np.ndarray, args: _BatchArgs):
+        self.lengths, self.args, self.last = lengths, args, (None, None)
+        self.pattern = _pattern(lengths, args.max_length) if args.packing and args.step_tokens else None
 
     def epoch(self, number: int) -> _Epoch:
         "One epoch; the last one asked for is kept"
@@ -181,36 +181,36 @@ class _EpochShuffler:
         return self.last[1]
 
     def _draw(self, number: int) -> _Epoch:
-        recipe, lengths = self.recipe, self.lengths
-        if not recipe.step_tokens: return _draw_rows(len(lengths), recipe.batch_size * recipe.accumulation, recipe.seed, number)
-        if recipe.packing: return _draw_packed(lengths, self.pattern, recipe.step_tokens // recipe.max_length, recipe.seed, number)
-        return _draw_grouped(lengths, recipe.batch_tokens, recipe.step_tokens, recipe.seed, number)
+        args, lengths = self.args, self.lengths
+        if not args.step_tokens: return _draw_rows(len(lengths), args.batch_size * args.accumulation, args.seed, number)
+        if args.packing: return _draw_packed(lengths, self.pattern, args.step_tokens // args.max_length, args.seed, number)
+        return _draw_grouped(lengths, args.batch_tokens, args.step_tokens, args.seed, number)
 
     def ends(self) -> list[int]:
         "Steps up to the end of each epoch; only grouped rows need a look at every epoch for that"
-        same, ends = self.recipe.packing or not self.recipe.step_tokens, [0]
-        for number in range(self.recipe.epochs if len(self.lengths) else 0):
+        same, ends = self.args.packing or not self.args.step_tokens, [0]
+        for number in range(self.args.epochs if len(self.lengths) else 0):
             ends.append(ends[-1] + len(self.epoch(0 if same else number).steps) - 1)
-            if self.recipe.max_steps and ends[-1] >= self.recipe.max_steps: break
+            if self.args.max_steps and ends[-1] >= self.args.max_steps: break
         return ends[1:]
 
 # %% ../nbs/07_batches.ipynb #d16bd65b
-def _checked(lengths: np.ndarray, recipe: _BatchArgs) -> _BatchArgs:
-    "The recipe with what follows from it filled in. Raises `ConfigError` or `DataError` naming the field that cannot work"
-    for name, value in recipe._asdict().items():
+def _checked(lengths: np.ndarray, args: _BatchArgs) -> _BatchArgs:
+    "The arguments with what follows from them filled in. Raises `ConfigError` or `DataError` naming the field that cannot work"
+    for name, value in args._asdict().items():
         if name not in ('seed', 'packing') and value is not None and value < 1: raise ConfigError(f'{name}={value} cannot work. Choose 1 or more.')
     longest = int(lengths.max()) if len(lengths) else 1
-    recipe = recipe._replace(max_length=recipe.max_length or longest)
-    limit = 'batch_tokens' if recipe.batch_tokens and recipe.batch_tokens <= (recipe.step_tokens or recipe.batch_tokens) else 'step_tokens'
-    if recipe.packing or recipe.step_tokens:
-        room = recipe.batch_tokens or recipe.batch_size * recipe.max_length
-        recipe = recipe._replace(batch_tokens=min(room, recipe.step_tokens or room))
-    if recipe.packing and longest > recipe.max_length: pack(lengths, recipe.max_length)  # says it
-    widest = recipe.max_length if recipe.packing else longest
-    if recipe.batch_tokens and recipe.batch_tokens < widest:
-        what = f'a line of max_length={widest} tokens' if recipe.packing else f'the longest row ({widest} tokens)'
-        raise ConfigError(f'{limit}={getattr(recipe, limit)} is less than {what}. Choose at least {widest}.')
-    return recipe
+    args = args._replace(max_length=args.max_length or longest)
+    limit = 'batch_tokens' if args.batch_tokens and args.batch_tokens <= (args.step_tokens or args.batch_tokens) else 'step_tokens'
+    if args.packing or args.step_tokens:
+        room = args.batch_tokens or args.batch_size * args.max_length
+        args = args._replace(batch_tokens=min(room, args.step_tokens or room))
+    if args.packing and longest > args.max_length: pack(lengths, args.max_length)  # says it
+    widest = args.max_length if args.packing else longest
+    if args.batch_tokens and args.batch_tokens < widest:
+        what = f'a line of max_length={widest} tokens' if args.packing else f'the longest row ({widest} tokens)'
+        raise ConfigError(f'{limit}={getattr(args, limit)} is less than {what}. Choose at least {widest}.')
+    return args
 
 # %% ../nbs/07_batches.ipynb #6e909f03
 class _Steps(Sequence):
@@ -228,26 +228,26 @@ class _Steps(Sequence):
         "The micro-batches of all steps from `start` on, one after the other."
         return (lines for number in range(start, len(self)) for lines in self._step(number).micro_batches)
 
-def _lines(drawn: _Epoch, number: int, lengths: np.ndarray, recipe: _BatchArgs) -> list[list[int]]:
+def _lines(drawn: _Epoch, number: int, lengths: np.ndarray, args: _BatchArgs) -> list[list[int]]:
     "The lines of a step; where steps are counted in rows, packing looks no further than the step"
     first, last = drawn.steps[number:number + 2]
     if drawn.lines is not None: return [rows.tolist() for rows in np.split(drawn.rows[drawn.lines[first]:drawn.lines[last]], drawn.lines[first + 1:last] - drawn.lines[first])]
     rows = drawn.rows[first:last].tolist()
-    return [[rows[at] for at in line] for line in _even_lines(lengths[rows], recipe.max_length)] if recipe.packing else [[row] for row in rows]
+    return [[rows[at] for at in line] for line in _even_lines(lengths[rows], args.max_length)] if args.packing else [[row] for row in rows]
 
 # %% ../nbs/07_batches.ipynb #9f9fb7db
 class BatchPlan(_Steps):
     "Every step of a run; `plan[k]` needs none of the steps before it. `plan_batches` makes one."
     def __init__(self,
         lengths: np.ndarray, # int64, tokens of each row
-        recipe: _BatchArgs # as it was checked
-    ): self.lengths, self.recipe, self._chance = lengths, recipe, _EpochShuffler(lengths, recipe)
+        args: _BatchArgs # as it was checked
+    ): self.lengths, self.args, self._chance = lengths, args, _EpochShuffler(lengths, args)
 
-    def __len__(self): return min(self._ends[-1], self.recipe.max_steps or self._ends[-1]) if self._ends else 0
+    def __len__(self): return min(self._ends[-1], self.args.max_steps or self._ends[-1]) if self._ends else 0
     def __eq__(self,
         other: Any # another plan
-    ) -> bool: return isinstance(other, BatchPlan) and self.recipe == other.recipe and np.array_equal(self.lengths, other.lengths)
-    def __reduce__(self): return BatchPlan, (self.lengths, self.recipe)
+    ) -> bool: return isinstance(other, BatchPlan) and self.args == other.args and np.array_equal(self.lengths, other.lengths)
+    def __reduce__(self): return BatchPlan, (self.lengths, self.args)
     def __repr__(self): return _facts_text(self)
     def _repr_html_(self): return _facts_html(self)
 
@@ -266,8 +266,8 @@ class BatchPlan(_Steps):
     ) -> PlannedStep:
         "Make one step"
         epoch, at, drawn = self._place(number)
-        lines, recipe = _lines(drawn, at, self.lengths, self.recipe), self.recipe
-        return PlannedStep(epoch, epoch + (at + 1) / (len(drawn.steps) - 1), _micro_batches(lines, self.widths(lines), recipe.batch_size, recipe.batch_tokens))
+        lines, args = _lines(drawn, at, self.lengths, self.args), self.args
+        return PlannedStep(epoch, epoch + (at + 1) / (len(drawn.steps) - 1), _micro_batches(lines, self.widths(lines), args.batch_size, args.batch_tokens))
 
     def widths(self,
         lines: list[list[int]] # lines of row numbers
@@ -328,10 +328,10 @@ def _real_tokens(plan: BatchPlan) -> int:
 # %% ../nbs/07_batches.ipynb #52a2c00f
 def _facts(plan: BatchPlan) -> list[tuple[str, str]]:
     "Names and values to show"
-    recipe, widths = plan.recipe, plan.widths(plan.longest)
-    step = f'up to {recipe.step_tokens:,} tokens' if recipe.step_tokens else f'{recipe.batch_size * recipe.accumulation} rows'
-    layout = f'rows packed into lines of up to {recipe.max_length:,} tokens' if recipe.packing else 'one row a line'
-    limit = f'up to {recipe.batch_tokens:,} tokens with padding' if recipe.batch_tokens else f'up to {recipe.batch_size} lines'
+    args, widths = plan.args, plan.widths(plan.longest)
+    step = f'up to {args.step_tokens:,} tokens' if args.step_tokens else f'{args.batch_size * args.accumulation} rows'
+    layout = f'rows packed into lines of up to {args.max_length:,} tokens' if args.packing else 'one row a line'
+    limit = f'up to {args.batch_tokens:,} tokens with padding' if args.batch_tokens else f'up to {args.batch_size} lines'
     return [('steps', f'{len(plan):,} in {len(plan._ends)} epochs'), ('a step', step), ('lines', layout), ('micro-batch', f'{limit}; the largest is {len(widths)} × {max(widths, default=0)}'),
             ('tokens', f'{plan.tokens:,} in the whole run'), ('useful', f'{plan.useful:.1%} of the work, {1 - plan.useful:.1%} is padding')]
 
@@ -357,9 +357,9 @@ def plan_batches(
     """Every step of a run: every row once an epoch, by chance from (seed, epoch).
     In rows, a step is the same rows whether they are packed or not. In tokens, the rows of a whole epoch are packed together, or grouped by length.
     Raises `ConfigError` for numbers that contradict each other, `DataError` for a row longer than a packed line."""
-    recipe = _BatchArgs(batch_size, accumulation, epochs, seed, bool(packing), max_length, batch_tokens, step_tokens, max_steps)
+    args = _BatchArgs(batch_size, accumulation, epochs, seed, bool(packing), max_length, batch_tokens, step_tokens, max_steps)
     lengths = np.asarray(lengths, dtype=np.int64)
-    return BatchPlan(lengths, _checked(lengths, recipe))
+    return BatchPlan(lengths, _checked(lengths, args))
 
 # %% ../nbs/07_batches.ipynb #ccb5c383
 class Shard(_Steps):
@@ -378,10 +378,10 @@ class Shard(_Steps):
     def _step(self,
         number: int # from 0
     ) -> PlannedStep:
-        step, recipe = self.plan[number], self.plan.recipe
+        step, args = self.plan[number], self.plan.args
         lines = [line for micro_batch in step.micro_batches for line in micro_batch]
         widths = self.plan.widths(lines)
-        hands = [_micro_batches([lines[at] for at in hand], [widths[at] for at in hand], recipe.batch_size, recipe.batch_tokens) for hand in _assign_to_ranks(lines, widths, self.world)]
+        hands = [_micro_batches([lines[at] for at in hand], [widths[at] for at in hand], args.batch_size, args.batch_tokens) for hand in _assign_to_ranks(lines, widths, self.world)]
         mine = hands[self.rank]
         return step._replace(micro_batches=mine + [[] for _ in range(max(map(len, hands)) - len(mine))])
 
@@ -567,7 +567,7 @@ def rope_mixes(
 
 # %% ../nbs/07_batches.ipynb #limits-trial
 TRIAL_WORK = 2e11  # tokens × parameters of the longest trial: half a minute on two cores
-FASTER = dict(cuda=1000, mps=10)  # how much more a graphics card does in that time
+FASTER = dict(cuda=1000, mps=10)  # how much more a GPU does in that time
 
 class LongTrial(NamedTuple):
     "Samples that go beyond a limit of a model."
@@ -625,7 +625,7 @@ class ContaminationCheck(NamedTuple):
     moved: float # how far logits of a sample moved when its neighbour in the line was changed
     elsewhere: float # how far they moved when a sample in another line was changed: what the kernels do to each other anyway, mostly nothing
     apart: float # how far they are from those of the sample alone
-    rounding: float # how far that may be in this number format
+    rounding: float # how far that may be in this precision
 
     @property
     def tight(self) -> bool:
@@ -636,7 +636,7 @@ class ContaminationCheck(NamedTuple):
 def dropout_disabled(
     model: torch.nn.Module # as it was before, afterwards
 ) -> Iterator[None]:
-    "No dropout for a while. Quantised layers stay as they are: on a processor, bitsandbytes repacks resting 4-bit ones for good, and computes resting 8-bit ones in another way."
+    "No dropout for a while. Quantised layers stay as they are: on a CPU, bitsandbytes repacks resting 4-bit ones for good, and computes resting 8-bit ones in another way."
     modes = {module: module.training for module in model.modules()}
     for module in modes: module.training = module.training and type(module).__name__ in ('Linear4bit', 'Linear8bitLt')
     try: yield
@@ -644,7 +644,7 @@ def dropout_disabled(
         for module, mode in modes.items(): module.training = mode
 
 def _rounding(logits: Tensor) -> float:
-    "What rounding explains: little where logits fill 32 bits on a processor, more on a graphics card, most where they fit into 16 bits"
+    "What rounding explains: little where logits are fp32 on a CPU, more on a GPU, most where they fit into 16 bits"
     halved = any(torch.equal(logits, logits.to(kind).to(logits.dtype)) for kind in (torch.bfloat16, torch.float16))
     return 5e-2 if halved else 1e-4 if logits.device.type == 'cpu' else 5e-3
 

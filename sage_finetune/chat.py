@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper, TextIteratorStreamer, TopPLogitsWarper
 
-from .config import Checked, TrainingConfig, as_folder, dial, resolve_model
+from .config import Checked, TrainingConfig, as_folder, config_field, resolve_model
 from .core.errors import ConfigError, DataError, ModelError
 from .core.storage import expand_home, write_atomic
 from .core.text import html_table, sanitize_html, text_table
@@ -145,10 +145,10 @@ def adapter_scale(
 @dataclass(repr=False)
 class SamplingParams(Checked):
     "How an answer is made; a wrong value is refused at once."
-    max_new_tokens: int = dial(256, 1, 1_000_000, effect='harmless') # the answer ends here at the latest
-    temperature: float = dial(0., 0, 10, effect='harmless') # 0: the best token each time; above: the higher the wilder
-    top_p: float = dial(1., 0, 1, effect='harmless') # draw among the best tokens that together have this probability
-    seed: int | None = dial(None, 0, 2**62, effect='harmless') # makes a draw repeatable
+    max_new_tokens: int = config_field(256, 1, 1_000_000, effect='harmless') # the answer ends here at the latest
+    temperature: float = config_field(0., 0, 10, effect='harmless') # 0: the best token each time; above: the higher the wilder
+    top_p: float = config_field(1., 0, 1, effect='harmless') # draw among the best tokens that together have this probability
+    seed: int | None = config_field(None, 0, 2**62, effect='harmless') # makes a draw repeatable
 
 def _room(model: Any, asked: int) -> int:
     "How many tokens an answer may have before the model's context is full"

@@ -247,18 +247,18 @@ class _Controls:
         self.several.observe(lambda change: panel.reacted(self.swap), 'value')
         self.say.observe(lambda change: self.came.set(), 'value')
         self.say.on_msg(lambda widget, content, buffers: panel.reacted(panel.entered) if content.get('event') == 'submit' else None)
-        self._dials(words)
+        self._make_settings(words)
         self._lora(panel, words)
         self._rows(panel, words)
 
-    def _dials(self, words: dict):
+    def _make_settings(self, words: dict):
         "How an answer is made"
         small = dict(layout=W.Layout(width='170px'), style=words)
         self.system = marked(W.Textarea(description='System', rows=2, placeholder='how the model should behave; many small models ignore it', continuous_update=False, layout=W.Layout(flex='1 1 260px', width='auto'), style=words), 'sage-system')
         self.temperature = marked(W.BoundedFloatText(description='Temperature', min=0, max=5, step=0.1, **small), 'sage-temperature')
         self.seed = marked(W.Text(description='Seed', placeholder='any', continuous_update=False, **small), 'sage-seed')
         self.longest = marked(W.BoundedIntText(description='Longest answer', min=1, max=1_000_000, layout=W.Layout(width='190px'), style=words), 'sage-longest')
-        self.dials = W.VBox([flex_row(self.system), flex_row(self.temperature, self.seed, self.longest),
+        self.settings_box = W.VBox([flex_row(self.system), flex_row(self.temperature, self.seed, self.longest),
             W.HTML('<small>temperature 0: the best token each time; above: the higher the wilder · seed: a number makes a draw repeatable, empty draws anew · longest answer: in tokens</small>')])
 
     def _lora(self, panel: 'ChatPanel', words: dict):
@@ -330,7 +330,7 @@ class ChatPanel(Panel):
         its = self.controls
         its.system.value, its.temperature.value, its.longest.value, its.seed.value = system, temperature, max_new_tokens, '' if seed is None else str(seed)
         super().__init__(W.HTML(_STYLE), self.talk.box, its.status, flex_row(its.say, its.lines, its.send, its.halt), flex_row(its.several, its.again, its.edit, its.number, its.clear, its.copy),
-            its.training, its.adapter, its.dials)
+            its.training, its.adapter, its.settings_box)
         parts = list(self.box.children[:-1])
         parts.insert(parts.index(its.status) + 1, self.problem)  # what went wrong is said beside the box that has the text again
         self.box.children = parts

@@ -61,7 +61,7 @@ def _flatten_state(value: Any, tensors: dict) -> Any:
 
 def read_state(
     path: str | Path # what `write_state` wrote
-) -> Any: # the same tree, tensors on the processor
+) -> Any: # the same tree, tensors on the CPU
     "Read a tree of tensors and plain values back. Raises `RunError` for a file that holds none."
     try:
         open_regular(path).close()  # safe_open would wait for a pipe
@@ -79,11 +79,11 @@ def _unflatten_state(told: Any, tensor: Any) -> Any:
 
 # %% ../nbs/11_checkpoint.ipynb #1e5dad0c
 def random_state() -> dict:
-    "The state of every random generator a run may draw from: torch's (processor and current card), numpy's and Python's."
+    "The state of every random generator a run may draw from: torch's (CPU and current GPU), numpy's and Python's."
     kind, words, *rest = np.random.get_state()
     version, numbers, spare = random.getstate()
-    card = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return dict(torch=torch.get_rng_state(), cuda=card, numpy=[kind, torch.from_numpy(words.astype(np.int64)), *rest], python=[version, list(numbers), spare])
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return dict(torch=torch.get_rng_state(), cuda=gpu, numpy=[kind, torch.from_numpy(words.astype(np.int64)), *rest], python=[version, list(numbers), spare])
 
 def set_random_state(
     state: dict # what `random_state` gave
@@ -169,9 +169,9 @@ def identity(
     base_weights: str = '' # `base_fingerprint`, where the model came from files: every number counts
 ) -> dict: # plain values
     "What makes this run this run."
-    dials = {name: value for name, value in config.to_dict().items() if name not in FREE}
-    if dials['lora'].get('target_parameters') is None: dials['lora'].pop('target_parameters', None)  # runs from before there was this field
-    return dials | dict(rows=fingerprint_rows(dataset), base=fingerprint_base(model), processes=processes, base_weights=base_weights)
+    fields = {name: value for name, value in config.to_dict().items() if name not in FREE}
+    if fields['lora'].get('target_parameters') is None: fields['lora'].pop('target_parameters', None)  # runs from before there was this field
+    return fields | dict(rows=fingerprint_rows(dataset), base=fingerprint_base(model), processes=processes, base_weights=base_weights)
 
 def fingerprint_rows(
     dataset: Any # rows with `input_ids` and `labels`
@@ -405,7 +405,7 @@ def _checked_progress(told: dict, path: Path) -> Progress:
     if len(best) == 2 and is_number(best[0]) and type(best[1]) is int and 0 <= best[1] <= progress.step and max(progress.halvings, progress.eval_halvings) < 64: return progress
     raise RunError(f'{path} tells of a progress that cannot be: {printable(repr(told)[:100])}')
 
-BEST_KEPT = 'the adapter is that of step {}, where the held-out loss was lowest'  # also read back, by who warns of learning by heart
+BEST_KEPT = 'the adapter is that of step {}, where the held-out loss was lowest'  # also read back, by who warns of overfitting
 
 class CheckpointManager:
     "Knows the last whole step of a run, and can save it at any time."

@@ -64,7 +64,7 @@ def _run(arguments: list[str] | None) -> int:
 # %% ../nbs/35_cli.ipynb #a278cda4
 @app.command('doctor')
 def doctor_command(
-    run_dir: Annotated[Optional[Path], typer.Argument(metavar='[RUN_DIR]', help='a run folder whose recipe is looked at too', callback=_home)] = None,
+    run_dir: Annotated[Optional[Path], typer.Argument(metavar='[RUN_DIR]', help='a run folder whose config is looked at too', callback=_home)] = None,
     online: Annotated[bool, typer.Option(help='ask the Hub whether it answers')] = True
 ):
     "Look at everything a run needs, and say what to change."
@@ -141,7 +141,7 @@ def run_command(
     run_dir: RunDir,
     resume: Annotated[bool, typer.Option(help='go on from the newest checkpoint')] = False,
     overwrite: Annotated[bool, typer.Option(help='start anew and replace what an earlier run left')] = False,
-    num_processes: Annotated[int, typer.Option(min=1, help='processes that share every step, one a graphics card')] = 1,
+    num_processes: Annotated[int, typer.Option(min=1, help='processes that share every step, one per GPU')] = 1,
     trust_remote_code: TrustCode = False,
     allow_special_tokens: Annotated[bool, typer.Option('--allow-special-tokens', help='let text in the data become control tokens: only for data you trust')] = False,
     report_to: Annotated[Optional[ReportTo], typer.Option(help='also send the curves to this tool; wandb sends them under your account')] = None
@@ -170,7 +170,7 @@ def merge_command(
     run_dir: RunDir,
     output: Annotated[Optional[Path], typer.Option('-o', '--output', help='folder for the merged model; merged_model in the run folder by default', callback=_home)] = None,
     trust_remote_code: TrustCode = False,
-    fp32: Annotated[bool, typer.Option('--fp32', help='merge and save in 32 bits: twice the size, no rounding')] = False,
+    fp32: Annotated[bool, typer.Option('--fp32', help='merge and save in fp32: twice the size, no rounding')] = False,
     force: Annotated[bool, typer.Option('--force', help='keep a merged model that lost much of what the adapter changes')] = False,
     allow_other_base: Annotated[bool, typer.Option('--allow-other-base', help='go on where the base has other weights than in training')] = False
 ):

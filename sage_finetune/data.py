@@ -493,7 +493,7 @@ def ordered_map(
 
 @contextmanager
 def _no_threads_of_its_own() -> Iterator[None]:
-    "Our threads keep the processor busy; the tokenizer's own would also warn of every process that is forked later"
+    "Our threads keep the CPU busy; the tokenizer's own would also warn of every process that is forked later"
     given = os.environ.get('TOKENIZERS_PARALLELISM')
     os.environ['TOKENIZERS_PARALLELISM'] = given or 'false'
     try: yield

@@ -62,7 +62,7 @@ def held_out_rows(
 
 # %% ../nbs/32_demo.ipynb #04179609
 def train_and_compare(
-    config: TrainingConfig, # the recipe
+    config: TrainingConfig, # of the run
     skills: list[dict] | None = None, # rows of old skills, asked before and after
     **options: Any # what `LoRATrainer.train` takes
 ) -> Report: # scores before and after
@@ -81,7 +81,7 @@ def quickstart(
     task: str, # code, qa, instruction, chat or custom
     output_dir: str | Path | None = None, # run folder to make; None: finetune_output/TASK
     show: bool = True, # print the plan, the steps and the report
-    **options: Any # what `prepare_run` takes: model, data, code_root, max_facts, overwrite, and fields of the recipe
+    **options: Any # what `prepare_run` takes: model, data, code_root, max_facts, overwrite, and fields of the config
 ) -> Report: # scores before and after
     "Prepare a run, train it, and ask its held-out questions before and after. Raises `FinetuneError` for what you can put right."
     run_dir = prepare_run(task, Path('finetune_output')/find_task(task).name if output_dir is None else output_dir, show=show, **options)
@@ -94,7 +94,7 @@ def quickstart(
 # %% ../nbs/32_demo.ipynb #789134c6
 def demo_example(
     folder: str | Path, # its run folder is made below this one
-    **overrides: Any # fields of the recipe to set differently
+    **overrides: Any # fields of the config to set differently
 ) -> Report: # scores before and after
     "Teach the packaged model a new place: train, compare, merge, chat."
     run_dir = Path(folder)/'example'

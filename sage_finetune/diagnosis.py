@@ -210,43 +210,43 @@ def _control_group(kind: str, *names: str) -> str | None:
             if said and not said.startswith(('max', '-1')): return said
     return None
 
-def _processor() -> Iterator[Look]:
+def _cpu() -> Iterator[Look]:
     "Cores and memory, as far as this process may use them"
     cores = core_count()
     share = (_control_group('cpu', 'cpu.max') or '').split()
     allowed = f', of which the container may use {int(share[0]) / int(share[1]):.1f}' if len(share) == 2 and int(share[0]) < cores * int(share[1]) else ''
-    yield Look('processor', f'{cores} core{"s" * (cores != 1)}{allowed}, {platform.machine()}, {platform.system()}')
+    yield Look('CPU', f'{cores} core{"s" * (cores != 1)}{allowed}, {platform.machine()}, {platform.system()}')
     memory, limit = psutil.virtual_memory(), int(_control_group('memory', 'memory.max', 'memory.limit_in_bytes') or 1 << 62)
     held = f'; the container is limited to {_gb(limit)}' if limit < memory.total else ''
     low = memory.available < 1.5e9
     yield Look('memory', f'{_gb(memory.available)} of {_gb(memory.total)} free{held}', 'note' if low else 'ok', 'free() in notebooks that are open, or close them' if low else '')
 
 # %% ../nbs/21_diagnosis.ipynb #5c43f97f
-def _card() -> Iterator[Look]:
-    "The graphics card, and whether this build of torch can use it"
+def _gpu() -> Iterator[Look]:
+    "The GPU, and whether this build of torch can use it"
     import torch  # only here: a line about a missing library must not need it
-    if getattr(torch.backends, 'mps', None) and torch.backends.mps.is_available(): yield Look('card', 'Apple (MPS)')
+    if getattr(torch.backends, 'mps', None) and torch.backends.mps.is_available(): yield Look('GPU', 'Apple (MPS)')
     elif torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()): yield from _one_card(torch, number)
-    else: yield from _no_card(torch)
+        for number in range(torch.cuda.device_count()): yield from _one_gpu(torch, number)
+    else: yield from _no_gpu(torch)
 
-def _one_card(torch: Any, number: int) -> Iterator[Look]:
+def _one_gpu(torch: Any, number: int) -> Iterator[Look]:
     "Name, memory, and whether there is code for it"
     (free, total), (major, minor), name = torch.cuda.mem_get_info(number), torch.cuda.get_device_capability(number), torch.cuda.get_device_name(number)
-    yield Look(f'card {number}', f'{name}, {_gb(free)} of {_gb(total)} free, compute capability {major}.{minor}, CUDA {torch.version.cuda or torch.version.hip}')
+    yield Look(f'GPU {number}', f'{name}, {_gb(free)} of {_gb(total)} free, compute capability {major}.{minor}, CUDA {torch.version.cuda or torch.version.hip}')
     kinds = [re.fullmatch(r'(sm|compute)_(\d+)(\d)[a-z]?', kind) for kind in torch.cuda.get_arch_list()]
     able = [kind[1] == 'compute' and (int(kind[2]), int(kind[3])) <= (major, minor) or kind[1] == 'sm' and int(kind[2]) == major and int(kind[3]) <= minor for kind in kinds if kind]
-    if able and not any(able): yield Look(f'card {number}', f'torch {torch.__version__} has no code for capability {major}.{minor}', 'problem', 'install a build of torch for this card: https://pytorch.org/get-started/locally')
-    if total - free > 0.5 * total and torch.cuda.memory_reserved(number) < 0.5 * (total - free): yield Look(f'card {number}', f'{_gb(total - free)} are taken by other programs', 'note', 'nvidia-smi shows which; in another notebook: free()')
+    if able and not any(able): yield Look(f'GPU {number}', f'torch {torch.__version__} has no code for capability {major}.{minor}', 'problem', 'install a build of torch for this GPU: https://pytorch.org/get-started/locally')
+    if total - free > 0.5 * total and torch.cuda.memory_reserved(number) < 0.5 * (total - free): yield Look(f'GPU {number}', f'{_gb(total - free)} are taken by other programs', 'note', 'nvidia-smi shows which; in another notebook: free()')
     if torch.cuda.is_bf16_supported() and not torch.cuda.is_bf16_supported(including_emulation=False): yield Look('bf16', f'{name} only imitates it, slowly; fp16 is used', 'note')
 
-def _no_card(torch: Any) -> Iterator[Look]:
+def _no_gpu(torch: Any) -> Iterator[Look]:
     "Why there is none"
     hidden = [f'{name}={os.environ[name]!r}' for name in ('CUDA_VISIBLE_DEVICES', 'NVIDIA_VISIBLE_DEVICES') if os.environ.get(name) in ('', '-1', 'none', 'void')]
-    if not (shutil.which('nvidia-smi') or Path('/proc/driver/nvidia/version').exists()): yield Look('card', 'none; the processor does the work')
-    elif hidden: yield Look('card', f'hidden by {", ".join(hidden)}; the processor does the work', 'note', f'unset {hidden[0].partition("=")[0]}, then {RESTART}')
-    elif not torch.version.cuda: yield Look('card', f'there is one, but torch {torch.__version__} is a build without CUDA', 'problem', 'install a build of torch for it: https://pytorch.org/get-started/locally')
-    else: yield Look('card', f'there is one, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: the driver is older, or not loaded', 'problem', 'nvidia-smi')
+    if not (shutil.which('nvidia-smi') or Path('/proc/driver/nvidia/version').exists()): yield Look('GPU', 'none; the CPU does the work')
+    elif hidden: yield Look('GPU', f'hidden by {", ".join(hidden)}; the CPU does the work', 'note', f'unset {hidden[0].partition("=")[0]}, then {RESTART}')
+    elif not torch.version.cuda: yield Look('GPU', f'there is one, but torch {torch.__version__} is a build without CUDA', 'problem', 'install a build of torch for it: https://pytorch.org/get-started/locally')
+    else: yield Look('GPU', f'there is one, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: the driver is older, or not loaded', 'problem', 'nvidia-smi')
 
 # %% ../nbs/21_diagnosis.ipynb #e59af1ff
 LITTLE, FULL = 5e9, 0.3e9  # bytes free, below which there is a note, and a problem
@@ -280,44 +280,44 @@ def _libraries() -> Iterator[Look]:
     else: yield Look('loading', f'the libraries load ({time.perf_counter() - began:.1f} s)')
 
 def trial_step(
-    config: TrainingConfig, # its device and number format
-    **dials: Any # fields of the packaged model's recipe, such as load_in_4bit=True
+    config: TrainingConfig, # its device and precision
+    **overrides: Any # fields of the packaged model's preset, such as load_in_4bit=True
 ) -> str: # what happened, in words
     "Give the packaged model an adapter and make one step, forward and backward. Raises whatever stands in the way."
     import torch
     from sage_finetune.config import PresetConfigs
     from sage_finetune.model import attach_lora, load_base, plan_precision
-    began, recipe = time.perf_counter(), PresetConfigs.tiny(device=config.device, fp16=config.fp16, bf16=config.bf16, **dials)
+    began, tiny = time.perf_counter(), PresetConfigs.tiny(device=config.device, fp16=config.fp16, bf16=config.bf16, **overrides)
     with torch.random.fork_rng():
-        model, tokenizer = load_base(recipe)
-        model = attach_lora(model, recipe.lora)
+        model, tokenizer = load_base(tiny)
+        model = attach_lora(model, tiny.lora)
         ids = torch.tensor([tokenizer.encode('What is a lamp? A lamp is a light.')], device=model.device)   # (1, tokens)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
     grown = sum(float(one.grad.abs().sum()) for one in model.parameters() if one.grad is not None)
     if not (0 < grown < float('inf')): raise FinetuneError(f'the step of the packaged model has loss {loss.item():g} and a gradient of {grown:g}')
-    return f'{plan_precision(recipe).name} on {model.device.type}, attention {model.config._attn_implementation}: loss {loss.item():.2f} in {time.perf_counter() - began:.1f} s'
+    return f'{plan_precision(tiny).name} on {model.device.type}, attention {model.config._attn_implementation}: loss {loss.item():.2f} in {time.perf_counter() - began:.1f} s'
 
 # %% ../nbs/21_diagnosis.ipynb #5761b638
 BITS = {'load_in_8bit': '8 bits', 'load_in_4bit': '4 bits'}
 
 def _what_runs(config: TrainingConfig | None) -> Iterator[Look]:
-    "Number format, a step, 8 and 4 bits, compiling"
+    "Precision, a step, 8 and 4 bits, compiling"
     from sage_finetune.model import pick_device, plan_precision
     chosen = config or TrainingConfig()
-    try: yield Look('numbers', str(plan_precision(chosen)))
+    try: yield Look('precision', str(plan_precision(chosen)))
     except ConfigError as error:
-        yield Look('numbers', str(error), 'problem', 'config.fp16 = config.bf16 = None; config.device = "auto"')
+        yield Look('precision', str(error), 'problem', 'config.fp16 = config.bf16 = None; config.device = "auto"')
         return
     asked = [name for name in BITS if getattr(chosen, name)]
     yield from _trials('a step', chosen, 'problem')
     for name in asked if config else BITS: yield from _trials(BITS[name], chosen, 'problem' if asked else 'note', **{name: True})
     yield from _compiler(chosen, pick_device(chosen).type)
 
-def _trials(what: str, config: TrainingConfig, bad: str, **dials: Any) -> Iterator[Look]:
+def _trials(what: str, config: TrainingConfig, bad: str, **overrides: Any) -> Iterator[Look]:
     "A trial as a line"
-    try: yield Look(what, trial_step(config, **dials))
-    except Exception as error: yield Look(what, f'fails: {_reason(error)}', bad, _pip('-U bitsandbytes') if dials else '')
+    try: yield Look(what, trial_step(config, **overrides))
+    except Exception as error: yield Look(what, f'fails: {_reason(error)}', bad, _pip('-U bitsandbytes') if overrides else '')
 
 def _compiler(config: TrainingConfig, device: str) -> Iterator[Look]:
     "What compiling a model's layers needs"
@@ -399,7 +399,7 @@ def _why_not(endpoint: str, wanted: list[str]) -> str:
     return ''
 
 # %% ../nbs/21_diagnosis.ipynb #1284d78b
-def _recipe(config: TrainingConfig) -> Iterator[Look]:
+def _config_checks(config: TrainingConfig) -> Iterator[Look]:
     "Contradictions, model and data of a config"
     try: config.check()
     except ConfigError as error: yield Look('config', str(error), 'problem')
@@ -458,7 +458,7 @@ def _memory(config: TrainingConfig) -> Iterator[Look]:
     except FinetuneError as error:  # the run would end with it; only a model that brings code may work nevertheless
         yield Look('run memory', str(error), 'note' if model_code(config.model_name) else 'problem')
         return
-    there, place = available_memory(needed.device), 'the card' if needed.device == 'cuda' else 'this machine'
+    there, place = available_memory(needed.device), 'the GPU' if needed.device == 'cuda' else 'this machine'
     said = f'the run needs about {format_bytes(needed.total)} for rows of max_length={config.max_length}, {place} has {format_bytes(there)} free'
     if fits(needed, there): yield Look('run memory', said)
     else: yield Look('run memory', said, 'problem', _way_out(config, there))
@@ -536,9 +536,9 @@ def doctor(
     "Look at everything a run needs. Never raises: a look that fails is a line in the table."
     began = time.perf_counter()
     config, looks = _config_of(config)
-    checks = [('versions', _versions), ('package', _package), ('extras', _extras, config), ('torchao', _torchao), ('widgets', _front_end), ('machine', _processor), ('card', _card),
+    checks = [('versions', _versions), ('package', _package), ('extras', _extras, config), ('torchao', _torchao), ('widgets', _front_end), ('machine', _cpu), ('GPU', _gpu),
               ('disk', check_folder_writable, (config or TrainingConfig()).output_dir), ('loading', _libraries), ('what runs', _what_runs, config), ('Hub', _hub, config, online)]
-    if config: checks += [('config', _recipe, config), ('output_dir', _run_folder, config), ('Python files', _shadows, config.output_dir), ('memory', _memory, config)]
+    if config: checks += [('config', _config_checks, config), ('output_dir', _run_folder, config), ('Python files', _shadows, config.output_dir), ('memory', _memory, config)]
     for what, check, *given in checks: looks += looked(what, check, *given)
     return Diagnosis(looks, time.perf_counter() - began)
 
@@ -570,10 +570,10 @@ def without_traceback_locals(
 
 # %% ../nbs/21_diagnosis.ipynb #ae231b7b
 def _sizes() -> dict[str, int]:
-    "Bytes of this process in memory, and of the card what its libraries hold"
+    "Bytes of this process in memory, and of the GPU what its libraries hold"
     found, torch = dict(memory=psutil.Process().memory_info().rss), sys.modules.get('torch')
-    if torch and torch.cuda.is_initialized(): found['card'] = torch.cuda.memory_reserved()
-    elif torch and getattr(torch, 'mps', None) and torch.backends.mps.is_available(): found['card'] = torch.mps.driver_allocated_memory()
+    if torch and torch.cuda.is_initialized(): found['GPU'] = torch.cuda.memory_reserved()
+    elif torch and getattr(torch, 'mps', None) and torch.backends.mps.is_available(): found['GPU'] = torch.mps.driver_allocated_memory()
     return found
 
 def _forget_error() -> bool:
@@ -589,7 +589,7 @@ def _forget_error() -> bool:
 @dataclass(repr=False)
 class Freed:
     "What was given back; shows itself."
-    before: dict[str, int] # bytes of memory and card
+    before: dict[str, int] # bytes of memory and GPU
     after: dict[str, int] # the same, afterwards
     gone: list[str] = field(default_factory=list) # what was let go, in words
     held: list[str] = field(default_factory=list) # names that still hold a model
@@ -612,7 +612,7 @@ def _holders() -> list[str]:
 def free(
     outputs: bool = False # also forget the results of earlier cells: IPython's `Out` and `_`
 ) -> Freed: # memory before and after; shows itself
-    "Give memory back: what the last error held, shared models of chats, unused memory of the card and of this process. `%debug` has nothing to look at afterwards."
+    "Give memory back: what the last error held, shared models of chats, unused memory of the GPU and of this process. `%debug` has nothing to look at afterwards."
     before, gone = _sizes(), ['the last error'] * _forget_error()
     forget = getattr(sys.modules.get('sage_finetune.chat'), 'clear_model_cache', None)
     if forget and forget(): gone.append('models shared by chats')
@@ -624,7 +624,7 @@ def free(
     if 'torch' in sys.modules:
         import torch
         from sage_finetune.engine import trim_memory
-        from sage_finetune.model import free as free_card
-        free_card()
+        from sage_finetune.model import free as free_gpu
+        free_gpu()
         trim_memory(torch.device('cpu'))
     return Freed(before, _sizes(), gone, _holders())

@@ -36,7 +36,7 @@ from .modeling.packed_weights import PackedWeight, can_pack, packing_gain
 def cross_entropy_sum(
     logits: Tensor, # (lines, longest, vocabulary)
     labels: Tensor # int64 (lines, longest), -100 where not trained on
-) -> Tensor: # scalar, in 32 bits
+) -> Tensor: # scalar, in fp32
     "Cross-entropy summed over the trained tokens, in nats."
     is_target = labels[:, 1:] != -100                        # (lines, longest - 1)
     return F.cross_entropy(logits[:, :-1][is_target].float(), labels[:, 1:][is_target], reduction='sum')
@@ -49,7 +49,7 @@ def _loss_and_grad_logits(
     scale: float, # logits are multiplied by this first
     slopes: bool # False: the loss is enough
 ) -> Tensor: # the sum
-    "Loss of a chunk; in 32 bits, a few rows at a time so that they stay in a processor's cache"
+    "Loss of a chunk; in fp32, a few rows at a time so that they stay in a CPU's cache"
     total, group = logits.new_zeros((), dtype=torch.float32), len(logits) if logits.is_cuda else 4
     for part, target in zip(logits.split(max(group, 1)), labels[:, None].split(max(group, 1))):
         scores = part.to(torch.promote_types(part.dtype, torch.float32))
@@ -105,7 +105,7 @@ def chunked_cross_entropy(
     scale: float = 1., # logits are multiplied by it first, as Granite's and Cohere's are
     chunk: int | None = None, # tokens whose logits exist at the same time; None: 96 MiB of them
     packed: PackedWeight | None = None # the weight, packed
-) -> Tensor: # scalar, in 32 bits
+) -> Tensor: # scalar, in fp32
     "Cross-entropy summed over the trained tokens, in nats, without ever holding all logits; equal to `cross_entropy_sum` of them."
     is_target = labels != -100
     chunk = chunk or max(1, 3 * 2**25 // (len(weight) * weight.element_size()) // PAD_MULTIPLE) * PAD_MULTIPLE
@@ -124,7 +124,7 @@ class Head(NamedTuple):
     def loss(self,
         inputs: dict, # keyword arguments of the model
         labels: Tensor # int64 (lines, longest), -100 where not trained on
-    ) -> Tensor: # scalar, in 32 bits
+    ) -> Tensor: # scalar, in fp32
         "Cross-entropy summed over the trained tokens."
         hidden = self.body(**inputs).last_hidden_state
         return chunked_cross_entropy(hidden[:, :-1].flatten(0, 1), self.output.weight, labels[:, 1:].flatten(), self.output.bias, self.softcap, self.scale, packed=self.packed)
@@ -144,7 +144,7 @@ def find_head(
 
 # %% ../nbs/09_engine.ipynb #3db15577
 def _rows_at_once(x: Tensor, columns: int) -> int:
-    "Rows of a product that are computed together: oneDNN leaves half of a processor idle for some wide, low ones (at 512 to 1,024 columns, up to 1,536 rows)"
+    "Rows of a product that are computed together: oneDNN leaves half of a CPU idle for some wide, low ones (at 512 to 1,024 columns, up to 1,536 rows)"
     if x.device.type != 'cpu' or x.dtype == torch.float32 or not 512 <= columns <= 1024 or len(x) >= 1536: return max(len(x), 1)
     return columns * 3 // 4 // PAD_MULTIPLE * PAD_MULTIPLE
 
@@ -361,7 +361,7 @@ def _sample_output(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
     return output
 
 def _block_weights(rows: Tensor, wide_key: Tensor, at: int) -> Tensor:
-    "Attention weights of the rows from `at` on, (groups, heads of a group x rows, keys), in the rows' dtype; `wide_key` is scaled, in 32 bits, (groups, head_dim, keys)"
+    "Attention weights of the rows from `at` on, (groups, heads of a group x rows, keys), in the rows' dtype; `wide_key` is scaled, in fp32, (groups, head_dim, keys)"
     weights, keys = torch.bmm(rows.float(), wide_key), wide_key.shape[-1]
     weights.view(-1, keys - at, keys)[..., at:] += _causal_bias(weights, keys - at)
     return torch.softmax(weights, -1).to(rows.dtype)
@@ -471,7 +471,7 @@ def _check_mode(model: nn.Module) -> Iterator[None]:
         model.zero_grad(set_to_none=True)
 
 def _gradient(model: nn.Module) -> Tensor:
-    "All trained numbers' gradients in a row, on the processor; they are gone afterwards"
+    "All trained parameters' gradients in a row, on the CPU; they are gone afterwards"
     found = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten().cpu() for p in model.parameters() if p.requires_grad])
     model.zero_grad(set_to_none=True)
     return found
@@ -494,7 +494,7 @@ class Engine:
     def __init__(self,
         model: nn.Module, # a causal language model with an adapter
         packing: PackingMode = PADDED, # how packed samples are kept apart in it
-        dtype: torch.dtype = torch.float32 # the number format of the run
+        dtype: torch.dtype = torch.float32 # the precision of the run
     ):
         self.model, self.packing, self.dtype, self.head, self.lean, self.remarks = model, packing, dtype, None, {}, []
         self.row_by_row, self.trials = False, []  # `trials` go beyond the limits of the model
@@ -502,7 +502,7 @@ class Engine:
 
     def loss(self,
         batch: dict # what `collate` made, on the model's device
-    ) -> Tensor: # scalar, in 32 bits
+    ) -> Tensor: # scalar, in fp32
         "Cross-entropy summed over the trained tokens of a batch."
         return sum(map(self._loss, _single_rows(batch))) if self.row_by_row else self._loss(batch)
 
@@ -533,7 +533,7 @@ class Engine:
                 with _varlen_mode(): yield _flat_inputs(line), line['labels']
 
     def autocast(self) -> torch.autocast:
-        "Mixed precision where adapters in 32 bits meet a 16-bit base in PEFT's own layers; lean ones need none"
+        "Mixed precision where adapters in fp32 meet a 16-bit base in PEFT's own layers; lean ones need none"
         count = sum(isinstance(layer, BaseTunerLayer) and hasattr(layer, 'lora_A') for layer in self.model.modules()) if self.dtype != torch.float32 else 0
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, self.dtype, enabled=self.lean.get('adapters', 0) < count)
@@ -549,7 +549,7 @@ class EquivalenceCheck(NamedTuple):
     loss: float # relative difference of the losses
     gradient: float # relative distance of the gradients
     leak: float # how far the loss moves when a neighbour in the line changes, relative
-    rounding: float # how far losses may be apart in this number format; gradients ten times that
+    rounding: float # how far losses may be apart in this precision; gradients ten times that
     limit: str = '' # beyond which one sample was, a field of the config and its value
     beyond: tuple = () # the same for rows beyond the limits of the model
 
@@ -566,7 +566,7 @@ class EquivalenceCheck(NamedTuple):
 
 def reference_loss_and_grad(
     model: nn.Module, # a causal language model with an adapter
-    dtype: torch.dtype = torch.float32, # the number format of the run
+    dtype: torch.dtype = torch.float32, # the precision of the run
     trial: LongTrial | None = None, # samples beyond a limit of the model; None: a few dozen tokens
     row_by_row: bool = False # each sample in a batch of its own; long ones always are
 ) -> tuple[float, Tensor]: # loss, and gradients in a row
@@ -679,7 +679,7 @@ def pick_engine(
     model: nn.Module, # a causal language model with an adapter, not yet wrapped for training
     packs: bool = True, # rows are to be laid one behind the other, if the model can keep them apart
     max_length: int | None = None, # tokens of the longest line; None: any
-    dtype: torch.dtype = torch.float32, # the number format of the run
+    dtype: torch.dtype = torch.float32, # the precision of the run
     engine: str = 'auto', # "auto": what is found equal; "plain": transformers and PEFT as they are
     longest: int | None = None # tokens of the longest row; None: of the longest line
 ) -> Engine: # ready for batches
@@ -847,7 +847,7 @@ def _ask(function: str, *numbers: int):
 def retain_freed_memory(
     device: torch.device # of the model
 ):
-    "Keep memory with this process from now on, also that of large tensors. Only for models on a processor."
+    "Keep memory with this process from now on, also that of large tensors. Only for models on a CPU."
     if device.type != 'cpu': return
     _ask('mallopt', -4, 0)   # M_MMAP_MAX: nothing is asked of the system apart
     _ask('mallopt', -1, -1)  # M_TRIM_THRESHOLD: nothing is given back
@@ -861,7 +861,7 @@ def spare_memory(
 def trim_memory(
     device: torch.device # of the model
 ):
-    "Give the system the memory this process no longer uses, and keep no more than usual from now on. Only for models on a processor."
+    "Give the system the memory this process no longer uses, and keep no more than usual from now on. Only for models on a CPU."
     if device.type != 'cpu': return
     for option, usual in ((-4, 65536), (-3, 2**25), (-1, 2**26)): _ask('mallopt', option, usual)  # the largest the C library would choose by itself
     _ask('malloc_trim', 0)

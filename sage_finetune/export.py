@@ -127,7 +127,7 @@ class MergeReport:
 def logits_of(
     model: Any, # a causal language model
     examples: list[list[int]] # token ids of each text
-) -> list[Tensor]: # (tokens, vocabulary) in 32 bits on the CPU, one a text
+) -> list[Tensor]: # (tokens, vocabulary) in fp32 on the CPU, one a text
     "What a model expects at each place of each text."
     return [model(torch.tensor([ids], device=model.device)).logits[0].float().cpu() for ids in examples]
 
@@ -189,7 +189,7 @@ def _compared(plain: list[Tensor], tuned: list[Tensor], merged: list[Tensor], ex
 def _why_refused(report: MergeReport, run_dir: str | Path) -> str:
     "What was lost, and the ways out"
     lost = f'has kept only {report.kept:.0%} of what the adapter changes' if report.kept is not None and report.kept < WEAKENED else 'does not say what base and adapter say'
-    return f'the merged model {lost}, so it is not kept. Merge in 32 bits (fp32=True, --fp32), use the adapter beside its base (sage-finetune chat {run_dir}), ' \
+    return f'the merged model {lost}, so it is not kept. Merge in fp32 (fp32=True, --fp32), use the adapter beside its base (sage-finetune chat {run_dir}), ' \
            f'or keep it all the same (force=True, --force).\n{report}'
 
 def _write_report(report: MergeReport, temp: Path):
@@ -204,7 +204,7 @@ def merge(
     out: str | Path | None = None, # folder for the merged model; None: `merged_model` in the run folder
     texts: int = 8, # how many of the run's own rows are compared
     trust_remote_code: bool = False, # run Python code that comes with the model; what the run's own files say of it does not count
-    fp32: bool = False, # merge and save in 32 bits, whatever the run was trained in: twice the size, no rounding
+    fp32: bool = False, # merge and save in fp32, whatever the run was trained in: twice the size, no rounding
     force: bool = False, # keep a merged model that lost much of the adapter's effect; the report says how much
     allow_other_base: bool = False # go on where the base has other weights than those the adapter was trained on
 ) -> MergeReport: # written beside the weights as merge_report.json
@@ -252,7 +252,7 @@ def iter_valid_rows(
         try: yield read_row(raw.row, column_map=column_map)
         except DataError: continue
 
-MOST_LOGITS = 2**28  # of one model at a time: a GiB in 32 bits
+MOST_LOGITS = 2**28  # of one model at a time: a GiB in fp32
 
 def _real_texts(config: TrainingConfig, tokenizer: Any, count: int) -> list[RenderedExample]:
     "Some conversations the run was made for, as tokens; of a large vocabulary fewer tokens"

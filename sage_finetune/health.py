@@ -775,7 +775,7 @@ ADVICE = {
     'empty answers': 'Remove them: they teach the model to say nothing.',
     'hollow answers': 'Remove these rows, or write their answers: the model learns to say just that.',
     'cut-off answers': 'Look at the ends of a few. What was cut off teaches to stop in the middle of a sentence: get the whole text.',
-    'in both splits': 'Remove these questions from training, or divide the data with split: measured like this, learning by heart looks like understanding.',
+    'in both splits': 'Remove these questions from training, or divide the data with split: measured like this, memorising looks like understanding.',
     'nearly in both splits': 'Look at a few pairs; remove from training what asks the same in other words, or the exam measures memory.',
     'not compared': 'Pass the held-out rows as evaluation=, if there are any.',
     'exact duplicates': 'Remove them: a row that stands there twice is trained on twice as often.',

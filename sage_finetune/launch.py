@@ -29,7 +29,7 @@ from .runs import MetricsTail, Status, describe_trainer, moment, is_stale, read_
 # %% ../nbs/20_launch.ipynb #15031a90
 def train_command(
     run_dir: str | Path, # a prepared run folder
-    num_processes: int = 1, # that share every step, one a graphics card
+    num_processes: int = 1, # that share every step, one per GPU
     resume: bool | str = False, # go on from the newest checkpoint; "auto": if there is one
     overwrite: bool = False, # start anew and replace what an earlier run left
     **allowed: Any # permissions you give: trust_remote_code=True, allow_special_tokens=True, report_to="wandb"
@@ -96,7 +96,7 @@ def _note(folder: Path, child: subprocess.Popen, processes: int, said: int, befo
 # %% ../nbs/20_launch.ipynb #4316cebd
 def start_run(
     run_dir: str | Path, # a prepared run folder
-    num_processes: int = 1, # that share every step, one a graphics card
+    num_processes: int = 1, # that share every step, one per GPU
     resume: bool | str = False, # go on from the newest checkpoint; "auto": if there is one
     overwrite: bool = False, # start anew and replace what an earlier run left
     **allowed: Any # permissions you give: trust_remote_code=True, allow_special_tokens=True, report_to="wandb"
@@ -118,7 +118,7 @@ def _log(folder: Path) -> BinaryIO:
 
 def run_in_foreground(
     run_dir: str | Path, # a prepared run folder
-    num_processes: int = 1, # that share every step, one a graphics card
+    num_processes: int = 1, # that share every step, one per GPU
     resume: bool | str = False, # go on from the newest checkpoint; "auto": if there is one
     overwrite: bool = False, # start anew and replace what an earlier run left
     **allowed: Any # permissions you give: trust_remote_code=True, allow_special_tokens=True, report_to="wandb"

@@ -72,7 +72,7 @@ def _ask_the_hub(seconds: float = 4.):
 
 def build_meta_model(
     config: TrainingConfig, # `model_name` and `lora`
-    dtype: torch.dtype = torch.float32 # number format of the base
+    dtype: torch.dtype = torch.float32 # precision of the base
 ) -> nn.Module: # with an adapter; all on the `meta` device
     "A model and its adapter as shapes without numbers. Raises `ModelError` when its config cannot be read."
     return _hollow(config, dtype)[0]
@@ -94,7 +94,7 @@ def _hollow(config: TrainingConfig, dtype: torch.dtype, few: int = 0) -> tuple[n
         return attach_lora(base, replace(config.lora, init_lora_weights='default'), config.seed), left_out  # where the adapter starts takes nothing
 
 def _keep_wide(base: nn.Module):
-    "The few numbers that an architecture keeps in 32 bits, as it is loaded"
+    "The few numbers that an architecture keeps in fp32, as it is loaded"
     kept = {*(getattr(base, '_keep_in_fp32_modules_strict', None) or ())}
     for name, tensor in (*base.named_parameters(), *base.named_buffers()):
         if kept.intersection(name.split('.')): tensor.data = tensor.data.float()
@@ -239,11 +239,11 @@ def _packed_bytes(layer: nn.Module, bits: int) -> int:
 class _PackedProduct(torch.autograd.Function):
     "What a product with a quantised weight takes: the weight unpacked for a moment, both ways; 8 bits also keep what came in"
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: tuple, bits: int, on_card: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shape: tuple, bits: int, on_gpu: bool) -> Tensor:
         ctx.save_for_backward(x if bits == 8 else None)
         ctx.unpacked = shape, x.dtype
         flat = x.reshape(-1, x.shape[-1])
-        if bits == 8 and on_card: moment = flat.half(), flat.to(torch.int8), flat.new_empty(len(flat), shape[0], dtype=torch.int32)  # the card multiplies bytes
+        if bits == 8 and on_gpu: moment = flat.half(), flat.to(torch.int8), flat.new_empty(len(flat), shape[0], dtype=torch.int32)  # the GPU multiplies bytes
         else: moment = flat.new_empty(shape)
         return x.new_empty(*x.shape[:-1], shape[0])
 
@@ -252,23 +252,23 @@ class _PackedProduct(torch.autograd.Function):
         shape, dtype = ctx.unpacked
         return upstream @ upstream.new_empty(shape, dtype=dtype).to(upstream.dtype), None, None, None
 
-def _pack(model: nn.Module, bits: int, on_card: bool):
+def _pack(model: nn.Module, bits: int, on_gpu: bool):
     "Every frozen linear layer but the head holds and does what a quantised one does"
     for layer in list(model.modules()):
-        if isinstance(layer, BaseTunerLayer): layer.cast_input_dtype_enabled = not on_card  # those of quantised layers leave it to autocast there
+        if isinstance(layer, BaseTunerLayer): layer.cast_input_dtype_enabled = not on_gpu  # those of quantised layers leave it to autocast there
         if not vars(layer).get('quantised') or layer.weight.requires_grad: continue
         shape = tuple(layer.weight.shape) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape[::-1])  # (out, in)
         layer.weight = nn.Parameter(torch.empty(_packed_bytes(layer, bits), dtype=torch.uint8, device='meta'), requires_grad=False)
-        layer.forward = lambda x, shape=shape: _PackedProduct.apply(x, shape, bits, on_card)
+        layer.forward = lambda x, shape=shape: _PackedProduct.apply(x, shape, bits, on_gpu)
 
 # %% ../nbs/12_memory.ipynb #b403d31b
 class _DryRun:
     "A model ready to be rehearsed"
     def __init__(self, config: TrainingConfig, device: str, dtype: torch.dtype, ways: Sequence[str], few: int = 0):
-        self.config, self.on_card, self.ways, self.mode, self.asked = config, device != 'cpu', ways, FakeTensorMode(allow_non_fake_inputs=True), 0
-        self.dtype = torch.float16 if self.on_card and dtype == torch.bfloat16 else dtype  # as wide, and without the shortcuts a processor takes
+        self.config, self.on_gpu, self.ways, self.mode, self.asked = config, device != 'cpu', ways, FakeTensorMode(allow_non_fake_inputs=True), 0
+        self.dtype = torch.float16 if self.on_gpu and dtype == torch.bfloat16 else dtype  # as wide, and without the shortcuts a CPU takes
         (self.model, self.left_out), bits = _hollow(config, self.dtype, few), 8 if config.load_in_8bit else 4 if config.load_in_4bit else 0
-        if bits: _pack(self.model, bits, self.on_card)
+        if bits: _pack(self.model, bits, self.on_gpu)
         if config.gradient_checkpointing: checkpoint_layers(self.model)
         lean = 'layers' in ways and _make_lean(self.model, bool(bits))
         self.head = engines.find_head(self.model) if 'head' in ways else None
@@ -281,7 +281,7 @@ class _DryRun:
         widths, packs = [sum(line) for line in lines], 'packs' in self.ways
         if 'samples' in self.ways:
             lengths = [length for line in lines for length in line]
-            if not self.on_card: lengths += [-sum(lengths) % engines.PAD_MULTIPLE] * bool(sum(lengths) % engines.PAD_MULTIPLE)
+            if not self.on_gpu: lengths += [-sum(lengths) % engines.PAD_MULTIPLE] * bool(sum(lengths) % engines.PAD_MULTIPLE)
             borders, ids = _Borders(accumulate(lengths, initial=0)), torch.zeros(1, sum(lengths), dtype=torch.long)
             return dict(input_ids=ids, position_ids=ids.clone(), use_cache=False, cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=max(lengths), max_length_k=max(lengths))
         ids = torch.zeros(len(lines), max(widths), dtype=torch.long)
@@ -303,11 +303,11 @@ class _DryRun:
         chosen = torch.zeros(max(1, round(len(flat) * target_fraction)), dtype=torch.long)
         if not self.head: return F.cross_entropy(flat[chosen].float(), chosen, reduction='sum')
         weight = self.head.output.weight
-        return _HeadSteps.apply(flat[chosen].to(weight.dtype), weight, None if self.on_card else 4)
+        return _HeadSteps.apply(flat[chosen].to(weight.dtype), weight, None if self.on_gpu else 4)
 
 # %% ../nbs/12_memory.ipynb #5be2f9a1
 class _ExpertShapes(TorchDispatchMode):
-    "The shapes of grouped products, in any number format"
+    "The shapes of grouped products, in any dtype"
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         "Run an operation, or tell what it gives"
         kwargs = kwargs or {}
@@ -357,12 +357,12 @@ def _trace_step(config: TrainingConfig, device: str, dtype: torch.dtype, lines: 
     return count, stage
 
 # %% ../nbs/12_memory.ipynb #0bf7d14c
-MICRO_BATCH_TOKENS = 768  # of packed samples on a processor: more at once are hardly faster there, and cost memory
+MICRO_BATCH_TOKENS = 768  # of packed samples on a CPU: more at once are hardly faster there, and cost memory
 
 def batch_layout(
     config: TrainingConfig, # how rows are put together
     packs: bool, # rows are laid one behind the other
-    few: bool, # samples are read one by one on a processor: they may come in pieces of any size, and small ones need less memory
+    few: bool, # samples are read one by one on a CPU: they may come in pieces of any size, and small ones need less memory
     halvings: int = 0 # how often memory ran out
 ) -> dict: # what `plan_batches` takes
     "How lines are put together."
@@ -371,7 +371,7 @@ def batch_layout(
 def largest_micro_batch(
     config: TrainingConfig, # how rows are put together
     lengths: Sequence[int] | None = None, # tokens of each row; None: all of max_length
-    few: bool = False # samples are read one by one on a processor
+    few: bool = False # samples are read one by one on a CPU
 ) -> list[list[int]]: # lines of the tokens of samples
     "The largest micro-batch of a run."
     size, accumulation, layout = config.per_device_train_batch_size, config.gradient_accumulation_steps, batch_layout(config, config.packing, few)
@@ -453,9 +453,9 @@ def _uncountable(model_name: str, error: BaseException) -> str:
             'Restore it from a copy if it is damaged; else a run of a few steps (max_steps=3) shows what it takes.')
 
 # %% ../nbs/12_memory.ipynb #28da39f9
-PARTS = dict(weights=('#4878a8', 'the frozen base'), packed=('#9c755f', 'its weights again, in the order of the CPU\'s matrix products'), adapter=('#e49444', 'what is trained, in 32 bits'), gradients=('#d1615d', 'one for each trained number'),
+PARTS = dict(weights=('#4878a8', 'the frozen base'), packed=('#9c755f', 'its weights again, in the order of the CPU\'s matrix products'), adapter=('#e49444', 'what is trained, in fp32'), gradients=('#d1615d', 'one for each trained parameter'),
              optimizer=('#85b6b2', 'what it remembers of earlier gradients'), activations=('#6a9f58', 'kept on the way forward for the way back'),
-             logits=('#e7ca60', 'a score for every word of the vocabulary, at the tokens at hand'), holes=('#bbbbbb', 'room between tensors that no tensor fits into'), runtime=('#a87c9f', 'what the libraries take for themselves'))
+             logits=('#e7ca60', 'a score for every word of the vocabulary, at the tokens at hand'), fragmentation=('#bbbbbb', 'room between tensors that no tensor fits into'), runtime=('#a87c9f', 'what the libraries take for themselves'))
 
 def format_bytes(
     size: float # bytes
@@ -475,7 +475,7 @@ class MemoryEstimate:
     "What a run is going to take, part by part; shows itself."
     parts: dict # name of `PARTS` -> bytes, at the fullest moment of a step
     device: str # "cpu", "cuda" or "mps"
-    what: str # model, batch and number format in words
+    what: str # model, batch and precision in words
 
     @property
     def total(self) -> int:
@@ -495,47 +495,47 @@ class MemoryEstimate:
     def _repr_html_(self): return _bar(self.parts, self.total) + html_table(('memory', 'size', 'share', ''), self._rows())
 
 # %% ../nbs/12_memory.ipynb #1a193044
-def _number_format(config: TrainingConfig, device: str) -> torch.dtype:
-    "The format of a run, also of one on a card that is not here: it is taken for one that knows bf16"
+def _run_dtype(config: TrainingConfig, device: str) -> torch.dtype:
+    "The format of a run, also of one on a GPU that is not here: it is taken for one that knows bf16"
     if config.fp16 and device != 'cpu': return torch.float16
     if device == pick_device(replace(config, device='auto')).type or device == 'cpu': return plan_precision(replace(config, device=device)).dtype
     return torch.float32 if config.bf16 is False else torch.bfloat16
 
 def turned(
     config: TrainingConfig, # stays as it is
-    **dials: Any # fields of it or of its adapter, such as max_length=512 or r=16
+    **overrides: Any # fields of it or of its adapter, such as max_length=512 or r=16
 ) -> TrainingConfig:
-    "A copy with some dials turned. Raises `ConfigError` for those there are not."
+    "A copy with some fields set differently. Raises `ConfigError` for those there are not."
     config = as_config(config, 'estimate_memory')
-    lora = {name: dials.pop(name) for name in list(dials) if name in LoRAConfig.__dataclass_fields__}
-    return replace(config, **dials, lora=replace(dials.get('lora', config.lora), **lora)) if lora else replace(config, **dials)
+    lora = {name: overrides.pop(name) for name in list(overrides) if name in LoRAConfig.__dataclass_fields__}
+    return replace(config, **overrides, lora=replace(overrides.get('lora', config.lora), **lora)) if lora else replace(config, **overrides)
 
 # %% ../nbs/12_memory.ipynb #bf0b7425
 RUNTIME = {('cpu', torch.bfloat16): 124e6, ('cpu', torch.float32): 75e6}  # measured on Linux, torch 2.13
-CONTEXT = 550e6  # of a card's driver and its libraries; assumed
+CONTEXT = 550e6  # of a GPU's driver and its libraries; assumed
 FRAGMENTATION = 0.8  # bytes lost for each byte of a step, where the C library keeps memory: the median of ten models
 
-COUNTED = ('model_name', 'load_in_8bit', 'load_in_4bit', 'gradient_checkpointing', 'packing', 'engine', 'optim', 'lora')  # the dials a rehearsal depends on, besides its lines
+COUNTED = ('model_name', 'load_in_8bit', 'load_in_4bit', 'gradient_checkpointing', 'packing', 'engine', 'optim', 'lora')  # the fields a rehearsal depends on, besides its lines
 
 def estimate_memory(
     config: TrainingConfig, # of the run
     lengths: Sequence[int] | None = None, # tokens of each row; None: rows of max_length
     device: str | None = None, # "cpu" or "cuda", there or not; None: where the run will be
     target_fraction: float = 1., # share of the tokens that is trained on, from 0 to 1
-    **dials: Any # fields to set differently
+    **overrides: Any # fields to set differently
 ) -> MemoryEstimate:
-    "What a run is going to take, from its config alone. Raises `ModelError` when the model's config.json cannot be read, `ConfigError` for a dial there is not."
-    config = turned(config, **dials)
+    "What a run is going to take, from its config alone. Raises `ModelError` when the model's config.json cannot be read, `ConfigError` for a field there is not."
+    config = turned(config, **overrides)
     device = device or pick_device(config).type
-    dtype = _number_format(config, device)
-    dials = json.dumps({name: value for name, value in config.to_dict().items() if name in COUNTED} | dict(gradient_accumulation_steps=min(2, config.gradient_accumulation_steps)))
-    known = dials, _stamp(config.model_name), device, dtype
+    dtype = _run_dtype(config, device)
+    fields = json.dumps({name: value for name, value in config.to_dict().items() if name in COUNTED} | dict(gradient_accumulation_steps=min(2, config.gradient_accumulation_steps)))
+    known = fields, _stamp(config.model_name), device, dtype
     ways = _ways_of(*known)
     lines = largest_micro_batch(replace(config, packing='packs' in ways), lengths, device == 'cpu' and 'samples' in ways)
     counted = _counted(*known, ways, json.dumps(lines), target_fraction)
     parts = {name: counted.get(name, 0) for name in PARTS} | dict(runtime=int(RUNTIME.get((device, dtype), CONTEXT)))
     if not config.pack_weights or config.engine != 'auto': del parts['packed']
-    if device == 'cpu' and sys.platform == 'linux' and not config.gradient_checkpointing: parts['holes'] = int(FRAGMENTATION * sum(parts[name] for name in ('gradients', 'optimizer', 'activations', 'logits')))
+    if device == 'cpu' and sys.platform == 'linux' and not config.gradient_checkpointing: parts['fragmentation'] = int(FRAGMENTATION * sum(parts[name] for name in ('gradients', 'optimizer', 'activations', 'logits')))
     shown = f'{config.model_name}, {len(lines)} × {max(map(sum, lines))} tokens, {str(dtype).removeprefix("torch.")}, on {device}'
     return MemoryEstimate(parts, device, shown)
 
@@ -545,14 +545,14 @@ def _stamp(model_name: str) -> float:
     return path.stat().st_mtime if path.exists() else 0.
 
 @lru_cache(256)
-def _ways_of(dials: str, stamp: float, device: str, dtype: torch.dtype) -> tuple[str, ...]:
+def _ways_of(fields: str, stamp: float, device: str, dtype: torch.dtype) -> tuple[str, ...]:
     "What the engine is going to choose"
-    return _choose_ways(TrainingConfig(**json.loads(dials)), device, dtype)
+    return _choose_ways(TrainingConfig(**json.loads(fields)), device, dtype)
 
 @lru_cache(256)
-def _counted(dials: str, stamp: float, device: str, dtype: torch.dtype, ways: tuple, lines: str, target_fraction: float) -> dict:
+def _counted(fields: str, stamp: float, device: str, dtype: torch.dtype, ways: tuple, lines: str, target_fraction: float) -> dict:
     "What is counted of a run"
-    config = TrainingConfig(**json.loads(dials))
+    config = TrainingConfig(**json.loads(fields))
     try: return _count(config, device, dtype, json.loads(lines), target_fraction, ways)
     except (FinetuneError, TimeoutError, MemoryError): raise
     except Exception as error: raise ModelError(_uncountable(config.model_name, error)) from error
@@ -597,7 +597,7 @@ def _limits(root: Path, groups: str) -> Iterator[int]:
 def available_memory(
     device: str | None = None # "cpu", "cuda" or "mps"; None: the best there is
 ) -> int: # bytes
-    "What a run could take now: of the card, else of this machine within the limits of its container."
+    "What a run could take now: of the GPU, else of this machine within the limits of its container."
     device = device or pick_device(TrainingConfig()).type
     if device == 'cuda': return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if device == 'mps': return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
@@ -718,7 +718,7 @@ def _reset_highest() -> bool:
 def peak_growth(
     device: torch.device # of the model
 ) -> Iterator[list]: # empty; holds the bytes afterwards
-    "Measure how much more memory is taken inside a `with` than before it, at most: of the card by torch's own count, else of this process."
+    "Measure how much more memory is taken inside a `with` than before it, at most: of the GPU by torch's own count, else of this process."
     found, before = [], _resident() if device.type != 'cuda' else torch.cuda.memory_allocated(device)
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)

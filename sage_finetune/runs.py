@@ -64,7 +64,7 @@ class Meta:
     output_dir: Path # the run folder
     framework: str = 'native' # who trains it: native is this package
     format: str = 'alpaca' # how the rows are written
-    config: Path | None = None # the dials, in a file of whichever framework
+    config: Path | None = None # the fields, in a file of whichever framework
     code_root: Path | None = None # source tree the rows were built from
     data_file: Path | None = None # file the rows were taken from
 
@@ -194,7 +194,7 @@ def write_meta(
     task_type: str,                       # one of `TASK_NAMES`
     model: str,                           # base model: "tiny" (packaged), a Hub name, or a folder
     dataset: str | Path,                  # the training rows
-    config: str | Path | None = None,     # the dials: our training_config.json
+    config: str | Path | None = None,     # the fields: our training_config.json
     framework: str = 'native',            # who trains it: native is this package
     format: str = 'alpaca',               # how the rows are written
     code_root: str | Path | None = None,  # source tree the rows were built from

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASK_COLUMNS', 'TASKS', 'Task', 'Tasks', 'find_task', 'file_rows', 'check_secrets', 'run_parts', 'ensure_empty',
-           'replace_directory', 'recipe', 'task_rows', 'prepare_run']
+           'replace_directory', 'build_config', 'task_rows', 'prepare_run']
 
 # %% ../nbs/19_tasks.ipynb #674212f5
 import os, warnings
@@ -157,12 +157,12 @@ def replace_directory(
 
 
 # %% ../nbs/19_tasks.ipynb #21226c82
-def recipe(
+def build_config(
     model: str,                           # base model: "tiny" (packaged), a Hub name, or a folder
-    config: TrainingConfig | None = None, # your own recipe; None: one that suits the model and this machine
+    config: TrainingConfig | None = None, # your own config; None: one that suits the model and this machine
     **overrides: Any                      # fields to set differently
 ) -> TrainingConfig:                      # a new object; yours is not touched
-    "The dials of a run. Raises `ConfigError` for an unknown field or a wrong value."
+    "The fields of a run. Raises `ConfigError` for an unknown field or a wrong value."
     if config is not None: config = as_config(config, 'config')
     else:
         name = 'tiny' if model == 'tiny' else suggest_preset().name
@@ -203,32 +203,32 @@ def prepare_run(
     model: str = 'tiny',                  # base model: "tiny" (packaged), a Hub name, or a folder
     data: str | Path | None = None,       # file with the rows; every task but code needs one
     code_root: str | Path | None = None,  # task code: folder with Python files; None: this package's own source
-    config: TrainingConfig | None = None, # your own recipe; None: one that suits the model and this machine
+    config: TrainingConfig | None = None, # your own config; None: one that suits the model and this machine
     max_facts: int | None = None,         # task code: keep so many facts; None: all
     max_answer: int = 200,                # task code: longest answer in characters
     overwrite: bool = False,              # replace a run that is in the folder
     show: bool = False,                   # task code: print what was found in the source tree and what was left out
     skip_secrets: bool = False,           # leave out rows of the file that seem to hold a secret; else they are named in a warning
-    **overrides: Any                      # fields of the recipe to set differently
+    **overrides: Any                      # fields of the config to set differently
 ) -> Path:                                # the run folder
     "Make a run folder: rows, config, meta file, status pending. Raises a `FinetuneError` before anything is written."
     kind, folder, data = find_task(task), as_folder(output_dir, 'output_dir').absolute(), data and expand_home(data)
     if overwrite and folder.is_dir(): bring_back(folder, is_rewritten)
     ensure_empty(folder, overwrite)
-    dials = recipe(model, config, **overrides)
+    run_config = build_config(model, config, **overrides)
     resolve_model(model)
-    rows, held_out, row_format, source = task_rows(kind, data, code_root, max_facts, max_answer, dials.seed, show, skip_secrets)
-    dials.output_dir, dials.data_path = folder, folder/f'training_data_{task}_{row_format}.json'
-    if held_out: dials.eval_path = folder/f'eval_data_{task}_{row_format}.json'
+    rows, held_out, row_format, source = task_rows(kind, data, code_root, max_facts, max_answer, run_config.seed, show, skip_secrets)
+    run_config.output_dir, run_config.data_path = folder, folder/f'training_data_{task}_{row_format}.json'
+    if held_out: run_config.eval_path = folder/f'eval_data_{task}_{row_format}.json'
     if data and Path(data).resolve() in [part.resolve() for part in run_parts(folder)]:
         raise RunError(f'{data} is part of the run in {folder} that would be replaced. Copy it to another place, or choose another output_dir.')
-    written = [dials.data_path.name] + ([dials.eval_path.name] if held_out else [])
+    written = [run_config.data_path.name] + ([run_config.eval_path.name] if held_out else [])
     if overwrite and run_parts(folder): refuse_replacing(folder, [META, STATUS, CONFIG, *written])
     with replace_directory(folder):
-        write_json(dials.data_path, rows)
-        if held_out: write_json(dials.eval_path, held_out)
+        write_json(run_config.data_path, rows)
+        if held_out: write_json(run_config.eval_path, held_out)
         note_files(folder, written)
-        dials.save(folder/CONFIG)
+        run_config.save(folder/CONFIG)
         write_status(folder, 'pending', message=f'{len(rows)} rows are ready')
-        write_meta(folder, task, model, dials.data_path, folder/CONFIG, format=row_format, **source)
+        write_meta(folder, task, model, run_config.data_path, folder/CONFIG, format=row_format, **source)
     return folder

@@ -92,10 +92,10 @@ class RunSummary:
         "Real tokens a second, over the whole run."
         return self.tokens / max(self.seconds, 1e-9)
     @property
-    def by_heart(self) -> str: # a sentence, or nothing
+    def overfitting_warning(self) -> str: # a sentence, or nothing
         "Whether the loss on held-out rows has risen by a twentieth, and by 0.02 at least, since it was lowest, and the adapter is not the one of that step."
         if not self.best or self.eval_losses[-1] - self.best[0] < max(0.02, self.best[0] / 20) or BEST_KEPT.format(self.best[1]) in self.message: return ''
-        return f'On held-out rows the loss was lowest at step {self.best[1]:,} ({self.best[0]:.3f}); now it is {self.eval_losses[-1]:.3f}: since then rows are learnt by heart. load_best_model_at_end=True keeps the adapter of that step; fewer epochs end there.'
+        return f'On held-out rows the loss was lowest at step {self.best[1]:,} ({self.best[0]:.3f}); now it is {self.eval_losses[-1]:.3f}: since then the run is overfitting: rows are memorised. load_best_model_at_end=True keeps the adapter of that step; fewer epochs end there.'
 
     def rows(self) -> list[tuple]:
         "Names and values to show."
@@ -191,7 +191,7 @@ class RunWatch:
 def settled(
     config: TrainingConfig # as written by a user, somewhere
 ) -> TrainingConfig: # a new object that means the same from anywhere
-    "A recipe whose paths are whole."
+    "A config whose paths are whole."
     made = TrainingConfig(**config.to_dict())
     whole = lambda path: path.expanduser().absolute() if path and (path.suffix or path.expanduser().exists()) else path  # "example" is no path
     for name in ('data_path', 'eval_path', 'data_cache', 'continue_from'): setattr(made, name, whole(getattr(made, name)))
@@ -200,10 +200,10 @@ def settled(
     return made
 
 def make_run(
-    config: TrainingConfig, # the recipe; its `output_dir` becomes the run folder
+    config: TrainingConfig, # the config; its `output_dir` becomes the run folder
     overwrite: bool = False # may it hold another run, that is going to be replaced?
 ) -> Path: # the run folder
-    "Write recipe and meta file, from which a process of its own can train. Raises `RunError` when another run is there, `ConfigError` without rows."
+    "Write config and meta file, from which a process of its own can train. Raises `RunError` when another run is there, `ConfigError` without rows."
     made = settled(config)
     if made.data_path is None: raise ConfigError('data_path is not set. Name a file of rows, or the packaged example: data_path="example".')
     made.overwrite_output_dir = overwrite
@@ -220,8 +220,8 @@ LONGER = ('num_train_epochs', 'max_steps', 'logging_steps', 'eval_steps', 'eval_
 
 def prepare_resume(
     run_dir: str | Path, # holds a run
-    config: TrainingConfig | None = None # the recipe as it is wanted now; None: as it was
-) -> Path: # the run folder, with a meta file and the recipe to go on with
+    config: TrainingConfig | None = None # the config as it is wanted now; None: as it was
+) -> Path: # the run folder, with a meta file and the config to go on with
     "Make a run folder ready to be resumed. Raises `RunError` naming what was changed."
     folder = Path(run_dir).absolute()
     given = permissions(config) if config else {}
@@ -245,7 +245,7 @@ def changes(
     now: TrainingConfig, # as it is wanted now, settled
     data_file: Path | None = None # where the rows of the run were taken from
 ) -> list[str]: # a phrase each
-    "What makes the one recipe another run than the other."
+    "What makes the one config another run than the other."
     names = [name for name in then.to_dict() if name not in FREE or name == 'model_name']
     found = [name for name in names if getattr(now, name) is not None and getattr(then, name) != getattr(now, name)]
     if now.data_path and now.data_path not in (then.data_path, data_file): found.append('data_path')
@@ -372,7 +372,7 @@ _ENDS = dict(completed='completed', cancelled='stopped', failed='failed')
 class RunControl:
     "A run folder that can be started, stopped and resumed, and where it stands."
     def __init__(self,
-        source: TrainingConfig | str | Path, # the recipe of a run, or a run folder
+        source: TrainingConfig | str | Path, # the config of a run, or a run folder
         in_process: bool = False, # train in a thread of this process
         **allowed: Any # permissions you give a run folder, as `train_from_meta` takes them; a config gives its own
     ):
@@ -404,7 +404,7 @@ class RunControl:
         return self.folder
 
     def resume(self):
-        "Go on from the newest checkpoint. Raises `RunError` when there is no run, or the recipe is another."
+        "Go on from the newest checkpoint. Raises `RunError` when there is no run, or the config is another."
         if not holds_run(self.folder): raise RunError(f'there is no run in {self.folder}, so nothing to resume. Start it.')
         saved, now = self.saved, named(self.folder)
         self._launch(lambda: prepare_resume(self.folder, self.config), resume=True)
@@ -425,7 +425,7 @@ class RunControl:
         self.asked, self.resumed, self.error, self.state = False, how.get('resume', False), None, 'starting'
 
     def _put_back(self):
-        "Recipe and meta file as they were, where the run has not begun"
+        "Config and meta file as they were, where the run has not begun"
         if self.left and all((path.read_bytes() if path.exists() else None) == content for path, content in self.left.items() if path.name == STATUS):
             for path, content in self.left.items():
                 if content is None: path.unlink(missing_ok=True)
@@ -530,7 +530,7 @@ def remark_lines(
     "Whether what was gone on with is the same run, and whether it still learns what is asked of it."
     again, said = control.watch.again, [('note', text) for text in (control.expected, control.went_on) if text]
     said += [('good' if again.same else 'warning', f'{again}.')] * bool(again.count)
-    return said + [('warning', text) for text in (control.summary.by_heart,) if text]
+    return said + [('warning', text) for text in (control.summary.overfitting_warning,) if text]
 
 # %% ../nbs/25_train_panel.ipynb #4413eac8
 _windows = weakref.WeakValueDictionary()  # run folder -> the panel that watches it
@@ -540,7 +540,7 @@ class TrainPanel(Panel):
     name = 'train-panel'
 
     def __init__(self,
-        source: TrainingConfig | str | Path, # the recipe of a run, or a run folder
+        source: TrainingConfig | str | Path, # the config of a run, or a run folder
         in_process: bool = False, # train in a thread of this process: for lessons; the run ends with the kernel
         **allowed: Any # permissions you give a run folder, as `train_from_meta` takes them; a config gives its own
     ):
@@ -591,12 +591,12 @@ class TrainPanel(Panel):
     # ---- three wishes
 
     def start(self):
-        "Write the recipe into the run folder and train from the first step. Raises `RunError` when another run is there and is not to be replaced."
+        "Write the config into the run folder and train from the first step. Raises `RunError` when another run is there and is not to be replaced."
         self._begin(self.control.start, self.replace.value)
         self.replace.value = False
 
     def resume(self):
-        "Go on from the newest checkpoint. Raises `RunError` when there is nothing to go on with, or the recipe is another."
+        "Go on from the newest checkpoint. Raises `RunError` when there is nothing to go on with, or the config is another."
         self._begin(self.control.resume)
 
     def _begin(self, stop_request: Callable, *args: Any):

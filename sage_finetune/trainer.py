@@ -137,8 +137,8 @@ def training_loop(
     model: torch.nn.Module, # with a trainable adapter
     optimizer: torch.optim.Optimizer, # over the adapter
     schedule: Any, # moves the learning rate
-    accelerator: Accelerator, # device, number format, processes
-    max_grad_norm: float = 1., # longer gradients are shortened
+    accelerator: Accelerator, # device, precision, processes
+    max_grad_norm: float = 1., # gradient clipping: longer gradients are scaled down to this norm
     start: int = 0, # steps already done
     elapsed: float = 0. # seconds they took
 ) -> Iterator[Step]:
@@ -174,7 +174,7 @@ def check_finite(
     "Refuse a step that is not a number. Raises `RunError` naming the step, its examples and the usual causes."
     if math.isfinite(loss) and math.isfinite(grad_norm): return
     raise RunError(f'step {number} has loss {loss} and gradient norm {grad_norm}, so training stops before it spoils the adapter. Its examples are {examples_of(planned)}. '
-                   'Lower learning_rate, look at those examples, or train in 32 bits (fp16=False, bf16=False).')
+                   'Lower learning_rate, look at those examples, or train in fp32 (fp16=False, bf16=False).')
 
 def examples_of(
     planned: PlannedStep # a step of the plan
@@ -208,7 +208,7 @@ def _halves(items: list) -> list[list]:
 def out_of_memory(
     error: BaseException # anything that was raised
 ) -> bool:
-    "Whether an error means that memory ran out, of a card or of the machine."
+    "Whether an error means that memory ran out, of a GPU or of the machine."
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, Exception) and should_reduce_batch_size(error)
 
 def memory_error(
@@ -273,7 +273,7 @@ class Plan:
     evaluation: str # what is held out
     steps: int # optimizer steps
     batch: str # how a step is put together
-    precision: str # the number format and why
+    precision: str # which one and why
     engine: str # how a batch becomes a loss
     seconds: float # measured on one batch of each kind and scaled up; not a number where memory ran out in that
     inherited: str = '' # the adapter the run continues
@@ -284,7 +284,7 @@ class Plan:
     def _rows(self) -> list[tuple]:
         "Names and values to show"
         head = [('model', f'{self.model}: {self.parameters}'), *[('coverage', self.coverage)] * bool(self.coverage), *[('adapter', self.inherited)] * bool(self.inherited)]
-        return [*head, *self.data, ('held out', self.evaluation), ('steps', f'{self.steps} steps of {self.batch}'), ('numbers', self.precision),
+        return [*head, *self.data, ('held out', self.evaluation), ('steps', f'{self.steps} steps of {self.batch}'), ('precision', self.precision),
                 ('engine', self.engine), ('time', self._time()), *[('warning', warning) for warning in self.warnings]]
 
     def _time(self) -> str:
@@ -363,7 +363,7 @@ class TrainingResult:
     tokens: int = 0 # real tokens read
     target_tokens: int = 0 # tokens trained on
     seconds: float = 0. # duration
-    peak_memory_gb: float = 0. # highest memory use in 10**9 bytes: of the card, or of the whole process without one
+    peak_memory_gb: float = 0. # highest memory use in 10**9 bytes: of the GPU, or of the whole process without one
     stopped: bool = False # ended before its last step
     message: str = '' # why, and how to go on
     best: tuple | None = None # (loss on held-out rows, step) where it was lowest
@@ -402,7 +402,7 @@ class TrainingResult:
 
 # %% ../nbs/13_trainer.ipynb #58d9d8a2
 def peak_memory_gb() -> float: # in 10**9 bytes
-    "The highest memory use so far: of the card where there is one, else of this process."
+    "The highest memory use so far: of the GPU where there is one, else of this process."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 1e9
     try: import resource  # not on Windows
     except ImportError: return 0.
@@ -419,7 +419,7 @@ def make_accelerator(
         raise ConfigError(f'report_to={tool!r}, but it is not installed. Run: pip install {tool}')
     for kind in ('FSDP', 'DEEPSPEED'):
         if os.environ.get(f'ACCELERATE_USE_{kind}', 'false') == 'true':
-            raise ConfigError(f'the launcher asks for {kind}, but here every process holds the whole model and they share the steps. Launch without it (accelerate launch --multi_gpu); a model that does not fit one card may in 4 bits: load_in_4bit=True.')
+            raise ConfigError(f'the launcher asks for {kind}, but here every process holds the whole model and they share the steps. Launch without it (accelerate launch --multi_gpu); a model that does not fit one GPU may in 4 bits: load_in_4bit=True.')
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     accelerator = Accelerator(mixed_precision='no' if precision == 'fp32' else precision, cpu=pick_device(config).type == 'cpu', log_with=tool,
                               project_config=ProjectConfiguration(str(config.output_dir), str(config.output_dir)))
@@ -934,7 +934,7 @@ def rename_tokens(
 def adapter_digest(
     model: torch.nn.Module # with a trainable adapter
 ) -> str: # 16 hexadecimal digits
-    "A short name for all trained numbers."
+    "A short name for all trained parameters."
     digest = hashlib.blake2b(digest_size=8)
     for p in model.parameters():
         if p.requires_grad: digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -1036,7 +1036,7 @@ def saved_compile_choice(
 class LoRATrainer:
     "Trains an adapter: `LoRATrainer(config).train()`."
     def __init__(self,
-        config: TrainingConfig # every dial of the run, or a dict of them; it is copied, so later changes to it have no effect here
+        config: TrainingConfig # every field of the run, or a dict of them; it is copied, so later changes to it have no effect here
     ):
         self.config = copy.deepcopy(as_config(config, type(self).__name__)).check()
         self.model = self.tokenizer = self.dataset = self.eval_dataset = self.accelerator = self.report = self.batching = self.run = None
@@ -1180,7 +1180,7 @@ class LoRATrainer:
 
     def loss(self,
         batch: dict # `input_ids`, `labels`, `position_ids`, `segments`, each (lines, longest)
-    ) -> Tensor: # scalar, in 32 bits
+    ) -> Tensor: # scalar, in fp32
         "The loss of one batch, summed over its trained tokens. Override it to train towards something else, with `self.logits(batch)`."
         return self.engine.loss({name: value.to(self.accelerator.device) for name, value in batch.items()})
 
@@ -1435,7 +1435,7 @@ class Run:
             step.eval_loss = self._evaluate()
             if self.batching.eval_halvings != before:
                 step.note = '; '.join(filter(None, [step.note, 'memory ran out in the evaluation, so its batches are smaller from here on']))
-            if not math.isfinite(step.eval_loss): raise RunError(f'the held-out loss is {step.eval_loss} after step {step.step}. Train in 32 bits (fp16=False, bf16=False), or look at the rows that are held out.')
+            if not math.isfinite(step.eval_loss): raise RunError(f'the held-out loss is {step.eval_loss} after step {step.step}. Train in fp32 (fp16=False, bf16=False), or look at the rows that are held out.')
             if self.config.eval_prompts and is_main(): step.generations = self._in('eval_prompts', self.trainer.answers, self.config.eval_prompts)
         writer.add(step)
         if self.config.report_to != 'none': self.accelerator.log({name: value for name, value in asdict(step).items() if isinstance(value, (int, float))}, step=step.step)

@@ -62,9 +62,9 @@ def root():
 
 
 def pytest_collection_modifyitems(items):
-    "Tests marked `gpu` are left out where there is no CUDA card"
+    "Tests marked `gpu` are left out where there is no CUDA GPU"
     if not any(item.get_closest_marker("gpu") for item in items): return
     import torch
     if torch.cuda.is_available(): return
     for item in items:
-        if item.get_closest_marker("gpu"): item.add_marker(pytest.mark.skip(reason="no CUDA card"))
+        if item.get_closest_marker("gpu"): item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))

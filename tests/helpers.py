@@ -33,8 +33,8 @@ def write_rows(path, content=None):
     return path
 
 
-def recipe(folder, **overrides):
-    "The tiny recipe on the rows above, all of them trained on"
+def tiny_config(folder, **overrides):
+    "The tiny config on the rows above, all of them trained on"
     data = overrides.pop("data_path", None) or write_rows(folder/"rows.jsonl")
     fields = dict(data_path=data, output_dir=folder/"run", eval_ratio=0., per_device_train_batch_size=4, num_train_epochs=2, device="cpu")
     return PresetConfigs.tiny(**fields | overrides)
@@ -43,7 +43,7 @@ def recipe(folder, **overrides):
 def trained(folder):
     "A trainer that has learnt the rows above"
     from sage_finetune import LoRATrainer
-    trainer = LoRATrainer(recipe(folder, num_train_epochs=4))
+    trainer = LoRATrainer(tiny_config(folder, num_train_epochs=4))
     result = trainer.train(show=False)
     assert result.losses[-1] < result.losses[0]
     return trainer

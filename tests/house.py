@@ -27,7 +27,7 @@ WINGS = ("core", "modeling", "")
 MAY_IMPORT = {
     "ipywidgets": {
         "panel": "what all panels share; everything below it also works in a terminal",
-        "form": "the dials", "data_panel": "the rows", "train_panel": "the run", "chat_panel": "the talk", "widgets": "all of them in one place"},
+        "form": "the settings", "data_panel": "the rows", "train_panel": "the run", "chat_panel": "the talk", "widgets": "all of them in one place"},
     "matplotlib": {"plot": "the pictures; a run on a server needs none"},
     "detect_secrets": {"core.secrets": "rules that others keep, inside a function: they are asked for a text, never for a file or a service"},
     "typer": {"cli": "the command line; the library is used without it"},
@@ -74,7 +74,7 @@ read_shape=load_model_config readable_rows=iter_valid_rows refuse_taken=ensure_e
 run_at_work=active_run run_here=run_in_foreground RunningMean=EMA said_by=error_message shared_model=load_cached_model
 shown_text=escape_text size_text=format_bytes standing_line=status_line StandIns=Placeholders still_works=is_running
 STRONGEST=MAX_SCALE sum_gradients=all_reduce_grads sum_over_processes=all_reduce_sum TalkView=ConversationView Ticker=RepeatingTimer
-token_shift=logprob_diff TOKENS_AT_ONCE=MICRO_BATCH_TOKENS TokenShift=TokenLogprobDiff trained_tokens=new_token_ids
+token_shift=logprob_diff TOKENS_AT_ONCE=MICRO_BATCH_TOKENS TokenShift=TokenLogprobDiff
 try_engine=check_equivalence wants_best=tracks_best whole_room=memory_budget why_fixed=adapter_locked_reason
 why_unwritable=describe_write_error words_of=alt_text
 """.split())
@@ -337,7 +337,7 @@ NOT_OURS = {
 
 
 def side_effects(root, names=("config",), tolerate=()):
-    "What importing rooms and making every config writes, where it connects, and whether it wakes the graphics card"
+    "What importing rooms and making every config writes, where it connects, and whether it wakes the GPU"
     code = _WATCH + f"""
 import importlib, {PACKAGE}
 for name in {list(names)!r}: importlib.import_module("{PACKAGE}." + name)

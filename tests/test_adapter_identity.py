@@ -4,7 +4,7 @@ import shutil
 import warnings
 
 import pytest
-from helpers import recipe
+from helpers import tiny_config
 from safetensors.torch import load_file, save_file
 
 from sage_finetune import LoRATrainer, merge, load_run
@@ -31,7 +31,7 @@ def thinker(tmp_path_factory):
 def run(thinker, tmp_path_factory):
     "A short run on it, and the trainer that made it"
     folder = tmp_path_factory.mktemp("run")
-    trainer = LoRATrainer(recipe(folder, model_name=str(thinker), max_steps=4, save_steps=2))
+    trainer = LoRATrainer(tiny_config(folder, model_name=str(thinker), max_steps=4, save_steps=2))
     trainer.train(show=False)
     return trainer
 
@@ -97,7 +97,7 @@ def test_a_base_with_other_weights_is_refused(moved, tmp_path, change):
         with pytest.raises(ModelError, match="trained on other weights.*allow_other_base=True"): call()
     config = run_config(done)
     with pytest.raises(ModelError, match="trained on other weights.*delete adapter_identity.json"):
-        LoRATrainer(recipe(tmp_path/"next", model_name=str(base), continue_from=done, max_steps=1)).train(show=False)
+        LoRATrainer(tiny_config(tmp_path/"next", model_name=str(base), continue_from=done, max_steps=1)).train(show=False)
     config.max_steps = 6
     with pytest.raises(RunError, match="numbers of the base model have changed"): LoRATrainer(config).train(show=False, resume=True)
     with pytest.warns(UserWarning, match="trained on other weights"): load_run(done, allow_other_base=True)
@@ -190,7 +190,7 @@ def test_an_adapter_that_changes_nothing_is_said_in_the_report(moved, tmp_path):
 
 @pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
 def test_a_run_on_a_quantised_base_is_compared_with_the_model_that_was_trained(tmp_path, bits):
-    config = recipe(tmp_path, max_steps=8, **{bits: True})
+    config = tiny_config(tmp_path, max_steps=8, **{bits: True})
     LoRATrainer(config).train(show=False)
     report = merge(config.output_dir, force=True)
     assert any("8 or 4 bits" in note for note in report.notes) and report.effect_kept > 0.99 and report.losses[1] < report.losses[0]

@@ -7,7 +7,7 @@ import sys
 from datetime import datetime, timezone
 
 import pytest
-from helpers import adapter, change, copy, file_limit, leftovers, metrics, mounted, one_sentence, prepared, recipe, rows, start, status, tree, write_rows
+from helpers import adapter, change, copy, file_limit, leftovers, metrics, mounted, one_sentence, prepared, tiny_config, rows, start, status, tree, write_rows
 
 from sage_finetune import LoRATrainer, PresetConfigs, TrainingConfig, merge, train_from_meta
 from sage_finetune.checkpoint import checkpoints
@@ -192,7 +192,7 @@ def test_settings_that_do_not_exist():
 
 BAD_SETTINGS = [(dict(learning_rat=1e-4), ["training_config.json", "'learning_rat'", "'learning_rate'"]), (dict(lora=dict(rank=4)), ["training_config.json", "'rank'"]),
                 (dict(learning_rate="fast"), ["learning_rate = 'fast'", "a number from 1e-09 to 1"]), (dict(num_train_epochs=0), ["num_train_epochs = 0", "from 1"]),
-                (dict(load_in_8bit=True, load_in_4bit=True), ["load_in_8bit", "load_in_4bit", "contradict", "Set one of them to False"]), (dict(fp16=True), ["fp16=True needs a graphics card", "None"])]
+                (dict(load_in_8bit=True, load_in_4bit=True), ["load_in_8bit", "load_in_4bit", "contradict", "Set one of them to False"]), (dict(fp16=True), ["fp16=True needs a GPU", "None"])]
 
 
 @pytest.mark.parametrize("fields, says", BAD_SETTINGS, ids=[next(iter(case[0])) for case in BAD_SETTINGS])
@@ -226,7 +226,7 @@ def test_an_output_folder_that_cannot_be(refused, tmp_path, output):
 @pytest.mark.parametrize("output", ["run", "run/below"])
 def test_training_into_a_file(tmp_path, output):
     (tmp_path/"run").write_text("old")
-    with pytest.raises(RunError, match="(?s)cannot write .*run.*Choose another output_dir"): LoRATrainer(recipe(tmp_path, output_dir=tmp_path/output, max_steps=1)).train(show=False)
+    with pytest.raises(RunError, match="(?s)cannot write .*run.*Choose another output_dir"): LoRATrainer(tiny_config(tmp_path, output_dir=tmp_path/output, max_steps=1)).train(show=False)
     assert (tmp_path/"run").read_text() == "old" and {path.name for path in tmp_path.iterdir()} == {"run", "rows.jsonl"}
 
 

@@ -1,4 +1,4 @@
-"The benchmark for graphics cards: its formulas, what it keeps and shows, and a real run on the processor"
+"The benchmark for GPUs: its formulas, what it keeps and shows, and a real run on the CPU"
 import json
 import os
 import random
@@ -125,11 +125,11 @@ def test_a_full_disk_is_said_before_a_model_is_made(tmp_path):
     check_disk(tmp_path, 1)
 
 
-def test_without_a_card_one_sentence():
-    if torch.cuda.is_available(): pytest.skip("there is a card")
+def test_without_a_gpu_one_sentence():
+    if torch.cuda.is_available(): pytest.skip("there is a GPU")
     ended = subprocess.run([sys.executable, BENCHMARKS/"gpu.py"], capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stdout == ""
-    assert ended.stderr.startswith("There is no CUDA card here") and len(ended.stderr.splitlines()) == 1
+    assert ended.stderr.startswith("There is no CUDA GPU here") and len(ended.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("arguments, complaint", [
@@ -203,14 +203,14 @@ def test_the_page_has_its_marks():
 # ---- a real run -------------------------------------------------------------------------------------------------------
 
 def bench(folder, *arguments, **options):
-    "The benchmark on the processor with a tiny model"
+    "The benchmark on the CPU with a tiny model"
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     command = [sys.executable, BENCHMARKS/"gpu.py", "--device", "cpu", "--tiny", "--threads", "1", "--lengths", "256", "--work", folder, "--page", folder/"GPU.md", *arguments]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, **options)
 
 
 @pytest.mark.slow
-def test_real_runs_on_the_processor(tmp_path):
+def test_real_runs_on_the_cpu(tmp_path):
     (tmp_path/"GPU.md").write_text(f"{gpu.BEGIN}\n{gpu.END}\n")
     some = ("--peers", "ours", "trl", "unsloth", "--methods", "lora")
     nothing = bench(tmp_path, *some, "--budget", "1")
@@ -223,7 +223,7 @@ def test_real_runs_on_the_processor(tmp_path):
         assert run["outcome"] == "ok" and not list(gpu.doubts(run)), run
         assert run["tokens"] == [1024] * 4 and all(0 < target_tokens < 1024 for target_tokens in run["target_tokens"]) and run["tokens_per_second"] > 0 and run["of_measured_peak"] > 0
     assert {run["trained"] for run in made.values()} == {adapter_size(8, SHAPES["tiny"])}
-    assert "Unsloth, packed is missing: it runs on a graphics card alone." in first.stdout and first.stdout.strip() in (tmp_path/"GPU.md").read_text() and (tmp_path/"gpu.png").exists()
+    assert "Unsloth, packed is missing: it runs on a GPU alone." in first.stdout and first.stdout.strip() in (tmp_path/"GPU.md").read_text() and (tmp_path/"gpu.png").exists()
     second = bench(tmp_path, *some, "--rows", "exact", "spread")
     runs = json.loads((tmp_path/"gpu.json").read_text())["runs"]
     assert second.returncode == 0 and [run["wall_seconds"] for run in runs[:2]] == [run["wall_seconds"] for run in made.values()] and [run["rows"] for run in runs] == ["exact"] * 2 + ["spread"] * 2

@@ -31,14 +31,14 @@ def run(tokens=(100, 100, 100), seconds=(2., 1., 1.), **changes):
 def result(**peers):
     "What is kept of a comparison of such runs"
     found = {name.replace("_", "-"): train.summary(runs, 1.) for name, runs in peers.items()}
-    machine = dict(processor="a processor", formats=["amx_bf16"])
+    machine = dict(processor="a CPU", formats=["amx_bf16"])
     return dict(date="2026-11-21T00:00:00", machine=machine, threads=2, rows=8, tokens=300, shape=SHAPE, roofs=[dict(bf16=1., fp32=.2)], peers=found, failures={})
 
 
 # ---- formulas ---------------------------------------------------------------------------------------------------------
 
 def small_model(rank):
-    "A model of the small shape with an adapter, in 32 bits"
+    "A model of the small shape with an adapter, in fp32"
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -120,7 +120,7 @@ def test_settings_are_json_or_text(text, value): assert value_of(text) == value
 # ---- what it doubts ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, doubt", [
-    (dict(tokens=[100, 100, 90]), "it read 290 tokens of the rows' 300"), (dict(trained=7), "its adapter has 7 numbers"), (dict(losses=[9., 9., 9.]), "its first loss is 9.00"),
+    (dict(tokens=[100, 100, 90]), "it read 290 tokens of the rows' 300"), (dict(trained=7), "its adapter has 7 parameters"), (dict(losses=[9., 9., 9.]), "its first loss is 9.00"),
     (dict(losses=[11.9, 13., 12.]), "its loss rose from 11.90 to 13.00"), (dict(others=.3), "others had 30% of the machine"),
     (dict(settings=dict(torch_compile=True)), "compiled nothing")])
 def test_a_run_is_doubted(changes, doubt):
@@ -248,7 +248,7 @@ def test_nothing_begins_when_time_is_up(tmp_path):
 
 
 def test_every_kind_of_processor_keeps_a_table_of_its_own(tmp_path, capsys):
-    "The README shows them all, the newest first; the same processor again replaces its own"
+    "The README shows them all, the newest first; the same CPU again replaces its own"
     result = json.loads(next((BENCHMARKS/"results").glob("train-intel*.json")).read_text())
     for processor, fastest, day in (("Intel(R) Xeon(R) Processor", "amx_bf16", 1), ("AMD EPYC", "avx512_bf16", 3), ("AMD EPYC", "avx512_bf16", 2), ("Neoverse", "", 4)):
         train.keep(tmp_path, "train", result | dict(date=f"2026-11-0{day}T00:00:00+00:00", machine=result["machine"] | dict(processor=processor, formats=["avx2", fastest] if fastest else [])))
@@ -278,7 +278,7 @@ def test_what_a_redraw_costs_and_the_tables_that_tell():
     assert len(found["same"]) == len(found["other"]) == 15 and all(took > 0 for took in found["same"] + found["other"])
     runs = dict(alone=[dict(steps_per_second=speed, kernel=0.) for speed in (2., 4., 9.)], shown=[dict(steps_per_second=3., kernel=share) for share in (0.01, 0.02, 0.05)])
     heard = dict(tokens=17, reads=0.25, milliseconds=[1., 2., 30.])
-    told = panels.report(dict(date="2026-11-21T00:00:00", machine=dict(processor="a processor"), threads=2, torch="2.13.0", ipywidgets="8.1.9", redraw={"200": found}, watch={"12": runs},
+    told = panels.report(dict(date="2026-11-21T00:00:00", machine=dict(processor="a CPU"), threads=2, torch="2.13.0", ipywidgets="8.1.9", redraw={"200": found}, watch={"12": runs},
                               stop=dict(dtype="bfloat16", threads=2, answer=heard, short=heard, long=heard), memory=dict(grown={"36000": 1.5, "72000": 0.5})))
     assert "| 12 | 4.0 | 3.0 | -25.0% | 0.0% | 2.0% |" in told and "| 17 | 0.2 s | 2 (30) |" in told and "72,000 steps: at most 1.5 MiB" in told and f"({max(found['other']):.0f}) |" in told
 

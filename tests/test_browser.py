@@ -63,7 +63,7 @@ def test_a_panel_lives_fails_and_leaves_something_behind(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_whole_way_in_jupyterlab(tmp_path):
-    "A recipe, a bad value, rows, a run that is stopped, left, found again, gone on with and finished; then what it learnt, and how strongly"
+    "A config, a bad value, rows, a run that is stopped, left, found again, gone on with and finished; then what it learnt, and how strongly"
     way.lay_out(tmp_path)
     with opened(tmp_path, way.CELLS) as book:
         book.run_all()

@@ -102,7 +102,7 @@ def test_a_strength_out_of_range_is_refused(value, opened):
     with pytest.raises(ConfigError, match="from 0 .the base alone. over 1"): logits(opened[0], value if value is not None else "none")
 
 
-def test_models_without_a_dial_say_why(opened, run, base, tmp_path):
+def test_models_without_a_scale_say_why(opened, run, base, tmp_path):
     with pytest.raises(DataError, match="Open the run with load_run"): logits(base, 0.5)
     merged = load_run(run)[0]
     merged.merge_adapter()
@@ -116,7 +116,7 @@ def test_models_without_a_dial_say_why(opened, run, base, tmp_path):
         assert torch.equal(logits(model, 1), logits(model))  # as trained is always possible
 
 
-def test_while_one_turns_the_dial_the_others_wait(opened):
+def test_while_one_sets_the_scale_the_others_wait(opened):
     model, tokenizer = opened
     plain, tuned, found = said(model, tokenizer, 0), said(model, tokenizer), []
     assert plain != tuned

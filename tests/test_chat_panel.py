@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import recipe, rows, until, write_rows
+from helpers import tiny_config, rows, until, write_rows
 
 from sage_finetune.chat import clear_model_cache, load_cached_model
 from sage_finetune.chat_panel import ChatPanel, StreamingText, ConversationView, Turn, strength_words, turns_html
@@ -28,7 +28,7 @@ RAMBLING = dict(temperature=5., seed=1, max_new_tokens=900)  # an answer that do
 def run(tmp_path_factory):
     "A finished and merged run that answers otherwise than its base"
     folder = tmp_path_factory.mktemp("talk")
-    config = recipe(folder, data_path=write_rows(folder/"rows.jsonl", rows(4)), per_device_train_batch_size=1, num_train_epochs=6, learning_rate=4e-3)
+    config = tiny_config(folder, data_path=write_rows(folder/"rows.jsonl", rows(4)), per_device_train_batch_size=1, num_train_epochs=6, learning_rate=4e-3)
     LoRATrainer(config).train(show=False)
     merge(config.output_dir)
     return config.output_dir

@@ -62,7 +62,7 @@ def test_without_it_the_adapter_is_attached(tmp_path): assert attach(tmp_path) =
 # ---- an environment with Colab's versions -----------------------------------------------------------------------------
 
 def shared(name):
-    "A distribution and the libraries of the card's maker that it asks for: gigabytes, and the same in both environments"
+    "A distribution and the libraries of the GPU's maker that it asks for: gigabytes, and the same in both environments"
     found = distribution(name)
     asked = [one for one in map(Requirement, found.requires or []) if not one.marker or one.marker.evaluate(dict(extra=""))]
     return [found, *(each for one in asked if re.match("nvidia|cuda|triton", one.name) for each in shared(one.name))]

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from helpers import recipe
+from helpers import tiny_config
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_methods import alike, learn, logits, saved, small, some_ids
@@ -131,7 +131,7 @@ def test_adapters_of_mixtures_travel(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "llama4_text", "gpt_oss"])
 def test_a_mixture_in_sixteen_bits(name):
-    "The adapter stays in 32 bits beside experts in 16, and learns"
+    "The adapter stays in fp32 beside experts in 16 bits, and learns"
     model, ids = attach_lora(mixture(name, dtype=torch.bfloat16), LoRAConfig(r=2)), ids_of()
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16): losses = learn(model, ids, steps=6, rate=5e-3)
@@ -147,7 +147,7 @@ def reached(name, **fields):
 
 
 def test_names_mean_experts_as_they_were_called_before():
-    "What recipes of earlier versions name is what is adapted: linear layers, and the stacks whose parts have these names"
+    "What configs of earlier versions name is what is adapted: linear layers, and the stacks whose parts have these names"
     for name, names in (("qwen3_moe", ["gate_proj", "up_proj", "down_proj"]), ("mixtral", ["w1", "w2", "w3"]), ("qwen2_moe", ["gate_proj", "up_proj", "down_proj"]), ("deepseek_v3", ["gate_proj", "up_proj", "down_proj"])):
         _, all_mlp = reached(name, target_modules=names)
         attention = {label for label in all_mlp.left_out if "_proj" in label}
@@ -257,14 +257,14 @@ def on_disk(folder, name, **fields):
 def test_a_run_on_a_mixture(name, tmp_path, capsys):
     "The plan says what is reached; training, resuming to the same bytes, and merging work"
     fields = dict(model_name=on_disk(tmp_path/"model", name), max_steps=4, save_steps=2, num_train_epochs=4, lora=dict(r=2))
-    whole = LoRATrainer(recipe(tmp_path/"whole", **fields))
+    whole = LoRATrainer(tiny_config(tmp_path/"whole", **fields))
     result = whole.train()
     shown = capsys.readouterr().out
     assert "coverage" in shown and str(adapter_coverage(whole.model)) in shown and "left out: router" in shown and result.steps == 4
-    halves = LoRATrainer(recipe(tmp_path/"halves", **fields))
+    halves = LoRATrainer(tiny_config(tmp_path/"halves", **fields))
     for step in halves.steps():
         if step.step == 3: break
-    again = LoRATrainer(recipe(tmp_path/"halves", **fields))
+    again = LoRATrainer(tiny_config(tmp_path/"halves", **fields))
     again.train(show=False, resume=True)
     one, two = (load_file(run.config.lora_dir/"adapter_model.safetensors") for run in (whole, again))
     assert alike(one, two)
@@ -273,13 +273,13 @@ def test_a_run_on_a_mixture(name, tmp_path, capsys):
 
 def test_the_estimate_attaches_what_the_run_attaches(tmp_path):
     "A model without numbers gets the adapters the real one gets"
-    config = recipe(tmp_path, model_name=on_disk(tmp_path/"model", "qwen2_moe"), lora=dict(r=2))
+    config = tiny_config(tmp_path, model_name=on_disk(tmp_path/"model", "qwen2_moe"), lora=dict(r=2))
     assert adapter_coverage(build_meta_model(config)) == adapter_coverage(attach_lora(load_base(config)[0], config.lora))
 
 
 def test_experts_that_stay_in_sixteen_bits_are_named(tmp_path):
     "bitsandbytes makes linear layers smaller and no stacks: the coverage says so"
-    config = recipe(tmp_path, model_name=on_disk(tmp_path/"model", "olmoe", hidden_size=64), load_in_4bit=True, bf16=True, lora=dict(r=2))
+    config = tiny_config(tmp_path, model_name=on_disk(tmp_path/"model", "olmoe", hidden_size=64), load_in_4bit=True, bf16=True, lora=dict(r=2))
     model = attach_lora(load_base(config)[0], config.lora)
     reach = adapter_coverage(model)
     assert reach.unquantised == {"experts.gate_up_proj": 8, "experts.down_proj": 8} and "not quantised, for bitsandbytes reaches linear layers only: experts.gate_up_proj (8)" in str(reach)
@@ -289,7 +289,7 @@ def test_experts_that_stay_in_sixteen_bits_are_named(tmp_path):
 
 def test_quantised_layers_that_cannot_be_reached_are_left_out(tmp_path):
     "A shared expert whose name PEFT takes for the experts' is reached as a parameter, and not when it is in 4 bits: left out and said, refused where it is named"
-    config = recipe(tmp_path, model_name=on_disk(tmp_path/"model", "dots1", hidden_size=64), load_in_4bit=True, bf16=True, lora=dict(r=2))
+    config = tiny_config(tmp_path, model_name=on_disk(tmp_path/"model", "dots1", hidden_size=64), load_in_4bit=True, bf16=True, lora=dict(r=2))
     reach = adapter_coverage(attach_lora(load_base(config)[0], config.lora))
     assert {"gate_proj", "up_proj", "down_proj", "router"} == set(reach.left_out)
     with pytest.raises(ModelError, match="is in 8 or 4 bits"): attach_lora(load_base(config)[0], LoRAConfig(target_modules=["shared_experts.gate_proj", "shared_experts.up_proj"]))
@@ -300,13 +300,13 @@ def test_quantised_layers_that_cannot_be_reached_are_left_out(tmp_path):
 def test_a_vocabulary_smaller_than_the_tokenizer_is_said_before_training(tmp_path):
     "Ids beyond the embeddings are refused with the token, in rows of a file and in rows of one's own; without such ids the run goes on"
     short = on_disk(tmp_path/"short", "qwen3_moe", vocab_size=400)
-    with pytest.raises(ModelError, match=r"has embeddings for 400 tokens, and the rows hold the token 1?,?\d+ \("): LoRATrainer(recipe(tmp_path, model_name=short)).train(show=False)
+    with pytest.raises(ModelError, match=r"has embeddings for 400 tokens, and the rows hold the token 1?,?\d+ \("): LoRATrainer(tiny_config(tmp_path, model_name=short)).train(show=False)
     class Own(LoRATrainer):
         def prepare_data(self): self.dataset = [dict(input_ids=[5, 6, 400], labels=[5, 6, 7])] * 4
-    with pytest.raises((ModelError, DataError), match="400"): Own(recipe(tmp_path/"own", model_name=short)).train(show=False)
+    with pytest.raises((ModelError, DataError), match="400"): Own(tiny_config(tmp_path/"own", model_name=short)).train(show=False)
     class Known(LoRATrainer):
         def prepare_data(self): self.dataset = [dict(input_ids=[5, 6, 7, 8], labels=[5, 6, 7, 8])] * 4
-    assert Known(recipe(tmp_path/"known", model_name=short, max_steps=2)).train(show=False).steps == 2
+    assert Known(tiny_config(tmp_path/"known", model_name=short, max_steps=2)).train(show=False).steps == 2
 
 
 def test_padding_beyond_the_vocabulary_is_harmless(tmp_path):
@@ -315,5 +315,5 @@ def test_padding_beyond_the_vocabulary_is_harmless(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens(dict(pad_token="<|pad|>"))
     tokenizer.save_pretrained(folder)
-    losses = [LoRATrainer(recipe(tmp_path/name, model_name=model, packing=False, max_steps=3, lora=dict(r=2))).train(show=False).losses for name, model in (("padded", folder), ("plain", on_disk(tmp_path/"plain model", "qwen3_moe")))]
+    losses = [LoRATrainer(tiny_config(tmp_path/name, model_name=model, packing=False, max_steps=3, lora=dict(r=2))).train(show=False).losses for name, model in (("padded", folder), ("plain", on_disk(tmp_path/"plain model", "qwen3_moe")))]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)

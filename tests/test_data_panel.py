@@ -5,7 +5,7 @@ import time
 
 import ipywidgets
 import pytest
-from helpers import recipe, rows, write_rows
+from helpers import tiny_config, rows, write_rows
 
 from sage_finetune.core.errors import DataError
 from sage_finetune.data_panel import HEALTH_ROWS, DataPanel, decoded_row, source_row
@@ -37,7 +37,7 @@ HOSTILE = ('<img src=x onerror="alert(1)">', "<script>alert(1)</script>", "\x1b[
 
 
 @pytest.fixture
-def panel(tmp_path): return DataPanel(recipe(tmp_path, eval_ratio=0.2)).join()
+def panel(tmp_path): return DataPanel(tiny_config(tmp_path, eval_ratio=0.2)).join()
 
 
 def test_every_control_has_its_class(panel):
@@ -48,7 +48,7 @@ def test_every_control_has_its_class(panel):
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_text(tmp_path, text):
     data = write_rows(tmp_path/"rows.jsonl", [dict(instruction=text, output=f"{text} again")])
-    panel = DataPanel(recipe(tmp_path, data_path=data)).join()
+    panel = DataPanel(tiny_config(tmp_path, data_path=data)).join()
     page = shown(panel)
     assert not any(bad in page for bad in ("<img", "<script", "\x1b", "</table><h1>")) and "again" in page
     assert json.loads(data.read_text())["instruction"] == text
@@ -56,21 +56,21 @@ def test_hostile_text_is_text(tmp_path, text):
 
 def test_hostile_names_of_files_are_text(tmp_path):
     data = write_rows(tmp_path/"<img src=x onerror=alert(1)>.jsonl", [dict(question="only this")])
-    panel = DataPanel(recipe(tmp_path, data_path=data))
+    panel = DataPanel(tiny_config(tmp_path, data_path=data))
     with pytest.raises(DataError): panel.join()
     assert "<img" not in shown(panel) and "&lt;img" in panel.problem.value
 
 
 def test_long_rows_are_cut_and_what_is_left_out_is_counted(tmp_path):
     data = write_rows(tmp_path/"rows.jsonl", [dict(instruction="short?", output="yes " * 25_000)])
-    panel = DataPanel(recipe(tmp_path, data_path=data, max_length=120_000)).join()
+    panel = DataPanel(tiny_config(tmp_path, data_path=data, max_length=120_000)).join()
     assert re.search(r"… 80,00\d more characters", panel.static_html())
     assert "tokens …" in control(panel, "sage-tokens").value and len(panel.static_html()) < 200_000
 
 
 def test_many_turns_are_bounded(tmp_path):
     turns = [dict(role="assistant" if at % 2 else "user", content=f"turn {at} " + "x" * 500) for at in range(200)]
-    panel = DataPanel(recipe(tmp_path, data_path=write_rows(tmp_path/"rows.jsonl", [dict(messages=turns)]), max_length=100_000)).join()
+    panel = DataPanel(tiny_config(tmp_path, data_path=write_rows(tmp_path/"rows.jsonl", [dict(messages=turns)]), max_length=100_000)).join()
     page = control(panel, "sage-messages").value
     assert "140 more messages" in page and len(page) < 60_000
 
@@ -104,7 +104,7 @@ def test_every_row_shows_its_own_messages(panel):
 
 def test_rows_of_a_folder_are_told_apart(tmp_path):
     for at in range(3): write_rows(tmp_path/"data"/f"part{at}.jsonl", [dict(question=f"File {at}, question {row}?", answer=f"{at}-{row}") for row in range(4)])
-    panel = DataPanel(recipe(tmp_path, data_path=tmp_path/"data")).join()
+    panel = DataPanel(tiny_config(tmp_path, data_path=tmp_path/"data")).join()
     seen = []
     for number in range(len(panel.dataset)):
         panel.show(number)
@@ -114,13 +114,13 @@ def test_rows_of_a_folder_are_told_apart(tmp_path):
 
 def test_the_held_out_file_is_read_for_held_out_rows(tmp_path):
     other = write_rows(tmp_path/"other.jsonl", [dict(question="Held out?", answer="It is.")])
-    panel = DataPanel(recipe(tmp_path, eval_path=other)).join()
+    panel = DataPanel(tiny_config(tmp_path, eval_path=other)).join()
     control(panel, "sage-split").value = "held out"
     assert "Held out?" in control(panel, "sage-messages").value and panel.failure is None
 
 
 def test_a_row_out_of_reach_is_decoded(tmp_path):
-    config = recipe(tmp_path)
+    config = tiny_config(tmp_path)
     tokenizer = run_tokenizer(config)[0]
     train, _, _ = prepare_run_data(config, tokenizer)
     assert source_row(config, config.data_path, train[3], tokenizer, seconds=-1.) is None
@@ -129,7 +129,7 @@ def test_a_row_out_of_reach_is_decoded(tmp_path):
 
 def test_bad_data_is_a_sentence_that_stays(tmp_path):
     data = write_rows(tmp_path/"rows.jsonl", [dict(question="What?", answer="That."), dict(question="And?")])
-    panel = DataPanel(recipe(tmp_path, data_path=data))
+    panel = DataPanel(tiny_config(tmp_path, data_path=data))
     with pytest.raises(DataError, match="line 2"): panel.join()
     for css in ("next", "longest", "random", "previous"):
         with pytest.raises(DataError, match="line 2"): click(panel, f"sage-{css}")
@@ -142,7 +142,7 @@ def test_bad_data_is_a_sentence_that_stays(tmp_path):
 
 @pytest.mark.parametrize("change, said", [(dict(data_path=None), "data_path is not set"), (dict(model_name="./nowhere"), "no model folder"), (dict(data_path="nowhere.jsonl"), "no data file")])
 def test_what_cannot_be_prepared(tmp_path, change, said):
-    config = recipe(tmp_path)
+    config = tiny_config(tmp_path)
     for name, value in change.items(): setattr(config, name, value)
     panel = DataPanel(config)
     with pytest.raises(Exception, match=said): panel.join()
@@ -166,21 +166,21 @@ def test_only_what_touches_the_data_is_prepared_again(panel, tmp_path):
 
 
 def test_of_many_configs_the_last_one_is_shown(tmp_path):
-    panel = DataPanel(recipe(tmp_path))
-    for length in range(40, 80): panel.config = recipe(tmp_path, max_length=length, data_path=tmp_path/"rows.jsonl")
+    panel = DataPanel(tiny_config(tmp_path))
+    for length in range(40, 80): panel.config = tiny_config(tmp_path, max_length=length, data_path=tmp_path/"rows.jsonl")
     assert panel.join().dataset.max_length == 79
     assert len(list((panel.config.output_dir/"prepared").iterdir())) <= 4  # those between were passed over
 
 
 def test_the_thread_prints_nothing(tmp_path, capfd):
-    panel = DataPanel(recipe(tmp_path, eval_ratio=0.2)).join()
+    panel = DataPanel(tiny_config(tmp_path, eval_ratio=0.2)).join()
     panel.next()
     assert capfd.readouterr() == ("", "") and "trained on" in repr(panel)
 
 
 def test_many_rows(tmp_path):
     content = [dict(question=f"Lamp {at}?", answer=f"{at}") for at in range(HEALTH_ROWS + 2000)]
-    panel = DataPanel(recipe(tmp_path, data_path=write_rows(tmp_path/"rows.jsonl", content))).join()
+    panel = DataPanel(tiny_config(tmp_path, data_path=write_rows(tmp_path/"rows.jsonl", content))).join()
     assert "evenly spread" in control(panel, "sage-health").value and len(panel.health["trained tokens"].rows) > 0
     began = time.monotonic()
     panel.show(len(panel.dataset) - 1)

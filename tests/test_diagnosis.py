@@ -10,7 +10,7 @@ import threading
 import weakref
 
 import pytest
-from helpers import mounted, recipe
+from helpers import mounted, tiny_config
 
 from sage_finetune.diagnosis import Look, check_folder_writable, doctor, free, looked, without_secrets
 
@@ -216,7 +216,7 @@ def test_a_full_disk_and_a_nearly_full_one(tmp_path):
 
 def test_looking_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert doctor(recipe(tmp_path/"data"), online=False).healthy
+    assert doctor(tiny_config(tmp_path/"data"), online=False).healthy
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["data", "data/rows.jsonl"]
 
 
@@ -294,16 +294,16 @@ def test_what_looks_like_a_secret(text):
 @pytest.mark.parametrize("change, what, said", [
     (dict(data_path="nowhere.jsonl"), "data_path", "there is no data file nowhere.jsonl"), (dict(data_path=None), "data_path", "not set"), (dict(model_name="./nowhere"), "model", "there is no model folder"),
     (dict(eval_path="nowhere.csv"), "eval_path", "there is no data file nowhere.csv"), (dict(continue_from="nowhere"), "continue_from", "there is no adapter"),
-    (dict(device="mps"), "numbers", "has none"), (dict(fp16=True, bf16=None), "numbers", "needs a graphics card")])
+    (dict(device="mps"), "precision", "has none"), (dict(fp16=True, bf16=None), "precision", "needs a GPU")])
 def test_a_config_that_cannot_run(tmp_path, change, what, said):
-    config = recipe(tmp_path)
+    config = tiny_config(tmp_path)
     for name, value in change.items(): setattr(config, name, value)
     look = doctor(config, online=False)[what]
     assert look.state == "problem" and said in look.found, look
 
 
 def test_contradictions_and_a_bad_first_row(tmp_path):
-    config = recipe(tmp_path)
+    config = tiny_config(tmp_path)
     config.fp16 = config.bf16 = True
     (tmp_path/"rows.jsonl").write_text('{"question": "<b>What?</b>"}\n')
     found = doctor(config, online=False)
@@ -311,7 +311,7 @@ def test_contradictions_and_a_bad_first_row(tmp_path):
 
 
 def test_a_run_that_is_there_already_is_a_note(tmp_path):
-    config = recipe(tmp_path)
+    config = tiny_config(tmp_path)
     (config.output_dir/"lora_weights").mkdir(parents=True)
     (config.output_dir/"lora_weights"/"adapter_config.json").write_text("{}")
     config.save(config.output_dir/"training_config.json")
@@ -321,7 +321,7 @@ def test_a_run_that_is_there_already_is_a_note(tmp_path):
 
 
 def test_nothing_that_was_found_runs_in_a_page(tmp_path):
-    config = recipe(tmp_path)
+    config = tiny_config(tmp_path)
     config.data_path = tmp_path/"<script>alert(1)<\x1b[31m.jsonl"
     found = doctor(config, online=False)
     assert "<script>" not in found._repr_html_() and "\x1b" not in str(found) + found._repr_html_() and "<script>" in str(found)

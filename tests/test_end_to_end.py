@@ -5,7 +5,7 @@ import sys
 
 import nbformat
 import pytest
-from helpers import adapter, change, copy, ended, leftovers, metrics, program, recipe, rows, start, status, tree, write_rows
+from helpers import adapter, change, copy, ended, leftovers, metrics, program, tiny_config, rows, start, status, tree, write_rows
 from nbclient import NotebookClient
 from transformers import AutoTokenizer
 
@@ -25,14 +25,14 @@ def names(folder): return {path.name for path in folder.iterdir()} - {".lock"}
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     "A run of eleven steps that keeps two checkpoints; its trainer and result"
-    trainer = LoRATrainer(recipe(tmp_path_factory.mktemp("finished"), max_steps=11, save_steps=2, save_total_limit=2))
+    trainer = LoRATrainer(tiny_config(tmp_path_factory.mktemp("finished"), max_steps=11, save_steps=2, save_total_limit=2))
     return trainer, trainer.train(show=False)
 
 
 def test_from_rows_to_a_merged_model_that_chats(tmp_path):
     "Every room in turn, and the tuned model knows more of what it was taught than the base"
     content = rows(4)
-    config = recipe(tmp_path, data_path=write_rows(tmp_path/"rows.jsonl", content), per_device_train_batch_size=1, num_train_epochs=20, learning_rate=3e-3)
+    config = tiny_config(tmp_path, data_path=write_rows(tmp_path/"rows.jsonl", content), per_device_train_batch_size=1, num_train_epochs=20, learning_rate=3e-3)
     trainer = LoRATrainer(config).setup()
     before = accuracy(trainer.model, trainer.tokenizer, content)
     result = trainer.train(show=False)
@@ -68,7 +68,7 @@ def test_checkpoints_are_kept_by_their_number(finished):
     assert all({"adapter_model.safetensors", "state.safetensors"} < names(checkpoint) for checkpoint in folder.iterdir())
 
 
-def test_the_resolved_recipe_reads_back(finished, tmp_path):
+def test_the_resolved_config_reads_back(finished, tmp_path):
     "What the machine decided stands in it, it reads back as written, and it makes the same adapter again"
     trainer, result = finished
     path = result.output_dir/"training_config.json"
@@ -115,7 +115,7 @@ def test_every_step_of_the_trainer_can_be_replaced(tmp_path):
         return method
     steps = ("load_model_and_tokenizer", "apply_lora", "prepare_data", "setup_trainer", "train", "save_model")
     Noting = type("Noting", (LoRATrainer,), {name: noting(name) for name in steps})
-    Noting(recipe(tmp_path, max_steps=1)).train(show=False)
+    Noting(tiny_config(tmp_path, max_steps=1)).train(show=False)
     assert called == ["train", *steps[:4], "save_model"]
 
 
@@ -143,7 +143,7 @@ def test_a_run_moves_to_another_folder(finished, tmp_path):
 def test_plots_and_loops_see_the_same_steps(tmp_path):
     "A callback, the result and the file agree"
     seen = []
-    result = LoRATrainer(recipe(tmp_path, max_steps=3)).train(show=False, on_step=seen.append)
+    result = LoRATrainer(tiny_config(tmp_path, max_steps=3)).train(show=False, on_step=seen.append)
     assert [step.loss for step in seen] == result.losses == [line["loss"] for line in metrics(result.output_dir)]
     assert [step.step for step in seen] == [1, 2, 3] and seen[-1].total == 3
 
@@ -151,7 +151,7 @@ def test_plots_and_loops_see_the_same_steps(tmp_path):
 def test_an_old_run_is_replaced_only_when_asked(finished, tmp_path):
     run = copy(finished[1].output_dir, tmp_path/"run")
     merge(run)
-    config = recipe(tmp_path, max_steps=2, overwrite_output_dir=True)
+    config = tiny_config(tmp_path, max_steps=2, overwrite_output_dir=True)
     LoRATrainer(config).train(show=False)
     assert names(run) == PARTS | {"checkpoints", "lora_weights"} and names(run/"checkpoints") == {"checkpoint-2"} and len(metrics(run)) == 2 and adapter(run) != adapter(finished[1].output_dir)
 

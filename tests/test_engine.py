@@ -12,7 +12,7 @@ from types import MethodType
 import pytest
 import torch
 import transformers
-from helpers import adapter, metrics, prepared, recipe, reference, rows, write_rows
+from helpers import adapter, metrics, prepared, tiny_config, reference, rows, write_rows
 from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -55,10 +55,10 @@ def folder_of(tmp_path_factory):
 
 
 def trainer_of(folder, model, **fields):
-    "A trainer on 40 rows, in 32 bits and without dropout of any kind"
+    "A trainer on 40 rows, in fp32 and without dropout of any kind"
     content = rows(40)
     fields = dict(model_name=str(model), data_path=write_rows(folder/"rows.jsonl", content), bf16=False, learning_rate=5e-3, warmup_ratio=0., lr_scheduler_type="constant", seed=3) | fields
-    trainer, content = LoRATrainer(recipe(folder, **fields)), content
+    trainer, content = LoRATrainer(tiny_config(folder, **fields)), content
     trainer.setup()
     for part in trainer.model.modules():
         if isinstance(part, torch.nn.Dropout): part.p = 0.  # GPT-2 has some
@@ -224,7 +224,7 @@ def test_sixteen_bit_attention_goes_back_as_torch_does_in_thirty_two(lengths, he
         parts = [x.detach().to(dtype).requires_grad_() for x in line]
         return torch.autograd.grad(attention(*parts, borders, width**-0.5), parts, upstream.to(dtype))
     for own, plain in zip(gradients(room._VarlenAttention.apply, torch.bfloat16), gradients(room._varlen_attention, torch.float32)):
-        # Of one token alone only the value has a gradient; 32 bits leave some rounding where zero belongs, as much as there are numbers.
+        # Of one token alone only the value has a gradient; fp32 leaves some rounding where zero belongs, as much as there are numbers.
         assert (own.float() - plain).norm() <= 8e-3 * plain.norm() + 1e-7 * plain.numel()**0.5
 
 
@@ -300,9 +300,9 @@ def test_evaluation_is_the_plain_loss(tmp_path, folder_of):
 
 
 def test_bf16_follows_fp32(tmp_path):
-    "The band: on the packaged model, the mean of ten steps' losses stays within 3 % or 0.02 nats of that in 32 bits (bf16 keeps 8 bits, a relative rounding of 0.4 % an operation)"
-    if plan_precision(TrainingConfig(device="cpu")).name != "bf16": pytest.skip("this processor has no fast bf16")
-    curves = [[step.loss for step in LoRATrainer(recipe(tmp_path/name, bf16=bf16, num_train_epochs=10)).steps()] for name, bf16 in (("half", True), ("full", False))]
+    "The band: on the packaged model, the mean of ten steps' losses stays within 3 % or 0.02 nats of that in fp32 (bf16 keeps 8 bits, a relative rounding of 0.4 % an operation)"
+    if plan_precision(TrainingConfig(device="cpu")).name != "bf16": pytest.skip("this CPU has no fast bf16")
+    curves = [[step.loss for step in LoRATrainer(tiny_config(tmp_path/name, bf16=bf16, num_train_epochs=10)).steps()] for name, bf16 in (("half", True), ("full", False))]
     means = [torch.tensor(curve).view(-1, 10).mean(1).tolist() for curve in curves]
     assert len(means[0]) == 6 and means[0] == pytest.approx(means[1], rel=0.03, abs=0.02)
     assert curves[0] != curves[1] and means[1][-1] < 0.5 * means[1][0]
@@ -385,7 +385,7 @@ def test_a_page_that_defines_the_engine_again_leaves_the_packages_alone(name, tm
     "A notebook's cells register functions with transformers, too: a run of the package in the same kernel has the bytes it had before"
     before = room.ALL_ATTENTION_FUNCTIONS[room.VARLEN], room.ALL_MASK_ATTENTION_FUNCTIONS[room.VARLEN]
     def bytes_of(folder):
-        LoRATrainer(recipe(folder, max_steps=3, eval_ratio=0.)).train(show=False)
+        LoRATrainer(tiny_config(folder, max_steps=3, eval_ratio=0.)).train(show=False)
         return adapter(folder/"run")
     one = bytes_of(tmp_path/"one")
     again = importlib.util.module_from_spec(importlib.util.spec_from_file_location("sage_finetune.engine_again", room.__file__))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import adapter, change, copy, ended, metrics, prepared, program, recipe, reference, rows, start, status, trained, write_rows
+from helpers import adapter, change, copy, ended, metrics, prepared, program, tiny_config, reference, rows, start, status, trained, write_rows
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,7 +86,7 @@ def test_the_first_steps_equal_a_plain_loop(tmp_path, plain_base, packing):
     "Warm-up, accumulation, clipping, AdamW, padding and packing; the reference starts from PEFT's own adapter after torch.manual_seed(seed)"
     content = rows(30)
     content[::3] = [dict(row, output=row["output"] + " It hangs in the long corridor.") for row in content[::3]]  # micro-batches of different weight
-    trainer = LoRATrainer(recipe(tmp_path, data_path=write_rows(tmp_path/"content.jsonl", content), per_device_train_batch_size=2, gradient_accumulation_steps=3, learning_rate=5e-3,
+    trainer = LoRATrainer(tiny_config(tmp_path, data_path=write_rows(tmp_path/"content.jsonl", content), per_device_train_batch_size=2, gradient_accumulation_steps=3, learning_rate=5e-3,
                                  warmup_ratio=0.2, max_grad_norm=0.1, weight_decay=0.1, seed=7, packing=packing)).setup()
     total = len(trainer.plan)
     assert total == 10 and [len(step.micro_batches) for step in trainer.plan] == [1 if packing else 3] * 10 and trainer.packs == packing
@@ -107,7 +107,7 @@ def test_the_first_steps_equal_a_plain_loop(tmp_path, plain_base, packing):
 
 def test_the_number_of_rows_at_once_changes_nothing(tmp_path):
     "Four at once or one by one: the same steps, up to rounding"
-    together, alone = (LoRATrainer(recipe(tmp_path/name, per_device_train_batch_size=size, gradient_accumulation_steps=4//size, max_steps=4)) for name, size in (("four", 4), ("one", 1)))
+    together, alone = (LoRATrainer(tiny_config(tmp_path/name, per_device_train_batch_size=size, gradient_accumulation_steps=4//size, max_steps=4)) for name, size in (("four", 4), ("one", 1)))
     assert together.train(show=False).losses == pytest.approx(alone.train(show=False).losses, rel=1e-5)
 
 
@@ -119,7 +119,7 @@ def test_the_answer_and_its_end_are_trained_on_and_nothing_else(tmp_path, packin
     content = rows(16)
     content += [dict(messages=[dict(role="system", content="Be short."), dict(role="user", content=f"Lamp {at}?"), dict(role="assistant", content="It is lit."),
                                dict(role="user", content="And now?"), dict(role="assistant", content=f"Dark {at}.")]) for at in range(8)]
-    trainer = Watched(recipe(tmp_path, data_path=write_rows(tmp_path/"content.jsonl", content), num_train_epochs=1, packing=packing))
+    trainer = Watched(tiny_config(tmp_path, data_path=write_rows(tmp_path/"content.jsonl", content), num_train_epochs=1, packing=packing))
     result = trainer.train(show=False)
     tokenizer, end = AutoTokenizer.from_pretrained(tiny_path()), "<|im_end|>"
     end_id, found, padded = tokenizer.convert_tokens_to_ids(end), [], 0
@@ -148,7 +148,7 @@ def texts(batches, tokenizer):
 def test_held_out_rows_are_never_trained_on(tmp_path):
     "Neither a row nor, where a question has several answers, its question"
     content = rows(40) + [dict(row, output="I do not know.") for row in rows(40)]
-    trainer = Watched(recipe(tmp_path, data_path=write_rows(tmp_path/"content.jsonl", content), eval_ratio=0.3, num_train_epochs=2, per_device_train_batch_size=16, eval_steps=3))
+    trainer = Watched(tiny_config(tmp_path, data_path=write_rows(tmp_path/"content.jsonl", content), eval_ratio=0.3, num_train_epochs=2, per_device_train_batch_size=16, eval_steps=3))
     result = trainer.train(show=False)
     tokenizer = AutoTokenizer.from_pretrained(tiny_path())
     question = lambda text: text.partition("<|im_start|>assistant")[0]
@@ -160,7 +160,7 @@ def test_held_out_rows_are_never_trained_on(tmp_path):
 
 def test_looking_at_held_out_rows_changes_no_step(tmp_path):
     "Evaluation draws no chance and leaves the model in training: with dropout on, the adapter stays the same"
-    rare, often = (recipe(tmp_path/name, eval_path=write_rows(tmp_path/name/"held.jsonl", rows(6)), max_steps=6, eval_steps=steps, lora=dict(lora_dropout=0.2)) for name, steps in (("rare", 6), ("often", 1)))
+    rare, often = (tiny_config(tmp_path/name, eval_path=write_rows(tmp_path/name/"held.jsonl", rows(6)), max_steps=6, eval_steps=steps, lora=dict(lora_dropout=0.2)) for name, steps in (("rare", 6), ("often", 1)))
     for config in (rare, often): LoRATrainer(config).train(show=False)
     assert adapter(rare.output_dir) == adapter(often.output_dir)
     assert [row["eval_loss"] is None for row in metrics(often.output_dir)] == [False] * 6 and metrics(rare.output_dir)[4]["eval_loss"] is None
@@ -198,7 +198,7 @@ def test_the_same_seed_twice_in_one_process(straight, ready, tmp_path):
 
 
 @pytest.mark.parametrize("fields", [dict(seed=43), dict(learning_rate=1.9e-3)])
-def test_another_seed_or_dial_gives_other_bytes(straight, ready, tmp_path, fields):
+def test_another_seed_or_field_gives_other_bytes(straight, ready, tmp_path, fields):
     run = copy(ready, tmp_path/"run")
     change(run, **fields)
     train_from_meta(run, show=False)

@@ -12,7 +12,7 @@ from types import NoneType
 
 import ipywidgets
 import pytest
-from helpers import recipe
+from helpers import tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -68,7 +68,7 @@ def test_form_and_config_are_the_same(still, config):
     before = still.config
     still.config = config
     assert still.config == config and still.valid and still.failure is None
-    assert still.dials.read() == config  # as the controls alone say it
+    assert still.controls.read() == config  # as the controls alone say it
     assert heard == [config] * (before != config)  # not once per control
 
 
@@ -93,12 +93,12 @@ def test_every_field_has_a_control_with_its_phrase(still, monkeypatch):
     from sage_finetune.config import field_help
     phrases = field_help(TrainingConfig) | {f'lora.{name}': phrase for name, phrase in field_help(LoRAConfig).items()}
     assert {*still.fields} == {*all_keys()} - {'load_in_4bit'}
-    for key, dial in still.dials.dials.items():
-        css = {name for name in dial.row._dom_classes if name.startswith('sage-field-')}
+    for key, control in still.controls.by_key.items():
+        css = {name for name in control.row._dom_classes if name.startswith('sage-field-')}
         assert f'sage-field-{key.replace(".", "-")}' in css
         if key == 'load_in_8bit': continue
-        said = dial.control.tooltip if dial.control.has_trait('tooltip') else dial.control.description_tooltip
-        assert said.startswith(phrases[key]) and dial.control.description == key.removeprefix('lora.')
+        said = control.widget.tooltip if control.widget.has_trait('tooltip') else control.widget.description_tooltip
+        assert said.startswith(phrases[key]) and control.widget.description == key.removeprefix('lora.')
     monkeypatch.setitem(forms.MORE, 'data', tuple(key for key in forms.MORE['data'] if key != 'packing'))
     assert grouped()['others'] == ('packing',)
 
@@ -129,7 +129,7 @@ def test_a_wrong_value_says_why_in_the_configs_own_words(still, key):
     owner, name = (LoRAConfig, key.removeprefix('lora.')) if key.startswith('lora.') else (TrainingConfig, key)
     with pytest.raises(ConfigError) as said: owner(**{name: WRONG[key]})
     assert still.problem_text == str(said.value) and not still.valid and still.config == PresetConfigs.tiny()
-    whys = [other for other, dial in still.dials.dials.items() if 'sage-why' in dial.note.value]
+    whys = [other for other, control in still.controls.by_key.items() if 'sage-why' in control.note.value]
     assert whys == [key] and still.failure is None and f'refused: {key}.' in still.refused.value
     still.fields['logging_steps'].value = '7'  # waits until all is well again
     assert still.config.logging_steps == 10
@@ -149,7 +149,7 @@ def test_half_a_number_does_not_disturb(still):
 def test_contradictions_stand_beside_both_fields(still):
     still.config = TrainingConfig()
     still.fields['fp16'].value = still.fields['bf16'].value = 'yes'
-    assert {*still.dials.wrong} == {'fp16', 'bf16'} and 'contradict each other' in still.problem_text
+    assert {*still.controls.wrong} == {'fp16', 'bf16'} and 'contradict each other' in still.problem_text
     assert still.config == TrainingConfig(fp16=True)
     still.fields['fp16'].value = 'no'
     assert still.config == TrainingConfig(fp16=False, bf16=True)
@@ -162,12 +162,12 @@ def test_a_listener_that_fails_is_shown(still):
     assert form.config.seed == 7 and isinstance(form.failure, ZeroDivisionError) and 'ZeroDivisionError' in form.problem.value
 
 
-# ---- recipes ------------------------------------------------------------------------------------------------------------
+# ---- presets ------------------------------------------------------------------------------------------------------------
 
-def test_a_recipe_keeps_what_was_named(still):
+def test_a_preset_keeps_what_was_named(still):
     still.config = PresetConfigs.tiny()
     still.preset.value = 'minimal'
-    assert still.config == PresetConfigs.minimal()  # nothing was named: the packaged model and data go with their recipe
+    assert still.config == PresetConfigs.minimal()  # nothing was named: the packaged model and data go with their preset
     still.fields['model_name'].value, still.fields['data_path'].value, still.fields['seed'].value = 'tiny', 'mine.jsonl', '7'
     assert (still.preset.value, still.base) == ('custom', 'minimal')
     still.preset.value = 'a100'
@@ -176,19 +176,19 @@ def test_a_recipe_keeps_what_was_named(still):
     assert still.preset.value == 'custom'
     still.fields['lora.use_dora'].value = False
     assert still.preset.value == 'a100'
-    still.preset.value = 'custom'  # not a recipe one could choose
+    still.preset.value = 'custom'  # not a preset one could choose
     assert still.preset.value == 'a100'
 
 
 def test_sliders_and_boxes_follow_each_other(still):
     for key in forms.STOPS:
-        dial = still.dials.dials[key]
-        for stop in dial.stops:
-            dial.slider.value = stop
+        control = still.controls.by_key[key]
+        for stop in control.stops:
+            control.slider.value = stop
             of = still.config.lora if key.startswith('lora.') else still.config
-            assert getattr(of, dial.name) == stop and dial.slider.value == stop, key
+            assert getattr(of, control.name) == stop and control.slider.value == stop, key
     still.fields['max_length'].value = '1000'
-    assert still.config.max_length == 1000 and still.dials.dials['max_length'].slider.value == 1024
+    assert still.config.max_length == 1000 and still.controls.by_key['max_length'].slider.value == 1024
 
 
 def test_models_and_quantisation(still):
@@ -268,11 +268,11 @@ def live():
 def size_of(form): return float(form.memory.text.split('total')[1].split()[0])
 
 
-def test_the_bar_follows_the_dials(live):
+def test_the_bar_follows_the_settings(live):
     live.config = PresetConfigs.tiny(device='cpu')
     assert live.wait()
     small, process = size_of(live), MEMORY.process.pid
-    live.dials.dials['max_length'].slider.value = 2048
+    live.controls.by_key['max_length'].slider.value = 2048
     assert live.wait() and size_of(live) > 1.5 * small and '2048 tokens' in live.memory.view.value
     bar = live.memory.view.value
     live.fields['seed'].value = '7'  # nothing to do with memory: nobody is asked
@@ -284,8 +284,8 @@ def test_the_bar_follows_the_dials(live):
 def test_sliding_never_waits(live):
     start = time.monotonic()
     for turn in range(10):
-        for stop in (64, 512, 4096): live.dials.dials['max_length'].slider.value = stop
-    live.dials.dials['max_length'].slider.value = 256
+        for stop in (64, 512, 4096): live.controls.by_key['max_length'].slider.value = stop
+    live.controls.by_key['max_length'].slider.value = 256
     assert time.monotonic() - start < 5  # 31 moves; counting once takes a second
     assert live.wait() and '256 tokens' in live.memory.view.value and live.failure is None
 
@@ -348,9 +348,9 @@ def test_two_forms_share_the_process_and_not_the_answers(live):
 
 
 def test_steps_and_time_come_from_rows_and_earlier_runs(live, tmp_path):
-    config = recipe(tmp_path, output_dir=tmp_path/'first')
+    config = tiny_config(tmp_path, output_dir=tmp_path/'first')
     LoRATrainer(config).train()
-    live.config = recipe(tmp_path, output_dir=tmp_path/'second')
+    live.config = tiny_config(tmp_path, output_dir=tmp_path/'second')
     assert live.wait()
     said = live._summary()
     assert ('note', 'steps: about 12 (24 rows, none held out, 2 epochs)') in said
@@ -367,7 +367,7 @@ def test_steps_and_time_come_from_rows_and_earlier_runs(live, tmp_path):
 
 
 def test_a_measurement_replaces_the_prediction(live, tmp_path):
-    config = recipe(tmp_path, max_steps=2)
+    config = tiny_config(tmp_path, max_steps=2)
     live.config = config
     assert live.wait()
     measurement = measure_memory(LoRATrainer(config).setup())
@@ -417,5 +417,5 @@ def test_it_is_light(tmp_path):
 def test_a_move_is_quick(still):
     still.config = PresetConfigs.tiny()
     start, moves = time.process_time(), 50
-    for turn in range(moves): still.dials.dials['lora.r'].slider.value = 2**(turn % 8)
+    for turn in range(moves): still.controls.by_key['lora.r'].slider.value = 2**(turn % 8)
     assert (time.process_time() - start) / moves < 0.03

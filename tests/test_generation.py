@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import recipe, rows
+from helpers import tiny_config, rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sage_finetune import LoRATrainer, merge, load_run
@@ -38,7 +38,7 @@ def tuned(tmp_path_factory):
     "A trainer on a base that names another end token and sets whatever can be set, and what it said at its last evaluation"
     folder, seen = tmp_path_factory.mktemp("leaks"), []
     base = base_with(folder/"base", LEAKS | dict(eos_token_id=BASE_END, pad_token_id=0))
-    trainer = LoRATrainer(recipe(folder, model_name=str(base), num_train_epochs=4, eval_ratio=0.1, bf16=False, eval_prompts=QUESTIONS))
+    trainer = LoRATrainer(tiny_config(folder, model_name=str(base), num_train_epochs=4, eval_ratio=0.1, bf16=False, eval_prompts=QUESTIONS))
     trainer.train(show=False, callbacks=[type("Look", (), dict(on_evaluate=staticmethod(lambda step: seen.append(step))))()])
     return trainer, seen[-1]
 

@@ -204,13 +204,13 @@ def test_make_names_every_target(root):
 def test_the_readme_is_made_from_the_index(copy):
     "Pictures become files, links find their way from the project's folder, hidden cells stay hidden"
     index = copy/"nbs/index.ipynb"
-    add_cell(index, {"cell_type": "markdown", "id": "links", "metadata": {}, "source": "[dials](00_config.ipynb) [more](../CHANGELOG.md) [web](https://a.b/c)"})
+    add_cell(index, {"cell_type": "markdown", "id": "links", "metadata": {}, "source": "[fields](00_config.ipynb) [more](../CHANGELOG.md) [web](https://a.b/c)"})
     add_cell(index, code_cell("plot()", {"output_type": "display_data", "metadata": {}, "data": {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"}}))
     add_cell(index, code_cell("print(1)", {"output_type": "stream", "name": "stdout", "text": "\x1b[1mone\x1b[0m\n"}))
     add_cell(index, code_cell("#| hide\nsecret = 1"))
     subprocess.run([sys.executable, ".ci/docs.py", "--readme"], cwd=copy, check=True, capture_output=True)
     text = (copy/"README.md").read_text()
-    assert "[dials](nbs/00_config.ipynb) [more](CHANGELOG.md) [web](https://a.b/c)" in text and "secret = 1" not in text
+    assert "[fields](nbs/00_config.ipynb) [more](CHANGELOG.md) [web](https://a.b/c)" in text and "secret = 1" not in text
     picture = re.findall(r"!\[png\]\((nbs/index_files/.+?\.png)\)", text)[-1]
     assert (copy/picture).read_bytes() == b"\x89PNG\r\n\x1a\n" and "```text\none\n```" in text
     assert house.stale_readme(copy) == []

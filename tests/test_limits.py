@@ -6,7 +6,7 @@ from types import MethodType
 import pytest
 import torch
 import transformers
-from helpers import recipe, rows, write_rows
+from helpers import tiny_config, rows, write_rows
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -306,7 +306,7 @@ def folder(path, name, limit):
 def test_a_run_evaluates_every_row_as_if_it_were_alone(tmp_path, name, packing):
     content = [dict(row, output=" ".join([row["output"]] * (1 + at % 3))) for at, row in enumerate(rows(24))]
     fields = dict(model_name=str(folder(tmp_path/"model", name, 32)), data_path=write_rows(tmp_path/"rows.jsonl", content), bf16=False)
-    trainer = LoRATrainer(recipe(tmp_path, **fields, eval_ratio=0.3, packing=packing, max_length=128)).setup()
+    trainer = LoRATrainer(tiny_config(tmp_path, **fields, eval_ratio=0.3, packing=packing, max_length=128)).setup()
     assert way(trainer.engine) == {"dynamic rope": "alone", "phimoe": "positions", "mistral": "samples"}[name] or not packing
     lean, total, count = trainer.evaluate(), 0., 0
     room.restore_forwards(trainer.model)
@@ -323,5 +323,5 @@ def test_a_run_evaluates_every_row_as_if_it_were_alone(tmp_path, name, packing):
 
 def test_a_run_whose_rows_are_short_does_not_mind_its_max_length(tmp_path):
     fields = dict(model_name=str(folder(tmp_path/"model", "phimoe", 64)), data_path=write_rows(tmp_path/"rows.jsonl", rows(16)), bf16=False)
-    trainer = LoRATrainer(recipe(tmp_path, **fields, max_length=128)).setup()
+    trainer = LoRATrainer(tiny_config(tmp_path, **fields, max_length=128)).setup()
     assert way(trainer.engine) == "samples" and trainer.engine.trials == []

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers import adapter, recipe
+from helpers import adapter, tiny_config
 from sage_finetune import engine, memory
 from sage_finetune.batches import plan_batches
 from sage_finetune.config import TrainingConfig
@@ -34,7 +34,7 @@ def bytes_of(tensors): return sum({x.untyped_storage()._cdata: x.untyped_storage
 
 @pytest.mark.parametrize("bits", [0, 8, 4])
 def test_weights_and_adapter_are_exact(tmp_path, bits):
-    config = recipe(tmp_path, load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    config = tiny_config(tmp_path, load_in_8bit=bits == 8, load_in_4bit=bits == 4)
     base, _ = load_base(config)
     model, said = attach_lora(base, config.lora), estimate_memory(config)
     packed = [x for layer in model.modules() for x in constants(layer)]
@@ -52,7 +52,7 @@ def constants(layer):
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "sgd"])
 def test_optimizer_state_is_exact(tmp_path, optim):
-    config = recipe(tmp_path, optim=optim)
+    config = tiny_config(tmp_path, optim=optim)
     model = attach_lora(load_base(config)[0], config.lora)
     optimizer = make_optimizer(model, config)
     model(input_ids=torch.ones(1, 8, dtype=torch.long), labels=torch.ones(1, 8, dtype=torch.long)).loss.backward()
@@ -61,11 +61,11 @@ def test_optimizer_state_is_exact(tmp_path, optim):
     assert sum(_state_bytes(p.shape, optim) for p in model.parameters() if p.requires_grad) == pytest.approx(bytes_of(kept), rel=1e-3, abs=0)
 
 
-@pytest.mark.parametrize("dials", [dict(), dict(bf16=True), dict(bf16=True, gradient_checkpointing=True), dict(gradient_checkpointing=True), dict(engine="plain"), dict(engine="plain", packing=False)],
-    ids=lambda dials: " ".join(f"{name}={value}" for name, value in dials.items()) or "auto")
-def test_a_rehearsed_step_takes_what_a_real_one_takes(tmp_path, dials):
+@pytest.mark.parametrize("overrides", [dict(), dict(bf16=True), dict(bf16=True, gradient_checkpointing=True), dict(gradient_checkpointing=True), dict(engine="plain"), dict(engine="plain", packing=False)],
+    ids=lambda overrides: " ".join(f"{name}={value}" for name, value in overrides.items()) or "auto")
+def test_a_rehearsed_step_takes_what_a_real_one_takes(tmp_path, overrides):
     "The same counter looks at the trainer's own step on real tensors"
-    trainer = LoRATrainer(recipe(tmp_path, data_path="example", max_length=256, gradient_accumulation_steps=1, max_steps=3, **dials)).setup()
+    trainer = LoRATrainer(tiny_config(tmp_path, data_path="example", max_length=256, gradient_accumulation_steps=1, max_steps=3, **overrides)).setup()
     batch, = trainer._batches(trainer.dataset, [trainer.plan.longest])
     trainer.model.train()
     with MemoryTracker() as count:
@@ -91,7 +91,7 @@ def test_the_head_takes_what_the_chunked_loss_takes():
 
 
 def test_measuring_changes_nothing(tmp_path):
-    trainer = LoRATrainer(recipe(tmp_path, max_steps=3)).setup()
+    trainer = LoRATrainer(tiny_config(tmp_path, max_steps=3)).setup()
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     def state(): return [p.detach().clone() for p in trained], copy.deepcopy(trainer.optimizer.state_dict()), torch.get_rng_state(), [p.grad is None for p in trained], trainer.model.training
     for _ in range(2):  # before the first step, and when the optimizer remembers something
@@ -127,22 +127,22 @@ def test_lengths_decide_when_they_are_known(tmp_path):
     assert estimate_memory(config, [20] * 50, device="cpu").parts["activations"] < 0.1 * estimate_memory(config, device="cpu").parts["activations"]
 
 
-def test_wrong_dials_and_models_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="max_length"): estimate_memory(recipe(tmp_path), max_lenght=3)
-    with pytest.raises(ModelError, match="config.json"): build_meta_model(recipe(tmp_path, model_name=str(tmp_path)))
+def test_wrong_fields_and_models_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="max_length"): estimate_memory(tiny_config(tmp_path), max_lenght=3)
+    with pytest.raises(ModelError, match="config.json"): build_meta_model(tiny_config(tmp_path, model_name=str(tmp_path)))
     assert format_bytes(2.5e9) == "2.50 GB" and format_bytes(2.5e6) == "2.5 MB"
 
 
 CHILD = """
 import ctypes, json, sys, tempfile
 import datasets, torch
-ctypes.CDLL(None).mallopt(-3, 262144)  # large tensors lie apart: a heap without holes
+ctypes.CDLL(None).mallopt(-3, 262144)  # large tensors lie apart: a heap without fragmentation
 from sage_finetune.config import TrainingConfig
 from sage_finetune.memory import estimate_memory, peak_growth
 from sage_finetune.trainer import LoRATrainer, memory_error
-dials = json.loads(sys.argv[1])
-trainer = LoRATrainer(TrainingConfig(output_dir=tempfile.mkdtemp(), device="cpu", **dials))
-rows = [[7] * dials["max_length"]] * 8
+overrides = json.loads(sys.argv[1])
+trainer = LoRATrainer(TrainingConfig(output_dir=tempfile.mkdtemp(), device="cpu", **overrides))
+rows = [[7] * overrides["max_length"]] * 8
 trainer.dataset = datasets.Dataset.from_dict(dict(input_ids=rows, labels=rows))
 with peak_growth(torch.device("cpu")) as growth:
     trainer.setup()
@@ -153,7 +153,7 @@ with peak_growth(torch.device("cpu")) as growth:
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
 said = estimate_memory(trainer.config, [len(row) for row in rows])
-print(growth[0], said.total - said.parts["holes"])
+print(growth[0], said.total - said.parts["fragmentation"])
 """
 HELD_OUT = [  # shapes that nothing was fitted on
     (dict(hidden_size=640, num_hidden_layers=8, num_attention_heads=10, num_key_value_heads=2, intermediate_size=2560, vocab_size=65000), dict(max_length=768, bf16=True, pack_weights=False)),
@@ -163,15 +163,15 @@ HELD_OUT = [  # shapes that nothing was fitted on
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the highest resident size is reset through /proc")
-@pytest.mark.parametrize("shape, dials", HELD_OUT, ids=["bf16", "fp32", "checkpointing"])
-def test_a_process_takes_what_was_predicted_but_for_the_holes(tmp_path, shape, dials):
+@pytest.mark.parametrize("shape, overrides", HELD_OUT, ids=["bf16", "fp32", "checkpointing"])
+def test_a_process_takes_what_was_predicted_but_for_fragmentation(tmp_path, shape, overrides):
     from transformers import AutoConfig, AutoModelForCausalLM
     from sage_finetune.config import tiny_path
     place = folder(tmp_path/"model", **shape)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place), dtype=torch.bfloat16 if dials["bf16"] else torch.float32).save_pretrained(place)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place), dtype=torch.bfloat16 if overrides["bf16"] else torch.float32).save_pretrained(place)
     for file in tiny_path().glob("*"):
         if "token" in file.name or "chat" in file.name: (tmp_path/"model"/file.name).write_bytes(file.read_bytes())
-    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(dict(model_name=place, gradient_accumulation_steps=2) | dials)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(dict(model_name=place, gradient_accumulation_steps=2) | overrides)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     measured, predicted = map(int, done.stdout.split())
     assert measured > 300 * 2**20 and predicted == pytest.approx(measured, rel=0.1)
@@ -181,11 +181,11 @@ MANY = dict(num_hidden_layers=11, hidden_size=64, intermediate_size=256)
 
 
 @pytest.mark.parametrize("shape", [dict(), dict(model_type="llama"), dict(model_type="gemma2", head_dim=16)], ids=["qwen2", "llama", "of two kinds"])
-@pytest.mark.parametrize("dials", [dict(), dict(gradient_checkpointing=True), dict(load_in_4bit=True, packing=False), dict(max_length=32, gradient_accumulation_steps=1, per_device_train_batch_size=1, lora=dict(r=256))],
+@pytest.mark.parametrize("overrides", [dict(), dict(gradient_checkpointing=True), dict(load_in_4bit=True, packing=False), dict(max_length=32, gradient_accumulation_steps=1, per_device_train_batch_size=1, lora=dict(r=256))],
     ids=["auto", "checkpointing", "4 bits padded", "gradients larger than activations"])
-def test_a_few_layers_stand_for_all(tmp_path, monkeypatch, shape, dials):
+def test_a_few_layers_stand_for_all(tmp_path, monkeypatch, shape, overrides):
     "Whichever moment is the fullest; where the layers are of two kinds, all are rehearsed anyway"
-    config = TrainingConfig(model_name=folder(tmp_path/"model", **MANY | shape), bf16=True, **dict(max_length=128) | dials)
+    config = TrainingConfig(model_name=folder(tmp_path/"model", **MANY | shape), bf16=True, **dict(max_length=128) | overrides)
     rehearsed, hollow = [], memory._hollow
     monkeypatch.setattr(memory, "_hollow", lambda *given: rehearsed.append(hollow(*given)[1]) or hollow(*given))
     few = estimate_memory(config, device="cuda").parts
@@ -246,7 +246,7 @@ def test_out_of_memory_names_what_would_have_fitted(tmp_path):
 def test_an_estimate_changes_nothing_of_a_run_after_it(tmp_path, fields, estimated):
     "A rehearsal computes without numbers; nothing of it may stay where a run finds it"
     def run(name):
-        trainer = LoRATrainer(recipe(tmp_path/name, max_steps=3, **fields))
+        trainer = LoRATrainer(tiny_config(tmp_path/name, max_steps=3, **fields))
         trainer.train(show=False)
         return str(trainer.engine).partition(" frozen weights packed")[0].rstrip("0123456789"), adapter(tmp_path/name/"run")
     before = run("before")

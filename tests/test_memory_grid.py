@@ -15,7 +15,7 @@ from sage_finetune.memory import estimate_memory
 from sage_finetune.model import attach_lora, load_base
 
 ARCHITECTURES = MIXTURES | STATES | {f"packing {name}": shape for name, shape in SHAPES.items()}
-DIALS = [dict(device="cpu", bf16=False), dict(device="cuda", bf16=True), dict(device="cpu", bf16=True, gradient_checkpointing=True), dict(device="cuda", bf16=True, load_in_4bit=True),
+OVERRIDES = [dict(device="cpu", bf16=False), dict(device="cuda", bf16=True), dict(device="cpu", bf16=True, gradient_checkpointing=True), dict(device="cuda", bf16=True, load_in_4bit=True),
          dict(device="cpu", bf16=True, packing=False)]
 REFUSED = {"mamba", "packing mamba", "jetmoe", "falcon_mamba", "mamba2"}  # in some precisions: a step of them asks for numbers, or cannot be computed twice
 
@@ -39,8 +39,8 @@ def model_of(tmp_path):
 @pytest.mark.parametrize("number, name", list(enumerate(ARCHITECTURES)), ids=str)
 def test_every_architecture_has_an_estimate(model_of, number, name):
     "Each in one of the precisions, by turns"
-    dials = dict(DIALS[number % len(DIALS)])
-    device, config = dials.pop("device"), TrainingConfig(model_name=model_of(name), max_length=32, per_device_train_batch_size=2, **dials)
+    overrides = dict(OVERRIDES[number % len(OVERRIDES)])
+    device, config = overrides.pop("device"), TrainingConfig(model_name=model_of(name), max_length=32, per_device_train_batch_size=2, **overrides)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: estimate = estimate_memory(config, device=device)
@@ -51,14 +51,14 @@ def test_every_architecture_has_an_estimate(model_of, number, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dials", [dict(bf16=False), dict(bf16=True)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("overrides", [dict(bf16=False), dict(bf16=True)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "packing falcon", "packing gpt2"])
-def test_weights_and_adapter_are_counted_to_the_byte(tmp_path, name, dials):
+def test_weights_and_adapter_are_counted_to_the_byte(tmp_path, name, overrides):
     "Fused experts and the adapters on them too"
     transformers.AutoModelForCausalLM.from_config(configured(name), dtype=torch.float32).save_pretrained(tmp_path/"model")
     for path in tiny_path().glob("*"):
         if "token" in path.name or "chat" in path.name: shutil.copy(path, tmp_path/"model")
-    config = TrainingConfig(model_name=str(tmp_path/"model"), device="cpu", max_length=16, **dials)
+    config = TrainingConfig(model_name=str(tmp_path/"model"), device="cpu", max_length=16, **overrides)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuned, estimate = attach_lora(load_base(config)[0], config.lora), estimate_memory(config, [8] * 4)

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import recipe, rows, write_rows
+from helpers import tiny_config, rows, write_rows
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
@@ -80,19 +80,19 @@ DRAWS = [random.Random(seed) for seed in range(14)]
 
 
 def drawn(chance):
-    "A model and an adapter's dials, by chance"
+    "A model and an adapter's fields, by chance"
     kind = chance.choice(("qwen2", "llama", "gpt2"))
     names = dict(gpt2=["c_attn", "c_fc"]).get(kind, ["q_proj", "down_proj", "v_proj"])
     pattern = dict(gpt2=r".*\.h\.0\..*c_(attn|proj)").get(kind, r"model\.layers\.[01]\.(mlp|self_attn)\.(up|k)_proj")
     base = dict(kind=kind, seed=chance.randrange(99), tied=chance.random() < 0.5, width=16 * chance.randint(1, 3), layers=chance.randint(1, 2))
-    dials = dict(r=chance.choice((1, 2, 5, 8)), lora_alpha=chance.choice((1, 8, 32)), use_rslora=chance.random() < 0.5, use_dora=chance.random() < 0.4,
+    overrides = dict(r=chance.choice((1, 2, 5, 8)), lora_alpha=chance.choice((1, 8, 32)), use_rslora=chance.random() < 0.5, use_dora=chance.random() < 0.4,
         init_lora_weights=chance.choice(("default", "gaussian", "pissa", "pissa_niter_16")), target_modules=chance.choice(("all-linear", chance.sample(names, 2 if kind != "gpt2" else 1), pattern)))
-    return base, LoRAConfig(**dials)
+    return base, LoRAConfig(**overrides)
 
 
 @pytest.mark.parametrize("chance", DRAWS, ids=range(len(DRAWS)))
 def test_any_variant_starts_as_the_base_learns_and_fits_plain_peft(chance, tmp_path):
-    "Over families, shapes and dials: no change at the start, a falling loss, no word from a library, and on the original base the same logits through plain PEFT"
+    "Over families, shapes and fields: no change at the start, a falling loss, no word from a library, and on the original base the same logits through plain PEFT"
     shape, lora = drawn(chance)
     base, ids, before = small(**shape), some_ids(), copy.deepcopy(lora)
     plain = logits(base, ids)
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_said(lora, sentence):
 
 
 def test_biases_in_sixteen_bits_are_not_silent():
-    with pytest.raises(ConfigError, match="lora.bias='all' trains numbers that are kept in fp16"): attach_lora(small(dtype=torch.float16), LoRAConfig(bias="all"))
+    with pytest.raises(ConfigError, match="lora.bias='all' trains parameters that are kept in fp16"): attach_lora(small(dtype=torch.float16), LoRAConfig(bias="all"))
     with pytest.warns(UserWarning, match="biases are trained in bf16"): attach_lora(small(dtype=torch.bfloat16), LoRAConfig(bias="lora_only"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -205,7 +205,7 @@ def test_pissa_keeps_what_else_is_trained(tmp_path):
 @pytest.mark.parametrize("names", (["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"], ["norm"]), ids="+".join)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 def test_layers_trained_whole(names, tied, dtype, tmp_path):
-    "They learn in 32 bits, travel with the adapter, and what was one table stays one table, merged and read back too"
+    "They learn in fp32, travel with the adapter, and what was one table stays one table, merged and read back too"
     make, ids = lambda: small(tied=tied, dtype=dtype), some_ids()
     model = attach_lora(make(), LoRAConfig(modules_to_save=names))
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
@@ -349,15 +349,15 @@ def test_going_on_inherits_everything(tmp_path):
     for part in ("r=4", "lora_alpha=12", "q_proj, up_proj", "rsLoRA", "DoRA", "whole: norm", "run"): assert part in sentence
     losses = learn(second, ids)
     assert losses[-1] < losses[0]
-    assert continue_adapter(small(), tmp_path/"run", lora)[1]  # dials that say the same are no contradiction
+    assert continue_adapter(small(), tmp_path/"run", lora)[1]  # fields that say the same are no contradiction
 
 
 def test_going_on_names_what_contradicts(tmp_path):
     first = attach_lora(small(), LoRAConfig(r=4, target_modules=["q_proj"]))
     saved(first, tmp_path/"run")
-    for dials, words in ((dict(r=16), ["lora.r=16 (it has 4)"]), (dict(target_modules=["v_proj"], use_rslora=True), ["lora.target_modules=['v_proj'] (it has ['q_proj'])", "lora.use_rslora=True"]),
+    for overrides, words in ((dict(r=16), ["lora.r=16 (it has 4)"]), (dict(target_modules=["v_proj"], use_rslora=True), ["lora.target_modules=['v_proj'] (it has ['q_proj'])", "lora.use_rslora=True"]),
             (dict(init_lora_weights="pissa"), ["has its start behind it"])):
-        with pytest.raises(ConfigError) as refused: continue_adapter(small(), tmp_path/"run", LoRAConfig(**dials))
+        with pytest.raises(ConfigError) as refused: continue_adapter(small(), tmp_path/"run", LoRAConfig(**overrides))
         assert all(word in str(refused.value) for word in words) and "continue_from" in str(refused.value)
     for other in (small(width=48), small("gpt2"), small(layers=1)):
         with pytest.raises(ModelError, match="does not fit this base model"): continue_adapter(other, tmp_path/"run", LoRAConfig())
@@ -558,11 +558,11 @@ def test_noise_only_while_it_is_asked_for():
     assert not torch.equal(first, second) and torch.equal(noise_of(model, 5., inputs), second)  # a resumed run hears what it would have heard
 
 
-@pytest.mark.parametrize("dials", (dict(new_tokens=[90]), dict(modules_to_save=["embed_tokens"]), {}), ids=str)
-def test_noise_reaches_the_loss_on_every_path(dials):
+@pytest.mark.parametrize("overrides", (dict(new_tokens=[90]), dict(modules_to_save=["embed_tokens"]), {}), ids=str)
+def test_noise_reaches_the_loss_on_every_path(overrides):
     "Also through the engine's ways, which call the body and not the model, and through embeddings that are wrapped"
-    tokens = dials.pop("new_tokens", None)
-    model = attach_lora(small(width=48), LoRAConfig(**dials), new_tokens=tokens)
+    tokens = overrides.pop("new_tokens", None)
+    model = attach_lora(small(width=48), LoRAConfig(**overrides), new_tokens=tokens)
     batch = collate([[dict(input_ids=some_ids(shape=(1, size))[0].tolist(), labels=some_ids(shape=(1, size))[0].tolist()) for size in (5, 9)]], 0, packed=True)
     engine = pick_engine(model, packs=True)
     model.train()
@@ -590,7 +590,7 @@ METHODS = {"rsLoRA": dict(lora=dict(use_rslora=True, r=16)), "DoRA": dict(lora=d
 def test_every_method_trains_alike_on_both_engines(method, tmp_path):
     "What the lean engine cannot do, it leaves to the plain one: the same losses and the same adapter, up to rounding"
     def run(engine):
-        trainer = WithTokens(recipe(tmp_path/engine, engine=engine, max_steps=4, torch_compile=False, **METHODS[method]))
+        trainer = WithTokens(tiny_config(tmp_path/engine, engine=engine, max_steps=4, torch_compile=False, **METHODS[method]))
         return trainer, trainer.train(show=False).losses
     (lean, losses), (plain, expected) = run("auto"), run("plain")
     assert losses == pytest.approx(expected, rel=2e-4) and losses[-1] < losses[0]
@@ -607,13 +607,13 @@ def test_every_method_trains_alike_on_both_engines(method, tmp_path):
 @pytest.mark.parametrize("bits", (4, 8))
 @pytest.mark.parametrize("variant", ({}, dict(use_dora=True, use_rslora=True)), ids=("LoRA", "DoRA"))
 def test_a_quantised_base_trains_and_merges(bits, variant, tmp_path):
-    "From a config to a merged model in 32 bits: what is quantised is counted, the adapter is in 32 bits, evaluation in between does no harm"
-    config = recipe(tmp_path, **{f"load_in_{bits}bit": True}, max_steps=8, eval_path=write_rows(tmp_path/"held.jsonl", rows(4)), eval_steps=2, lora=variant)
+    "From a config to a merged model in fp32: what is quantised is counted, the adapter is in fp32, evaluation in between does no harm"
+    config = tiny_config(tmp_path, **{f"load_in_{bits}bit": True}, max_steps=8, eval_path=write_rows(tmp_path/"held.jsonl", rows(4)), eval_steps=2, lora=variant)
     trainer = LoRATrainer(config)
     result = trainer.train(show=False)
     assert result.losses[-1] < result.losses[0] - 0.3 and len(result.eval_losses) == 4
     weights = weight_bytes(trainer.model)
-    assert weights.quantised == 42 and weights.numbers == count_parameters(trainer.model).total
+    assert weights.quantised == 42 and weights.parameters == count_parameters(trainer.model).total
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     report = merge(config.output_dir)
     assert report.agrees and report.dtype == "float32" and report.positions >= 100
@@ -671,7 +671,7 @@ def test_models_can_be_loaded_in_several_threads(tmp_path):
 
 def test_a_panel_and_a_merge_load_at_once(tmp_path):
     "What a chat panel's thread and the main thread do: one opens the run while the other merges it"
-    trainer = LoRATrainer(recipe(tmp_path, max_steps=1))
+    trainer = LoRATrainer(tiny_config(tmp_path, max_steps=1))
     trainer.train(show=False)
     def opened(): clear_model_cache(), load_cached_model(trainer.config.output_dir, "cpu")
     assert not in_threads(opened, lambda: merge(trainer.config.output_dir), rounds=2)

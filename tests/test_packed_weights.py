@@ -1,7 +1,7 @@
 """Packed weights: the same bytes, only where they are faster and fit, and never those of another weight."""
 import pytest
 import torch
-from helpers import metrics, recipe, rows, write_rows
+from helpers import metrics, tiny_config, rows, write_rows
 from test_engine import folder_of  # noqa: F401
 
 from sage_finetune import LoRATrainer, engine as room
@@ -20,7 +20,7 @@ def always(monkeypatch):
 
 def trainer_of(folder, model, **fields):
     fields = dict(model_name=str(model), data_path=write_rows(folder/"rows.jsonl", rows(24)), bf16=True, max_steps=4, seed=3) | fields
-    return LoRATrainer(recipe(folder/"run", **fields)).setup()
+    return LoRATrainer(tiny_config(folder/"run", **fields)).setup()
 
 
 def packed_layers(trainer): return [layer for layer in trainer.model.modules() if layer.__dict__.get("packed_weight")]
@@ -121,7 +121,7 @@ def test_the_head_of_every_kind(softcap, scale, bias):
 
 def test_a_budget_of_nothing_packs_nothing(tmp_path, folder_of, always):  # noqa: F811
     from sage_finetune.model import attach_lora, load_base
-    config = recipe(tmp_path, model_name=str(folder_of("Qwen2")), bf16=True)
+    config = tiny_config(tmp_path, model_name=str(folder_of("Qwen2")), bf16=True)
     engine = pick_engine(attach_lora(load_base(config)[0], config.lora, 0), dtype=torch.bfloat16)
     pack_weights(engine, 0)
     assert not engine.remarks and engine.head.packed is None

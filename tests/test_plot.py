@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers import recipe
+from helpers import tiny_config
 from sage_finetune.core.errors import ConfigError, RunError
 from sage_finetune.plot import Curve, LossPlot, Picture, RunFigure, Downsampler, compare_runs, draw_lengths, draw_run, drawable, plot_run, short_names, smooth
 from sage_finetune.runs import write_status
@@ -188,7 +188,7 @@ def test_an_unknown_x_axis_is_refused():
 
 
 def redraw(count):
-    "Processor time of the fastest redraw of a run that goes on, with so many steps behind it"
+    "CPU time of the fastest redraw of a run that goes on, with so many steps behind it"
     rows, spent = run_of(count + 200, every=10), []
     curve = filled(rows[:count])
     for at in range(count, count + 200, 20):
@@ -286,7 +286,7 @@ def test_a_run_longer_than_one_portion_is_read_whole(tmp_path):
 def test_a_real_run_and_its_resumption(tmp_path):
     "A plot of steps and a plot of the folder show the same"
     plot = LossPlot(every=1e9)
-    result = LoRATrainer(recipe(tmp_path, max_steps=4, save_steps=2)).train(show=False, on_step=plot)
+    result = LoRATrainer(tiny_config(tmp_path, max_steps=4, save_steps=2)).train(show=False, on_step=plot)
     assert [row["loss"] for row in plot.rows] == result.losses
     assert RunFigure().draw(plot.curve).png == RunFigure().draw(filled(json.loads(line) for line in (result.output_dir/"metrics.jsonl").read_text().splitlines())).png
     assert title_of(plot_run(result.output_dir)).startswith("run: completed 4/4")

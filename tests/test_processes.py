@@ -22,7 +22,7 @@ def ready(tmp_path_factory):
     "A prepared run of 18 steps with dropout and rows held out; every test takes a copy"
     folder = tmp_path_factory.mktemp("processes")
     run = prepared(folder/"ready", num_train_epochs=3, save_steps=3, eval_steps=6, eval_path=write_rows(folder/"held.jsonl"), lora=dict(lora_dropout=0.1))
-    change(run, device="auto")  # nobody says that there is no card: two processes must find each other all the same
+    change(run, device="auto")  # nobody says that there is no GPU: two processes must find each other all the same
     return run
 
 

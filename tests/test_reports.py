@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import metrics, recipe, rows, write_rows
+from helpers import metrics, tiny_config, rows, write_rows
 
 from sage_finetune.trainer import LoRATrainer
 
@@ -12,7 +12,7 @@ SENT = ("loss", "learning_rate", "grad_norm", "eval_loss")
 
 
 def trained(folder, tool):
-    config = recipe(folder, report_to=tool, max_steps=5, eval_steps=2, eval_path=write_rows(folder/"held.jsonl", rows(4)))
+    config = tiny_config(folder, report_to=tool, max_steps=5, eval_steps=2, eval_path=write_rows(folder/"held.jsonl", rows(4)))
     LoRATrainer(config).train(show=False)
     return config
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import adapter, change, copy, ended, file_limit, leftovers, metrics, mounted, prepared, recipe, rows, start, status, write_rows
+from helpers import adapter, change, copy, ended, file_limit, leftovers, metrics, mounted, prepared, tiny_config, rows, start, status, write_rows
 
 from sage_finetune.checkpoint import Progress, RunWriter, checkpoints, newest_checkpoint
 from sage_finetune.core.errors import ConfigError, RunError
@@ -181,7 +181,7 @@ def test_rows_that_were_edited(straight, tmp_path):
 
 
 def test_nothing_to_resume(tmp_path):
-    config = recipe(tmp_path, max_steps=2)
+    config = tiny_config(tmp_path, max_steps=2)
     with pytest.raises(RunError, match="nothing to resume"): LoRATrainer(config).train(show=False, resume=True)
     assert not config.output_dir.exists()
     assert LoRATrainer(config).train(show=False, resume="auto").steps == 2
@@ -364,9 +364,9 @@ LAYOUTS = [dict(packing=False, engine="plain"), dict(packing=True), dict(packing
 def test_memory_that_runs_out_in_an_evaluation(tmp_path, fields):
     "The same held-out losses from smaller batches, found once, and not a bit of the adapter is another"
     fields = dict(eval_path=write_rows(tmp_path/"held.jsonl", rows(7)), eval_steps=2, max_steps=4, **fields)
-    usual = recipe(tmp_path/"usual", **fields)
+    usual = tiny_config(tmp_path/"usual", **fields)
     expected = LoRATrainer(usual).train(show=False)
-    trainer = narrow(recipe(tmp_path/"narrow", auto_batch=True, **fields), room=60)
+    trainer = narrow(tiny_config(tmp_path/"narrow", auto_batch=True, **fields), room=60)
     result = trainer.train(show=False)
     assert [loss for _, loss in result.eval_losses] == pytest.approx([loss for _, loss in expected.eval_losses], rel=1e-5) and len(result.eval_losses) == 2
     assert adapter(trainer.config.output_dir) == adapter(usual.output_dir) and result.losses == expected.losses
@@ -378,9 +378,9 @@ def test_memory_that_runs_out_in_an_evaluation(tmp_path, fields):
 def test_a_run_whose_evaluation_ran_out_of_memory_goes_on(tmp_path):
     "The sentence names what helps there and may be changed, and a later resume begins with batches that were small enough"
     fields = dict(eval_path=write_rows(tmp_path/"held.jsonl", rows(7)), eval_steps=2, max_steps=6, packing=False, save_steps=2)
-    straight = recipe(tmp_path/"straight", **fields)
+    straight = tiny_config(tmp_path/"straight", **fields)
     expected = LoRATrainer(straight).train(show=False)
-    config = recipe(tmp_path/"run", **fields)
+    config = tiny_config(tmp_path/"run", **fields)
     with pytest.raises(RunError, match="memory ran out in the evaluation after step 2 .7 held-out rows.*auto_batch=True with resume=True") as told: narrow(config, room=60).train(show=False)
     assert "gradient_checkpointing" not in str(told.value) and "per_device_train_batch_size" not in str(told.value)
     config.auto_batch = True
@@ -395,7 +395,7 @@ def test_a_run_whose_evaluation_ran_out_of_memory_goes_on(tmp_path):
 def test_held_out_rows_that_fit_in_no_batch(tmp_path):
     "What is on already is not what helps; shorter held-out rows do, and the run goes on with them"
     long = [dict(row, output=row["output"] * 12) for row in rows(3)]
-    config = recipe(tmp_path, eval_path=write_rows(tmp_path/"held.jsonl", long), eval_steps=2, max_steps=4, auto_batch=True)
+    config = tiny_config(tmp_path, eval_path=write_rows(tmp_path/"held.jsonl", long), eval_steps=2, max_steps=4, auto_batch=True)
     with pytest.raises(RunError, match="each row is already a batch of its own.*shorter rows in eval_path") as told: narrow(config, room=60).train(show=False)
     assert "auto_batch=True" not in str(told.value) and status(config.output_dir)["state"] == "failed"
     config.eval_path = write_rows(tmp_path/"short.jsonl", rows(3))
@@ -405,7 +405,7 @@ def test_held_out_rows_that_fit_in_no_batch(tmp_path):
 def test_memory_that_runs_out_while_questions_are_answered(tmp_path):
     class Speechless(LoRATrainer):
         def answers(self, questions, max_new_tokens=64): raise MemoryError("no room for the cache")
-    config = recipe(tmp_path, eval_path=write_rows(tmp_path/"held.jsonl", rows(4)), eval_steps=2, max_steps=4, auto_batch=True, eval_prompts=["Which?"])
+    config = tiny_config(tmp_path, eval_path=write_rows(tmp_path/"held.jsonl", rows(4)), eval_steps=2, max_steps=4, auto_batch=True, eval_prompts=["Which?"])
     with pytest.raises(RunError, match="when eval_prompts were answered after step 2"): Speechless(config).train(show=False)
     config.eval_prompts = None
     assert Speechless(config).train(show=False, resume=True).eval_losses[-1][0] == 4
@@ -415,11 +415,11 @@ def test_memory_that_runs_out_while_questions_are_answered(tmp_path):
 def test_batches_that_have_no_half(tmp_path, size, batch):
     "An odd number of rows is divided by what divides it: the same steps"
     fields = dict(packing=False, engine="plain", per_device_train_batch_size=size, max_steps=4)
-    expected = LoRATrainer(recipe(tmp_path/"usual", **fields)).train(show=False)
-    trainer = narrow(recipe(tmp_path/"narrow", auto_batch=True, **fields), step_room=45 * batch[0])
+    expected = LoRATrainer(tiny_config(tmp_path/"usual", **fields)).train(show=False)
+    trainer = narrow(tiny_config(tmp_path/"narrow", auto_batch=True, **fields), step_room=45 * batch[0])
     assert trainer.train(show=False).losses == pytest.approx(expected.losses, rel=1e-4) and trainer.batching.batch == batch
     with pytest.raises(RunError, match=f"per_device_train_batch_size={batch[0]} with gradient_accumulation_steps={batch[1]} .the same gradient; auto_batch=True"):
-        narrow(recipe(tmp_path/"told", **fields), step_room=45 * batch[0]).train(show=False)
+        narrow(tiny_config(tmp_path/"told", **fields), step_room=45 * batch[0]).train(show=False)
 
 
 # ---- evaluation, best and early stop ----------------------------------------------------------------------------------
@@ -427,7 +427,7 @@ def test_batches_that_have_no_half(tmp_path, size, batch):
 def held(tmp_path, **fields):
     "The usual rows, evaluated on rows that contradict them, so that the held-out loss soon rises"
     wrong = [dict(row, output="Purple, nothing but purple.") for row in rows(6)]
-    return recipe(tmp_path, eval_path=write_rows(tmp_path/"held.jsonl", wrong), eval_steps=2, num_train_epochs=8, **fields)
+    return tiny_config(tmp_path, eval_path=write_rows(tmp_path/"held.jsonl", wrong), eval_steps=2, num_train_epochs=8, **fields)
 
 
 def test_early_stopping_keeps_the_best(tmp_path):
@@ -469,7 +469,7 @@ def test_the_best_counts_for_the_rows_it_was_measured_on(tmp_path):
     config = half_way(tmp_path, "run", at=14, load_best_model_at_end=True)
     old = newest_checkpoint(config.checkpoint_dir)[1]["progress"]["best"]
     result = LoRATrainer(config).train(show=False, resume=True)
-    straight = recipe(tmp_path/"straight", eval_path=config.eval_path, eval_steps=2, num_train_epochs=8, load_best_model_at_end=True)
+    straight = tiny_config(tmp_path/"straight", eval_path=config.eval_path, eval_steps=2, num_train_epochs=8, load_best_model_at_end=True)
     expected = LoRATrainer(straight).train(show=False)
     assert old[1] < 14 and result.best == expected.best and adapter(config.output_dir) == adapter(straight.output_dir)
     anew = next(loss for step, loss in expected.eval_losses if step == old[1])
@@ -525,7 +525,7 @@ def test_the_same_rows_are_not_measured_again(tmp_path):
 
 @pytest.mark.parametrize("fields", [dict(early_stopping_patience=2), dict(load_best_model_at_end=True), dict(eval_prompts=["Which?"])])
 def test_nothing_to_evaluate_on(tmp_path, fields):
-    with pytest.raises(ConfigError, match=f"{next(iter(fields))} needs rows to evaluate on"): LoRATrainer(recipe(tmp_path, **fields)).train(show=False)
+    with pytest.raises(ConfigError, match=f"{next(iter(fields))} needs rows to evaluate on"): LoRATrainer(tiny_config(tmp_path, **fields)).train(show=False)
 
 
 def test_fixed_questions_are_answered_at_every_evaluation(tmp_path):
@@ -545,7 +545,7 @@ class Listener:
 
 def test_callbacks(tmp_path):
     listener = Listener()
-    LoRATrainer(recipe(tmp_path, max_steps=3)).train(show=False, callbacks=[listener])
+    LoRATrainer(tiny_config(tmp_path, max_steps=3)).train(show=False, callbacks=[listener])
     assert listener.heard == ["begin", 1, 2, 3, 3]
 
 
@@ -570,7 +570,7 @@ METHODS = [dict(lora=dict(use_rslora=True, use_dora=True)), dict(lora=dict(init_
 
 @pytest.mark.parametrize("fields", METHODS, ids=lambda fields: ", ".join(f"{name}" for name in (fields.get("lora") or fields)))
 def test_every_way_to_train_is_resumed_to_the_same_bytes(tmp_path, fields):
-    whole, cut = (recipe(tmp_path/name, max_steps=6, save_steps=2, **fields) for name in ("whole", "cut"))
+    whole, cut = (tiny_config(tmp_path/name, max_steps=6, save_steps=2, **fields) for name in ("whole", "cut"))
     LoRATrainer(whole).train(show=False)
     for step in LoRATrainer(cut).steps():
         if step.step == 3: break
@@ -581,18 +581,18 @@ def test_every_way_to_train_is_resumed_to_the_same_bytes(tmp_path, fields):
 
 @pytest.mark.parametrize("fields", METHODS[:5], ids=lambda fields: ", ".join(f"{name}" for name in (fields.get("lora") or fields)))
 def test_an_old_adapter_goes_on_with_new_rows(tmp_path, fields):
-    first = recipe(tmp_path/"first", num_train_epochs=6, **fields)
+    first = tiny_config(tmp_path/"first", num_train_epochs=6, **fields)
     before = LoRATrainer(first).train(show=False)
     kept = {name: value for name, value in fields.items() if name == "neftune_noise_alpha"}
-    second = LoRATrainer(recipe(tmp_path/"second", continue_from=first.output_dir, num_train_epochs=1, warmup_ratio=0., learning_rate=1e-5, **kept))
+    second = LoRATrainer(tiny_config(tmp_path/"second", continue_from=first.output_dir, num_train_epochs=1, warmup_ratio=0., learning_rate=1e-5, **kept))
     after = second.train(show=False)
     assert after.losses[0] < before.losses[0] / 4 and "goes on from" in str(second.describe()) and adapter(first.output_dir) != adapter(second.config.output_dir)
-    with pytest.raises(ConfigError, match="lora.r=3 .it has"): LoRATrainer(recipe(tmp_path/"third", continue_from=first.output_dir, lora=dict(r=3))).train(show=False)
+    with pytest.raises(ConfigError, match="lora.r=3 .it has"): LoRATrainer(tiny_config(tmp_path/"third", continue_from=first.output_dir, lora=dict(r=3))).train(show=False)
 
 
 def test_no_adapter_to_continue(tmp_path):
     from sage_finetune.core.errors import ModelError
-    with pytest.raises(ModelError, match="there is no adapter in"): LoRATrainer(recipe(tmp_path, continue_from=tmp_path/"nowhere")).train(show=False)
+    with pytest.raises(ModelError, match="there is no adapter in"): LoRATrainer(tiny_config(tmp_path, continue_from=tmp_path/"nowhere")).train(show=False)
     assert not (tmp_path/"run"/"metrics.jsonl").exists()
 
 
@@ -639,7 +639,7 @@ def test_a_disk_that_cannot_sync_a_folder(tmp_path, monkeypatch):
 
 def test_a_curve_survives_a_disk_that_fills_up_at_a_resume(tmp_path):
     "What a killed run wrote after its checkpoint is cut off, in a new file that takes the place of the old one only when it is whole"
-    config = recipe(tmp_path)
+    config = tiny_config(tmp_path)
     config.output_dir.mkdir()
     (config.output_dir/"metrics.jsonl").write_text("".join(json.dumps(dict(step=step, note="x" * 200)) + "\n" for step in range(1, 101)))
     before = (config.output_dir/"metrics.jsonl").read_bytes()

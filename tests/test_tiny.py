@@ -67,7 +67,7 @@ def test_200_probes_it_has_not_read(base, record):
     assert found["asked"] == 200 and found["right"] >= 180
     assert all(right >= .75 * asked for right, asked in found["skills"].values()), found["skills"]
     assert found["ends"] >= 198
-    assert abs(found["right"] - record["right"]) <= 2  # another processor may round a tie another way
+    assert abs(found["right"] - record["right"]) <= 2  # another CPU may round a tie another way
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import adapter, copy, ended, metrics, prepared, recipe, status, until, write_rows
+from helpers import adapter, copy, ended, metrics, prepared, tiny_config, status, until, write_rows
 
 from sage_finetune.core.errors import DataError, RunError
 from sage_finetune.core.processes import start_mark
@@ -25,13 +25,13 @@ HOSTILE = "<img src=x onerror=alert(1)> <script>alert(2)</script> \x1b[31mred"
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     "A run of 72 steps without any interruption"
-    config = recipe(tmp_path_factory.mktemp("panel"), num_train_epochs=8, save_steps=10, eval_steps=12, eval_ratio=0.2, lora=dict(lora_dropout=0.1), per_device_train_batch_size=2, max_steps=72)
+    config = tiny_config(tmp_path_factory.mktemp("panel"), num_train_epochs=8, save_steps=10, eval_steps=12, eval_ratio=0.2, lora=dict(lora_dropout=0.1), per_device_train_batch_size=2, max_steps=72)
     LoRATrainer(config).train(show=False)
     return config
 
 
 def like(straight, folder, **fields):
-    "The same recipe for another folder"
+    "The same config for another folder"
     config = settled(straight)
     for name, value in dict(fields, output_dir=folder/"run").items(): setattr(config, name, value)
     return config
@@ -78,7 +78,7 @@ def test_started_stopped_and_resumed(straight, tmp_path, capfd):
     half = panel.join(300)
     assert half.stopped and panel.state == status(panel.run_dir)["state"].replace("cancelled", "stopped") and first < half.steps < 72
     assert f"after step {half.steps} of 72" in panel.line.value and f"checkpoint-{half.steps} (" in panel.line.value and enabled(panel) == {"start", "resume"}
-    assert psutil.Process(panel.control.process.pid).status() == "zombie" if psutil.pid_exists(panel.control.process.pid) else True  # the card is free
+    assert psutil.Process(panel.control.process.pid).status() == "zombie" if psutil.pid_exists(panel.control.process.pid) else True  # the GPU is free
     panel.buttons["compare"].click()
     until(lambda: not panel._comparing)
     again = panel.control.watch.again
@@ -158,21 +158,21 @@ def test_a_difference_is_seen(straight, tmp_path):
     assert (watch.again.first, watch.again.count, watch.again.differ, watch.again.example[0]) == (39, 34, 1, 41) and "1 of 34 losses differ" in str(watch.again)
 
 
-def test_what_is_learnt_by_heart_is_told(straight, tmp_path):
+def test_overfitting_is_told(straight, tmp_path):
     "The loss falls and the held-out one rises: a warning, live and in what is left behind; none when the best adapter was kept"
     run = copy(straight.output_dir, tmp_path/"run")
     rows, last = metrics(run), [row["step"] for row in metrics(run) if row["eval_loss"] is not None][-1]
     best = min((row["eval_loss"], row["step"]) for row in rows if row["eval_loss"] is not None and row["step"] != last)
-    assert "by heart" not in TrainPanel(run).proof.value
+    assert "overfitting" not in TrainPanel(run).proof.value
     (run/"metrics.jsonl").write_text("".join(json.dumps(row | dict(eval_loss=2 * best[0] if row["step"] == last else row["eval_loss"])) + "\n" for row in rows))
     panel = TrainPanel(run)
     assert all(f"lowest at step {best[1]}" in text and "load_best_model_at_end" in text for text in (panel.proof.value, panel.static_html(), repr(panel)))
     write_status(run, "completed", 72, 72, f"the adapter is that of step {best[1]}, where the held-out loss was lowest")
-    assert "by heart" not in TrainPanel(run).proof.value
+    assert "overfitting" not in TrainPanel(run).proof.value
 
 
 def test_refused_at_the_door(straight, tmp_path):
-    "The run's own sentence, in red; and a run that is there keeps its recipe"
+    "The run's own sentence, in red; and a run that is there keeps its config"
     config = like(straight, tmp_path, data_path=write_rows(tmp_path/"bad.jsonl", [dict(instruction="What?", output=HOSTILE), dict(wrong=HOSTILE)]))
     panel = TrainPanel(config)
     panel.start()
@@ -202,24 +202,24 @@ def test_replaced(straight, tmp_path):
     assert panel.join(300).steps == 4 and len(metrics(run)) == 4 and not panel.control.watch.again.count
 
 
-def test_resumed_with_another_recipe(straight, tmp_path):
+def test_resumed_with_another_config(straight, tmp_path):
     run = copy(straight.output_dir, tmp_path/"run")
     with pytest.raises(RunError, match="learning_rate was 0.002, now 0.1"): prepare_resume(run, like(straight, tmp_path, learning_rate=0.1))
     with pytest.raises(RunError, match="data_path was"): prepare_resume(run, like(straight, tmp_path, data_path=write_rows(tmp_path/"other.jsonl")))
-    assert settled(straight).to_dict() | dict(output_dir=str(run), max_steps=80) == recipe_of(prepare_resume(run, like(straight, tmp_path, max_steps=80)))
+    assert settled(straight).to_dict() | dict(output_dir=str(run), max_steps=80) == config_of(prepare_resume(run, like(straight, tmp_path, max_steps=80)))
 
 
-def recipe_of(run):
-    "The recipe of a run as a user would have written it: what was chosen for it undone"
+def config_of(run):
+    "The config of a run as a user would have written it: what was chosen for it undone"
     content = json.loads((run/"training_config.json").read_text())
     return content | dict(overwrite_output_dir=False)
 
 
 def test_relative_paths(tmp_path, monkeypatch):
-    "A recipe with relative paths means the same to a process that stands somewhere else"
+    "A config with relative paths means the same to a process that stands somewhere else"
     monkeypatch.chdir(tmp_path)
     write_rows(Path("rows.jsonl")), write_rows(Path("held.jsonl"))
-    run = make_run(recipe(Path("."), data_path="rows.jsonl", eval_path="held.jsonl", output_dir="run"))
+    run = make_run(tiny_config(Path("."), data_path="rows.jsonl", eval_path="held.jsonl", output_dir="run"))
     content = json.loads((run/"training_config.json").read_text())
     assert [content[name] for name in ("data_path", "eval_path", "output_dir")] == [str(tmp_path/name) for name in ("rows.jsonl", "held.jsonl", "run")]
 

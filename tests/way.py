@@ -23,13 +23,13 @@ SIGHTS = (HARM, "\ufffd[31m", "你好吗？", "كيف حالك")
 FILE, FOLDER = "rows <img src=x onerror='harmed=1'> 数据.jsonl", "run <b>läuft 跑步"
 STEPS = 150
 
-RECIPE = f"""from sage_finetune import PresetConfigs
+CONFIG_CELL = f"""from sage_finetune import PresetConfigs
 from sage_finetune.config import tiny_path
 from sage_finetune.widgets import ChatPanel, ConfigForm, DataPanel, Studio, TrainPanel
 config = PresetConfigs.tiny(model_name=str(tiny_path()), data_path={FILE!r}, eval_path="held.jsonl", output_dir={FOLDER!r}, max_steps={STEPS}, num_train_epochs=200, per_device_train_batch_size=16, learning_rate=0.003)
 """
-CELLS = [RECIPE, "ConfigForm(config)", "DataPanel(config)", "train = TrainPanel(config)\ntrain", "ChatPanel(train.run_dir)"]
-STUDIO = [RECIPE, "Studio(config)"]
+CELLS = [CONFIG_CELL, "ConfigForm(config)", "DataPanel(config)", "train = TrainPanel(config)\ntrain", "ChatPanel(train.run_dir)"]
+STUDIO = [CONFIG_CELL, "Studio(config)"]
 
 
 def walk(book, studio=False):
@@ -93,7 +93,7 @@ def tab_to(book, css):
 # ---- the form ---------------------------------------------------------------------------------------------------------
 
 def fill_in(book):
-    "Another recipe: a field and the memory bar change. A bad value: the reason at once, and gone when it is mended"
+    "Another config: a field and the memory bar change. A bad value: the reason at once, and gone when it is mended"
     memory, rate, length = book.find(".sage-memory"), box(book, "learning_rate"), box(book, "max_length")
     expect(memory).to_contain_text("this fits")
     before = memory.inner_text()

@@ -1,4 +1,4 @@
-"The graphics card, its driver and versions, its published peak, and the fastest matrix product torch makes on it"
+"The GPU, its driver and versions, its published peak, and the fastest matrix product torch makes on it"
 import json
 import re
 import shutil
@@ -22,7 +22,7 @@ PUBLISHED = (  # name as the driver gives it, dense bf16 TFLOP/s with fp32 sums,
 
 
 def published(name):
-    "The published bf16 peak of a card in TFLOP/s and where it stands, or (None, None) for a card that is not in the table"
+    "The published bf16 peak of a GPU in TFLOP/s and where it stands, or (None, None) for a GPU that is not in the table"
     return next(((peak, source) for pattern, peak, source in PUBLISHED if re.search(pattern, name)), (None, None))
 
 
@@ -53,7 +53,7 @@ def main():
     device = json.loads(sys.argv[1])["device"]
     if device == "cuda" and not torch.cuda.is_available(): return print("RESULT " + json.dumps(dict(card=None, torch=torch.__version__)))
     cuda = device == "cuda"
-    name = torch.cuda.get_device_name() if cuda else "processor"
+    name = torch.cuda.get_device_name() if cuda else "CPU"
     peak, source = published(name)
     speeds = {str(size): product_speed(device, size, 20) for size in ((4096, 8192) if cuda else (256, 512))}
     memory = torch.cuda.get_device_properties(0).total_memory / 2**20 if cuda else None

@@ -1,4 +1,4 @@
-"What the programs share on a graphics card: the job, a watch that waits for the card, its memory, and running out of it as a result"
+"What the programs share on a GPU: the job, a watch that waits for the GPU, its memory, and running out of it as a result"
 import json
 import re
 import sys
@@ -20,13 +20,13 @@ def job():
 
 
 def wait(asked):
-    "The card has done what it was told: only then a clock means anything"
+    "The GPU has done what it was told: only then a clock means anything"
     import torch
     if asked.cuda: torch.cuda.synchronize()
 
 
-def card_memory(asked):
-    "The most the card held for tensors, and the most that was taken from it, in MiB; nothing without a card"
+def gpu_memory(asked):
+    "The most the GPU held for tensors, and the most that was taken from it, in MiB; nothing without a GPU"
     import torch
     if not asked.cuda: return {}
     return dict(allocated_mib=torch.cuda.max_memory_allocated() / 2**20, reserved_mib=torch.cuda.max_memory_reserved() / 2**20)
@@ -45,7 +45,7 @@ def four_bits():
 
 
 def waiting(asked):
-    "A callback that stands before the watch's and waits for the card at the end of each step"
+    "A callback that stands before the watch's and waits for the GPU at the end of each step"
     from transformers import TrainerCallback
 
     class Waits(TrainerCallback):

@@ -1,7 +1,7 @@
 "sage_finetune. It packs, chooses its format and its engine by itself; the job's `set` changes any field of TrainingConfig."
 from peers.common import LEARNING_RATE, Watch
 
-from .common import card_memory, told, wait
+from .common import gpu_memory, told, wait
 
 
 def config_of(asked):
@@ -22,7 +22,7 @@ def chosen(trainer):
     try: plan = str(trainer.describe())
     except RuntimeError: return {}  # the plan tries a batch, for which there may be no room any more
     lines = {line.split()[0]: line.split(maxsplit=1)[1].strip() for line in plan.splitlines() if len(line.split()) > 1}
-    return {name: lines[name] for name in ("engine", "numbers") if name in lines}
+    return {name: lines[name] for name in ("engine", "precision") if name in lines}
 
 
 def train(asked):
@@ -37,7 +37,7 @@ def train(asked):
         wait(asked)
         watch.step()
         watch.losses.append(step.loss)
-    memory = card_memory(asked)  # before the plan is asked, which tries a batch
+    memory = gpu_memory(asked)  # before the plan is asked, which tries a batch
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
     how = dict(checkpointing=checkpointing) | chosen(trainer)
     watch.report("sage-finetune", "bitsandbytes", outcome="ok", **memory, how=how)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from peers.common import conversations, watched
 
-from .common import TARGETS, attention, card_memory, four_bits, told, trainer_settings, waiting
+from .common import TARGETS, attention, gpu_memory, four_bits, told, trainer_settings, waiting
 
 
 def train(asked):
@@ -29,7 +29,7 @@ def train(asked):
     trainer = SFTTrainer(asked.model, SFTConfig(**settings), train_dataset=rows, processing_class=tokenizer, peft_config=lora,
                          quantization_config=four, callbacks=[waiting(asked), marks])
     trainer.train()
-    watch.report("trl", "bitsandbytes", "liger-kernel", "flash-attn", outcome="ok", **card_memory(asked), how=how)
+    watch.report("trl", "bitsandbytes", "liger-kernel", "flash-attn", outcome="ok", **gpu_memory(asked), how=how)
 
 
 if __name__ == "__main__": told(train)

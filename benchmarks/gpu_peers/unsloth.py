@@ -1,5 +1,5 @@
-"Unsloth: its FastLanguageModel under TRL's SFTTrainer, packed. It is imported before everything it changes, and runs on a graphics card alone."
-from .common import TARGETS, card_memory, told, trainer_settings, waiting
+"Unsloth: its FastLanguageModel under TRL's SFTTrainer, packed. It is imported before everything it changes, and runs on a GPU alone."
+from .common import TARGETS, gpu_memory, told, trainer_settings, waiting
 
 
 def train(asked):
@@ -22,7 +22,7 @@ def train(asked):
                          callbacks=[waiting(asked), marks])
     trainer.train()
     how = dict(packing=bool(trainer.args.packing), checkpointing=asked.checkpointing)  # it may switch packing off by itself
-    watch.report("unsloth", "unsloth_zoo", "trl", "bitsandbytes", "xformers", "flash-attn", outcome="ok", **card_memory(asked), how=how)
+    watch.report("unsloth", "unsloth_zoo", "trl", "bitsandbytes", "xformers", "flash-attn", outcome="ok", **gpu_memory(asked), how=how)
 
 
 if __name__ == "__main__": told(train)

@@ -1,4 +1,4 @@
-"""The models, the rows and the operations of the work on a graphics card.
+"""The models, the rows and the operations of the work on a GPU.
 
 Shapes are those of the published config.json of Qwen/Qwen2.5-0.5B, -1.5B and -7B; weights are random. What a model costs depends neither on its
 weights nor on which ids occur, so the packaged tokenizer serves them all.
@@ -26,7 +26,7 @@ TEMPLATE = 40  # tokens a chat template may add to a row, at most
 # ---- what a shape holds and costs -------------------------------------------------------------------------------------
 
 def parameters(shape):
-    "All numbers of a model: embeddings, head, linear layers with the biases of q, k and v, norms"
+    "All parameters of a model: embeddings, head, linear layers with the biases of q, k and v, norms"
     hidden, wide, vocabulary = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
     narrow = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
     layer = 2 * hidden * hidden + 2 * hidden * narrow + 3 * hidden * wide + hidden + 2 * narrow + 2 * hidden
@@ -130,7 +130,7 @@ def make_rows(work, kind, longest, tokens, seed=0):
 
 
 def main():
-    "Make a model and its rows, in a process that ends and leaves the card empty"
+    "Make a model and its rows, in a process that ends and leaves the GPU empty"
     job = json.loads(sys.argv[1])
     try: model = make_model(job["work"], job["shape"], job["device"])
     except ShortOfDisk as error: return print("RESULT " + json.dumps(dict(outcome="left out", said=str(error))))

@@ -67,7 +67,7 @@ class Watch:
     def __init__(self): self.marks, self.losses, self.tokens, self.target_tokens, self.area, self.first, self.model = [], [], [], [], [], None, {}
 
     def look(self, model):
-        "What is trained, and in which number formats"
+        "What is trained, and in which precisions"
         kinds = {learns: [one for one in model.parameters() if one.requires_grad == learns] for learns in (True, False)}
         formats = {learns: ", ".join(sorted({str(one.dtype).removeprefix("torch.") for one in found})) for learns, found in kinds.items()}
         self.model = dict(trained=sum(one.numel() for one in kinds[True]), adapter_format=formats[True], base_format=formats[False])

@@ -1,4 +1,4 @@
-"""sage_finetune. Packed rows, a bf16 base where the processor has it and the leaner paths of the engine are what it does by itself;
+"""sage_finetune. Packed rows, a bf16 base where the CPU has it and the leaner paths of the engine are what it does by itself;
 `--set NAME=VALUE` changes any field of TrainingConfig."""
 from .common import LEARNING_RATE, Watch, arguments
 

@@ -8,7 +8,7 @@ SHAPES = ((2048, 2048, 2048), (4096, 4096, 4096), (512, 896, 896), (512, 896, 48
 
 
 def speeds(dtype, seconds=1.):
-    "TFLOP/s of each shape, held for a second: the median of all products after its first quarter, in which processors may run ahead of themselves"
+    "TFLOP/s of each shape, held for a second: the median of all products after its first quarter, in which CPUs may run ahead of themselves"
     import torch
     found = {}
     for rows, inner, columns in SHAPES:

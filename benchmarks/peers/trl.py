@@ -1,6 +1,6 @@
 """TRL's SFTTrainer. Its loss takes the output head only where a token is trained on, chunk by chunk, in every variant: that is its default.
 
-default       as it comes: weights in 32 bits under bf16 autocast, gradient checkpointing, padding
+default       as it comes: weights in fp32 under bf16 autocast, gradient checkpointing, padding
 padding_free  bf16 weights, no checkpointing, the rows of a step one behind the other in one line without padding
 packed        the same, and rows packed into lines of max_length by best fit (`packing=True`, strategy bfd); as many lines a step as hold its rows on average
 padded        bf16 weights, no checkpointing, rows of similar length together

@@ -232,5 +232,5 @@ def signal_workers(
         for worker in process.children() or [process]: worker.send_signal(number)
 
 def core_count() -> int: # at least 1
-    "The processor cores this process may use."
+    "The CPU cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

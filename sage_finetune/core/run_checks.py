@@ -53,7 +53,7 @@ def check_rows(
     (_, most), kinds = Counter(rows).most_common(1)[0], len(set(rows))
     if most >= count / 2 or kinds <= count / 10:
         said = f'all {count:,} training rows are the same' if kinds == 1 else f'only {kinds:,} of {count:,} training rows differ'
-        yield RunWarning(f'{said}: the adapter learns them by heart and little else. '
+        yield RunWarning(f'{said}: the adapter memorises them (overfitting) and learns little else. '
                          'Remove the copies, and see whether the file is the right one.', 'rows_alike')
         return
     (_, most), kinds = Counter(answers).most_common(1)[0], len(set(answers))

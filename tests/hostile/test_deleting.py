@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import copy, prepared, recipe, tree, write_rows
+from helpers import copy, prepared, tiny_config, tree, write_rows
 from sage_finetune import LoRATrainer, TrainingConfig, merge
 from sage_finetune.checkpoint import RunWriter, check_folder, remove_stale_files
 from sage_finetune.core.errors import FinetuneError, RunError
@@ -57,8 +57,8 @@ def test_overwriting_leaves_a_folder_alone_that_is_no_run(tmp_path, name):
     before = tree(folder)
     with pytest.raises(RunError, match="is no run of this toolkit"): prepare_run("custom", folder, data=data, overwrite=True)
     if "training_data" not in name:
-        with pytest.raises(RunError, match="is no run of this toolkit"): check_folder(recipe(tmp_path, output_dir=folder, overwrite_output_dir=True))
-        with pytest.raises(RunError, match="is no run of this toolkit"): RunWriter(recipe(tmp_path, output_dir=folder, overwrite_output_dir=True), total=3)
+        with pytest.raises(RunError, match="is no run of this toolkit"): check_folder(tiny_config(tmp_path, output_dir=folder, overwrite_output_dir=True))
+        with pytest.raises(RunError, match="is no run of this toolkit"): RunWriter(tiny_config(tmp_path, output_dir=folder, overwrite_output_dir=True), total=3)
     assert tree(folder) == before
 
 
@@ -69,14 +69,14 @@ def test_a_file_of_that_name_makes_no_run(tmp_path, name, content):
     folder = put(put(tmp_path/"thesis", "checkpoints/checkpoint-30/optimizer.pt", "lora_weights/adapter_model.safetensors"), name, content=content)
     before = tree(folder)
     with pytest.raises(FinetuneError): prepare_run("custom", folder, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
-    with pytest.raises(FinetuneError): check_folder(recipe(tmp_path, output_dir=folder, overwrite_output_dir=True))
+    with pytest.raises(FinetuneError): check_folder(tiny_config(tmp_path, output_dir=folder, overwrite_output_dir=True))
     assert not is_run(folder) and run_files(folder) == [] and tree(folder) == before
 
 
 @pytest.mark.parametrize("name", ["training_config.json", "bad_rows.jsonl"])
 def test_a_first_run_writes_over_nobodys_file(tmp_path, name):
     folder = put(tmp_path/"work", name)
-    with pytest.raises(RunError, match=name): check_folder(recipe(tmp_path, output_dir=folder, on_bad_row="skip"))
+    with pytest.raises(RunError, match=name): check_folder(tiny_config(tmp_path, output_dir=folder, on_bad_row="skip"))
     assert (folder/name).read_text() == "mine"
 
 
@@ -127,7 +127,7 @@ def test_foreign_files_stay_and_are_named(run, tmp_path):
 def test_what_was_changed_since_is_somebodys_own(run, tmp_path, name):
     mine = put(copy(run, tmp_path/"run"), name)
     before = tree(mine)
-    with pytest.raises(RunError, match=f"{name} .* changed since"): check_folder(recipe(tmp_path, output_dir=mine, overwrite_output_dir=True))
+    with pytest.raises(RunError, match=f"{name} .* changed since"): check_folder(tiny_config(tmp_path, output_dir=mine, overwrite_output_dir=True))
     assert tree(mine) == before
 
 
@@ -138,11 +138,11 @@ def test_rows_that_were_edited_are_not_replaced(run, tmp_path):
 
 
 def test_a_changed_model_card_survives_going_on(tmp_path):
-    config = recipe(tmp_path, max_steps=2)
+    config = tiny_config(tmp_path, max_steps=2)
     LoRATrainer(config).train(show=False)
     (config.lora_dir/"README.md").write_text("my card")
     (config.lora_dir/"plot.svg").write_text("my plot")
-    _, said = quiet(LoRATrainer(recipe(tmp_path, max_steps=3)).train, show=False, resume=True)
+    _, said = quiet(LoRATrainer(tiny_config(tmp_path, max_steps=3)).train, show=False, resume=True)
     assert (config.lora_dir/"README.md.kept").read_text() == "my card" and (config.lora_dir/"plot.svg").read_text() == "my plot" and "README.md" in said
 
 
@@ -168,7 +168,7 @@ def test_a_run_without_a_manifest(run, tmp_path):
 
 def test_a_plain_overwrite_still_works(run, tmp_path):
     mine = copy(run, tmp_path/"run")
-    LoRATrainer(recipe(tmp_path, max_steps=1, overwrite_output_dir=True)).train(show=False)
+    LoRATrainer(tiny_config(tmp_path, max_steps=1, overwrite_output_dir=True)).train(show=False)
     assert sorted(path.name for path in (mine/"checkpoints").iterdir()) == ["checkpoint-1"] and not (mine/"merged_model").exists()
     _, said = quiet(prepare_run, "custom", mine, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
     assert not (mine/"checkpoints").exists() and not (mine/"lora_weights").exists() and said == ""

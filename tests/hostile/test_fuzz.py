@@ -519,9 +519,9 @@ ADAPTERS = dict(rank_text=edit(ADAPTER, r="8"), rank_zero=edit(ADAPTER, r=0), ra
     extra=weights(WEIGHTS, lambda name, value: value.to(torch.int8)), nothing=with_bytes(WEIGHTS, b""),
     lie=lambda run: with_header(run/WEIGHTS, LIES["beyond"]),
     folder=lambda run: to_folder(run/WEIGHTS), linked=lambda run: to_link("/etc/passwd")(run/WEIGHTS),
-    recipe=edit("training_config.json", lora=[1]), recipe_model=edit("training_config.json", model_name="~nobody-of-that-name/x"),
-    recipe_long=edit("training_config.json", model_name="x" * 5000),
-    recipe_nul=edit("training_config.json", model_name="a\0b"), recipe_half=edit("training_config.json", eval_prompts=[LONE]),
+    config=edit("training_config.json", lora=[1]), config_model=edit("training_config.json", model_name="~nobody-of-that-name/x"),
+    config_long=edit("training_config.json", model_name="x" * 5000),
+    config_nul=edit("training_config.json", model_name="a\0b"), config_half=edit("training_config.json", eval_prompts=[LONE]),
     device=edit("training_config.json", device="cuda" if not torch.cuda.is_available() else "x"))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import copy, prepared, recipe, start, tree, write_rows
+from helpers import copy, prepared, tiny_config, start, tree, write_rows
 from sage_finetune import LoRATrainer, TrainingConfig, merge
 from sage_finetune.checkpoint import RunWriter, check_folder
 from sage_finetune.cli import main
@@ -179,10 +179,10 @@ def test_a_merged_model_on_a_scratch_disk(run, tmp_path):
 def test_a_run_folder_that_is_a_link(tmp_path):
     (tmp_path/"scratch").mkdir()
     (tmp_path/"run").symlink_to(tmp_path/"scratch")
-    config = recipe(tmp_path, max_steps=1)
+    config = tiny_config(tmp_path, max_steps=1)
     LoRATrainer(config).train(show=False)
     assert (tmp_path/"run").is_symlink() and (tmp_path/"scratch"/"lora_weights"/"adapter_model.safetensors").exists()
-    with pytest.raises(RunError, match="is a link to"): check_folder(recipe(tmp_path, overwrite_output_dir=True))
+    with pytest.raises(RunError, match="is a link to"): check_folder(tiny_config(tmp_path, overwrite_output_dir=True))
 
 
 BAD_LINKS = dict(gone="which is not there", circle="not there", root="the root of a disk", home="a home folder", file="is no folder|no folder", other="into another run", inside_other="into another run", project="the root of a project")
@@ -201,7 +201,7 @@ def test_links_that_are_not_written_through(tmp_path, monkeypatch, kind, part):
     (folder/part).symlink_to(target)
     before = tree(tmp_path/"other"), tree(tmp_path/"home"), tree(tmp_path/"project")
     for resume in (False, "auto"):
-        with pytest.raises(RunError, match=BAD_LINKS[kind]): check_folder(recipe(tmp_path), resume)
+        with pytest.raises(RunError, match=BAD_LINKS[kind]): check_folder(tiny_config(tmp_path), resume)
     with pytest.raises(RunError, match=BAD_LINKS[kind]): prepare_run("custom", folder, data=write_rows(tmp_path/"rows.jsonl"))
     assert (tree(tmp_path/"other"), tree(tmp_path/"home"), tree(tmp_path/"project")) == before and (folder/part).is_symlink()
 
@@ -272,7 +272,7 @@ def test_links_below_a_part_are_refused(gift, name):
     def rest(): return {path: value for path, value in tree(run).items() if not path.startswith(("run_manifest", "merged_model"))}
     before, kept = tree(victim), rest()
     for resume in (True, "auto"):
-        with pytest.raises(RunError, match=f"{name} is a link.*Remove it"): check_folder(recipe(run.parent), resume)
+        with pytest.raises(RunError, match=f"{name} is a link.*Remove it"): check_folder(tiny_config(run.parent), resume)
     said = go_on(run, name.split("/")[0])
     assert tree(victim) == before and (run/name).is_symlink() and rest() == kept
     assert len(said) >= 3 and all(name in sentence for sentence in said)
@@ -314,7 +314,7 @@ def test_who_writes_a_folder_asks_by_himself(gift):
     from sage_finetune.checkpoint import save_checkpoint
     from sage_finetune.model import load_tokenizer
     run, victim = gift
-    trainer = LoRATrainer(recipe(run.parent, data_path=write_rows(run.parent/"rows.jsonl"), output_dir=run.parent/"other")).setup()
+    trainer = LoRATrainer(tiny_config(run.parent, data_path=write_rows(run.parent/"rows.jsonl"), output_dir=run.parent/"other")).setup()
     before = tree(victim)
     put_link(run/"checkpoints"/"checkpoint-7", victim)
     with pytest.raises(RunError, match="it is a link"): save_checkpoint(run/"checkpoints", 7, trainer.model, {})
@@ -354,7 +354,7 @@ def test_a_manifest_proves_nothing_of_what_lies_behind_a_link(gift, part, manife
     if manifest == "report": (victim/"merge_report.json").write_text(json.dumps(dict(files=listed(victim))))
     before = tree(victim)
     assert not [name for name in own_files(run) if name.startswith(f"{part}/")]
-    with pytest.raises(RunError, match=f"{part} is a link to {victim}, which holds .*adapter_config.json.*empty folder"): check_folder(recipe(run.parent), "auto")
+    with pytest.raises(RunError, match=f"{part} is a link to {victim}, which holds .*adapter_config.json.*empty folder"): check_folder(tiny_config(run.parent), "auto")
     assert go_on(run, part) and tree(victim) == before and (run/part).is_symlink()
 
 
@@ -374,21 +374,21 @@ def test_the_folder_of_another_run(gift):
     scratch.mkdir()
     shutil.rmtree(run/"checkpoints")
     (run/"checkpoints").symlink_to(scratch)
-    error_message(lambda: LoRATrainer(recipe(run.parent, overwrite_output_dir=True, max_steps=1)).train(show=False))
+    error_message(lambda: LoRATrainer(tiny_config(run.parent, overwrite_output_dir=True, max_steps=1)).train(show=False))
     before = tree(scratch)
     assert [name for name in own_files(run) if name.startswith("checkpoints/")]
     twin = run.parent/"twin"
     shutil.copytree(run, twin, symlinks=True)
-    with pytest.raises(RunError, match="belongs to another run or part .*moved"): check_folder(recipe(run.parent, output_dir=twin), "auto")
+    with pytest.raises(RunError, match="belongs to another run or part .*moved"): check_folder(tiny_config(run.parent, output_dir=twin), "auto")
     assert go_on(twin) and not [name for name in own_files(twin) if name.startswith("checkpoints/")]
     put_link(run/"lora_weights", scratch)
-    with pytest.raises(RunError, match="lora_weights is a link .*belongs to another"): check_folder(recipe(run.parent), "auto")
+    with pytest.raises(RunError, match="lora_weights is a link .*belongs to another"): check_folder(tiny_config(run.parent), "auto")
     assert tree(scratch) == before
     (run/"lora_weights").unlink()
     shutil.rmtree(twin)
     run.rename(twin)
     edit(scratch/PART_MANIFEST, run=str(twin))  # the way out that was named
-    check_folder(recipe(run.parent, output_dir=twin), "auto")
+    check_folder(tiny_config(run.parent, output_dir=twin), "auto")
     assert [name for name in own_files(twin) if name.startswith("checkpoints/")]
 
 

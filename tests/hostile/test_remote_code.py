@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from sage_finetune import cli, trainer
 from sage_finetune.chat import answers
-from sage_finetune.config import EFFECTS, PERMISSIONS, LoRAConfig, PermissionWarning, TrainingConfig, dial, model_code, tiny_path
+from sage_finetune.config import EFFECTS, PERMISSIONS, LoRAConfig, PermissionWarning, TrainingConfig, config_field, model_code, tiny_path
 from sage_finetune.core.errors import ConfigError, FinetuneError, ModelError
 from sage_finetune.core.trust import code_files, safe_environment, shadowing_files
 from sage_finetune.demo import quickstart
@@ -243,8 +243,8 @@ def test_a_permission_of_another_type_is_none(value, tmp_path):
 
 def test_every_field_is_classed():
     "A new one cannot be forgotten: it has no class until somebody gives it one, and paths, free texts and switches are looked at"
-    with pytest.raises(TypeError): dial(False)
-    with pytest.raises(ValueError): dial(False, effect="nothing")
+    with pytest.raises(TypeError): config_field(False)
+    with pytest.raises(ValueError): config_field(False, effect="nothing")
     fields = {o.name: o for o in dataclasses.fields(TrainingConfig)}
     effect = {name: o.metadata["effect"] for name, o in fields.items()}
     assert set(effect.values()) == set(EFFECTS)

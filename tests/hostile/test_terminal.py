@@ -18,7 +18,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers import prepared, recipe, rows, write_rows
+from helpers import prepared, tiny_config, rows, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
@@ -278,7 +278,7 @@ def data_panel(folder):
     from sage_finetune.data_panel import DataPanel
     named = folder/"a\x1b[2J\u202e<img onerror=x>"
     data = write_rows(named/"rows.jsonl", [dict(instruction=PAYLOAD, output=PAYLOAD)])
-    return DataPanel(recipe(named, data_path=data, max_length=4096)).join()
+    return DataPanel(tiny_config(named, data_path=data, max_length=4096)).join()
 
 
 def code_corpus(folder):
@@ -299,7 +299,7 @@ ARRAYS = None  # holds arrays and numbers, or what is looked at elsewhere
 
 FACTORIES = {
     "BatchPlan": plan, "Shard": lambda: plan().shard(0, 1), "BatchView": batch_view, "PlannedStep": lambda: plan()[0],
-    "_BatchArgs": lambda: plan().recipe,
+    "_BatchArgs": lambda: plan().args,
     "_Epoch": ARRAYS, "_Pattern": ARRAYS, "_Plan": ARRAYS, "_Answer": ARRAYS, "_ShapeCache": ARRAYS, "Studio": ARRAYS, "Task": ARRAYS,
     "DataSettings": ARRAYS, "TruncationResult": ARRAYS, "_Namespace": ARRAYS,
     "TokenLine": line, "RenderedExample": lambda: of("prompt").RenderedExample(line().ids, line().labels, [], tiny(), notes=[PAYLOAD]),
