@@ -588,7 +588,7 @@ class StopRequest:
     def __call__(self,
         why: str = 'asked to stop' # in words
     ):
-        "Wish it; may be called from any thread."
+        "Ask for it; may be called from any thread."
         self.why = self.why or why
 
     @contextmanager

@@ -490,7 +490,7 @@ def serve_answers(
     "Answer questions, a line of JSON each, on standard input until it is closed: the program of the process that counts."
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print must not stand between the answers
-    import sage_finetune.memory  # noqa: the seconds this takes are spent once
+    import sage_finetune.memory  # noqa: F401 (the seconds this takes are spent once)
     copies, unread = _ForkPool(out), b''
     while True:
         waits = 0.05 if copies.working else idle

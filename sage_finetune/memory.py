@@ -219,7 +219,7 @@ class _HeadSteps(torch.autograd.Function):
         chunk = max(1, 3 * 2**25 // (len(weight) * weight.element_size()) // engines.PAD_MULTIPLE) * engines.PAD_MULTIPLE
         even, gradient = hidden.new_empty(len(hidden) + -len(hidden) % engines.PAD_MULTIPLE, hidden.shape[1]), torch.empty_like(hidden)
         room = weight.new_empty(min(chunk, len(even)), len(weight))
-        scores = [weight.new_empty(min(at_once or len(room), len(room)), len(weight), dtype=torch.float32) for _ in range(2)]
+        scores = [weight.new_empty(min(at_once or len(room), len(room)), len(weight), dtype=torch.float32) for _ in range(2)]  # noqa: F841 (held until the end)
         ctx.save_for_backward(gradient)
         return hidden.new_zeros((), dtype=torch.float32)
 
@@ -244,7 +244,7 @@ class _PackedProduct(torch.autograd.Function):
         ctx.unpacked = shape, x.dtype
         flat = x.reshape(-1, x.shape[-1])
         if bits == 8 and on_gpu: moment = flat.half(), flat.to(torch.int8), flat.new_empty(len(flat), shape[0], dtype=torch.int32)  # the GPU multiplies bytes
-        else: moment = flat.new_empty(shape)
+        else: moment = flat.new_empty(shape)  # noqa: F841 (held until the end)
         return x.new_empty(*x.shape[:-1], shape[0])
 
     @staticmethod

@@ -364,7 +364,7 @@ def test_models_are_loaded_once_and_anew_when_trained_anew(run, tmp_path):
     clear_model_cache()  # what earlier tests left
     first, second = copy(run, tmp_path/"first"), copy(run, tmp_path/"second")
     found = []
-    threads = [threading.Thread(target=lambda: found.append(load_cached_model(first))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(load_cached_model(first))) for _ in range(4)]  # noqa: F821
     for thread in threads: thread.start()
     for thread in threads: thread.join()
     assert len({id(model) for model, _ in found}) == 1 and load_cached_model(first/"lora_weights")[0] is found[0][0]

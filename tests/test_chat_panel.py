@@ -14,7 +14,6 @@ from helpers import tiny_config, rows, until, write_rows
 from sage_finetune.chat import clear_model_cache, load_cached_model
 from sage_finetune.chat_panel import ChatPanel, StreamingText, ConversationView, Turn, strength_words, turns_html
 from sage_finetune.core.errors import ConfigError, DataError, RunError
-from sage_finetune.data import prepare_dataset
 from sage_finetune.export import merge, load_run
 from sage_finetune.files import load_training_data
 from sage_finetune.trainer import LoRATrainer

@@ -170,6 +170,23 @@ def test_types_may_be_imported_anywhere(copy):
     assert not any("peft" in line and line.startswith("config.py") for line in house.forbidden_imports(copy))
 
 
+# ---- names that are not there, and what nobody uses -------------------------------------------------------------------
+
+def lint(root): return subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", "."], cwd=root, capture_output=True, text=True)
+
+
+def test_ruff_finds_nothing(root):
+    done = lint(root)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("code, said", [("def planted(): return nowhere\n", "F821"), ("import antigravity\n", "F401"), ("def planted():\n    unused = 1\n", "F841")])
+def test_ruff_finds_a_planted_fault(copy, code, said):
+    append(copy/"tests"/"helpers.py", "\n" + code)
+    done = lint(copy)
+    assert done.returncode == 1 and said in done.stdout and "helpers.py" in done.stdout
+
+
 # ---- the package's front door ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", sage_finetune.__all__)

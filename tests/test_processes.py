@@ -11,8 +11,8 @@ from helpers import adapter, change, copy, ended, metrics, prepared, start, stat
 
 from sage_finetune.checkpoint import newest_checkpoint
 from sage_finetune.core.errors import RunError
-from sage_finetune.launch import attached, follow, last_launch, log_lines, start_run, stop_run, train_command
-from sage_finetune.runs import read_meta, read_status, is_running
+from sage_finetune.launch import attached, follow, last_launch, log_lines, start_run, stop_run
+from sage_finetune.runs import read_status, is_running
 
 pytestmark = pytest.mark.slow
 

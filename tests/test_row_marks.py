@@ -5,7 +5,7 @@ import re
 import pytest
 
 from sage_finetune.core.errors import DataError
-from sage_finetune.data import DataReport, prepare, report_from_dict, report_to_dict, split
+from sage_finetune.data import prepare, report_from_dict, report_to_dict, split
 from sage_finetune.model import load_tokenizer
 from sage_finetune.rows import RowError, Sample, UntrainedRow, detect_data_format, read_row, to_messages
 from sage_finetune.tasks import TASKS, file_rows

@@ -2,7 +2,6 @@
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -557,7 +556,7 @@ class ForTransformers(transformers.TrainerCallback):
                                             (print, "has none of the methods"), (ForTransformers(), "written for transformers' Trainer")])
 def test_a_callback_that_would_never_be_called(tmp_path, callback, said):
     "Said before anything is loaded"
-    trainer = LoRATrainer(recipe(tmp_path, max_steps=3))
+    trainer = LoRATrainer(tiny_config(tmp_path, max_steps=3))
     with pytest.raises(ConfigError, match=said): trainer.train(show=False, callbacks=[callback])
     assert trainer.model is None and not (tmp_path/"run").exists()
 

@@ -1,6 +1,5 @@
 "The training panel on real runs: child processes, kills, new kernels; and what it costs to look"
 import json
-import os
 import signal
 import subprocess
 import sys

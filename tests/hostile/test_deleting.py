@@ -13,7 +13,7 @@ from helpers import copy, prepared, tiny_config, tree, write_rows
 from sage_finetune import LoRATrainer, TrainingConfig, merge
 from sage_finetune.checkpoint import RunWriter, check_folder, remove_stale_files
 from sage_finetune.core.errors import FinetuneError, RunError
-from sage_finetune.core.places import MANIFEST, bring_back, is_own_name, note_files, own_files, put_aside, read_manifest, remove_own, why_protected
+from sage_finetune.core.places import MANIFEST, bring_back, is_own_name, own_files, put_aside, read_manifest, remove_own, why_protected
 from sage_finetune.core.storage import atomic_directory
 from sage_finetune.demo import demo_example
 from sage_finetune.runs import is_run, other_files, run_files

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import copy, prepared, tiny_config, start, tree, write_rows
+from helpers import copy, prepared, tiny_config, tree, write_rows
 from sage_finetune import LoRATrainer, TrainingConfig, merge
-from sage_finetune.checkpoint import RunWriter, check_folder
+from sage_finetune.checkpoint import check_folder
 from sage_finetune.cli import main
 from sage_finetune.core.errors import FinetuneError, RunError
 from sage_finetune.core.places import check_links, is_inside, own_files
@@ -19,7 +19,6 @@ from sage_finetune.data import prepare
 from sage_finetune.diagnosis import doctor
 from sage_finetune.export import run_config
 from sage_finetune.files import iter_rows
-from sage_finetune.launch import log_lines
 from sage_finetune.runs import list_runs, read_meta, read_status, run_info, write_meta
 from sage_finetune.tasks import prepare_run
 

@@ -9,8 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from helpers import change, copy, program, until, write_rows
-from safetensors.torch import load_file
+from helpers import copy, until, write_rows
 
 from sage_finetune import cli, trainer
 from sage_finetune.chat import answers
@@ -23,9 +22,9 @@ from sage_finetune.core.places import note_files
 from sage_finetune.export import merge, load_run, run_config
 from sage_finetune.launch import run_in_foreground, start_run, train_command
 from sage_finetune.memory import estimate_memory
-from sage_finetune.model import load_base, load_tokenizer
+from sage_finetune.model import load_base
 from sage_finetune.plot import plot_run
-from sage_finetune.runs import list_runs, read_meta
+from sage_finetune.runs import list_runs
 from sage_finetune.tasks import prepare_run
 from sage_finetune.trainer import LoRATrainer, train_from_meta
 

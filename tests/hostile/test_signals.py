@@ -16,7 +16,7 @@ from sage_finetune.checkpoint import RunWriter, check_folder
 from sage_finetune.core.errors import RunError
 from sage_finetune.core.processes import find_process, holds_lock, is_locked, lock_holders, start_mark, stop_requested
 from sage_finetune.launch import attached, last_launch, start_run, stop_run
-from sage_finetune.runs import is_stale, read_meta, read_status, run_info, is_running, trainer_process, write_status
+from sage_finetune.runs import is_stale, read_meta, read_status, run_info, is_running, trainer_process
 from sage_finetune.tasks import prepare_run, ensure_empty
 
 NOW = "now"
