@@ -159,7 +159,7 @@ _STREAMS = {'.gz': lambda file: gzip.GzipFile(fileobj=file), '.bz2': bz2.BZ2File
 class _Unpacking(io.RawIOBase):
     "What a packed file holds, as a file; going back begins anew"
     def __init__(self, file: BinaryIO, path: Path):
-        self.file, self.path, self.size, self.at = file, path, os.fstat(file.fileno()).st_size, 0
+        self.file, self.path, self.size, self.at, self.signs = file, path, os.fstat(file.fileno()).st_size, 0, 0
         self.begin = _STREAMS[path.suffix.lower()]
         self.stream = self.begin(file)
 
@@ -174,15 +174,21 @@ class _Unpacking(io.RawIOBase):
             reason = ' '.join(str(error).split()).rstrip('.')[:150]
             raise DataError(f'{self.path} is not a readable {self.path.suffix} file ({reason}). Copy it again or pack it anew.') from error
         self.at += len(piece)
+        if self.at > (1 << 24) + 20 * self.size: self.count(piece)
         if self.at > _unpacked(self.size): raise _bomb(self.path, self.size, f'{self.at:,} bytes')
         buffer[:len(piece)] = piece
         return len(piece)
+
+    def count(self, piece: bytes):
+        "Where much comes out of little, raise `DataError` when it falls into ever more lines and values: each takes time and memory of its own"
+        self.signs += sum(map(piece.count, b'\n\r[{,'))
+        if self.signs > 4 * 10**6 + 20 * self.size: raise _bomb(self.path, self.size, f'{self.signs:,} lines and values')
 
     def seek(self, to: int, whence: int = 0) -> int:
         "Go to a place; only places from the start are asked for"
         if to < self.at:
             self.file.seek(0)
-            self.stream, self.at = self.begin(self.file), 0
+            self.stream, self.at, self.signs = self.begin(self.file), 0, 0
         while self.at < to and self.readinto(bytearray(min(_CHUNK, to - self.at))): pass
         return self.at
 
@@ -212,8 +218,20 @@ def _wrong_encoding(path: Path, encoding: str) -> DataError:
 
 # %% ../nbs/05_files.ipynb #f13d3102
 _STRICT, _LENIENT = json.JSONDecoder(), json.JSONDecoder(strict=False)
-_LONGEST = 1 << 28  # characters of one row; what is longer is none
+_LONGEST = 1 << 27  # characters of one row; what is longer is none
+_PARTS = 1 << 22  # values inside one row; what has more is none either
 _A_ROW = 'A row must be an object with named fields, like {"question": "…", "answer": "…"}.'
+
+def _parts(text: str | bytes, start: int = 0) -> int:
+    "How many values a JSON text holds at most: each stands behind a bracket or a comma, and an empty object takes thirty times its characters"
+    return sum(text.count(sign, start) for sign in ('[{,' if isinstance(text, str) else (b'[', b'{', b',')))
+
+def _is_unwritten(text: str | bytes) -> bool:
+    "Whether a text consists of null bytes, as the rest of a file does that was never written to its end"
+    head = text[:1000]
+    return head.count('\0' if isinstance(text, str) else b'\0') * 2 > len(head)
+
+_UNWRITTEN = 'null bytes stand here, so the file was never written to its end'
 
 def _parse(line: str) -> Any:
     "The JSON value of a line"
@@ -241,19 +259,35 @@ def _holds_list(file: BinaryIO, encoding: str) -> bool:
     if not first.startswith('[') or not re.match(r'\[\s*(\{|\Z)', first): return False
     return not (rest.strip().startswith('[') and first.rstrip().endswith(']'))  # else a list on every line
 
+_BLANKS = 10**6  # empty lines behind one another
+
+def _no_rows(path: Path, line: int) -> DataError:
+    return DataError(f'{path}, line {line}: more than {_BLANKS:,} empty lines stand behind one another. Remove them.')
+
+def _too_long(path: Path, line: int, text: str | bytes) -> DataError:
+    "What to say about a line without an end"
+    if _is_unwritten(text): return DataError(f'{path}, line {line}: {_UNWRITTEN}. Copy it again or write it anew.')
+    return DataError(f'{path}, line {line}: one line of more than {_LONGEST:,} characters is no row. Write one row a line.')
+
 def _lines(file: BinaryIO, path: Path, encoding: str, bad: Callable) -> Iterator[RawRow]:
     "The rows of a file with one JSON object a line; blank lines are skipped"
     if _holds_list(file, encoding): return (yield from _json_rows(file, path, encoding, bad))
-    name, number, done, utf8 = str(path), 0, 0, encoding == 'utf-8'
+    name, number, done, blank, utf8 = str(path), 0, 0, 0, encoding == 'utf-8'
     for at, line in enumerate(iter(partial((file if utf8 else _text_of(file, encoding)).readline, _LONGEST), b'' if utf8 else ''), 1):
-        if len(line) >= _LONGEST: raise DataError(f'{path}, line {at}: one line of more than 256 million characters is no row. Write one row a line.')
+        if len(line) >= _LONGEST: raise _too_long(path, at, line)
         done += len(line) if utf8 else len(line.encode(encoding, 'surrogatepass'))
-        if line.isspace(): continue
-        number += 1
+        if line.isspace():
+            blank += 1
+            if blank > _BLANKS: raise _no_rows(path, at)
+            continue
+        number, blank = number + 1, 0
+        if len(line) > _CHUNK and _parts(line) > _PARTS:
+            bad(BadRow(name, at, f'the row holds more than {_PARTS:,} values', 'No row to learn from holds as many. Remove it.', number))
+            continue
         try: row = _parse(line.decode('utf-8', 'surrogatepass') if utf8 else line)
         except UnicodeDecodeError: raise
         except (ValueError, RecursionError) as error:
-            bad(BadRow(name, at, f'this is not JSON ({_reason(error)})', 'One JSON object a line is expected. Mend or remove the line.'))
+            bad(BadRow(name, at, f'this is not JSON ({_UNWRITTEN if _is_unwritten(line) else _reason(error)})', 'One JSON object a line is expected. Mend or remove the line.'))
             continue
         if row.__class__ is dict: yield RawRow(row, name, at, number, done)
         else: bad(BadRow(name, at, f'the row is of type {type(row).__name__}', _A_ROW, number))
@@ -268,8 +302,9 @@ class _Pieces:
     def more(self):
         "Read on; what was used is let go"
         self.buffer, self.at = self.buffer[self.at:], 0
-        if len(self.buffer) > _LONGEST: raise self.broken('one value of more than 256 million characters')
-        piece = self.text.read(max(_CHUNK, len(self.buffer)))
+        if len(self.buffer) > _LONGEST: raise self.broken(f'one value of more than {_LONGEST:,} characters')
+        if len(self.buffer) > _CHUNK and _parts(self.buffer) > _PARTS: raise self.broken(f'one value that holds more than {_PARTS:,} others')
+        piece = self.text.read(min(max(_CHUNK, len(self.buffer)), 1 << 24))
         self.buffer, self.ended = self.buffer + piece, not piece
 
     def peek(self) -> str:
@@ -284,6 +319,7 @@ class _Pieces:
     def broken(self, reason: str, at: int | None = None) -> DataError:
         "What to say about the place"
         line = self.line + self.buffer.count('\n', self.at, at or self.at)
+        if _is_unwritten(self.buffer[at or self.at:][:1000]) and self.buffer[at or self.at:]: reason = _UNWRITTEN
         ends = '; the file ends there' if self.ended and not self.buffer[at or self.at:].strip() or reason.startswith('Unterminated') else ''
         return DataError(f'{self.path}, line {line}: this is not JSON ({reason}{ends}). Mend the file there.')
 
@@ -400,16 +436,46 @@ def _cell_fault(cells: list[str], header: list[str], delimiter: str) -> tuple[st
     return (f'the row has {count(len(cells))}, the head has {len(header)}',
             f'Expected are {list_names(header)}, with {delimiter!r} between them; a text that holds {delimiter!r} must stand in double quotes.')
 
-def _records(reader: Any, path: Path, bad: Callable) -> Iterator[tuple[int, list[str]]]:
+_RECORD = 1 << 26  # characters of one record; the csv module keeps four bytes for each
+
+class _Measured:
+    "The lines of a table, for the csv module; a record without an end is refused"
+    def __init__(self, text: io.TextIOBase, path: Path, delimiter: str):
+        self.readline, self.path, self.delimiter, self.line, self.characters, self.cells = partial(text.readline, _RECORD), path, delimiter, 1, 0, 0
+
+    def __iter__(self) -> '_Measured': return self
+
+    def __next__(self) -> str:
+        text = self.readline()
+        if not text: raise StopIteration
+        self.characters += len(text)
+        if self.characters > _CHUNK: self.check(text)
+        return text
+
+    def begin(self, line: int): self.line, self.characters, self.cells = line, 0, 0
+
+    def check(self, text: str):
+        "Raise `DataError` when a record has become too long, or has too many cells"
+        self.cells += text.count(self.delimiter)
+        if self.characters < _RECORD and self.cells <= _PARTS: return
+        if _is_unwritten(text): raise DataError(f'{self.path}, line {self.line}: {_UNWRITTEN}. Copy it again or write it anew.')
+        much = f'{_PARTS:,} cells' if self.cells > _PARTS else f'{_RECORD:,} characters; perhaps a quote is opened in it and never closed'
+        raise DataError(f'{self.path}, line {self.line}: the row has more than {much}. Mend or remove it.')
+
+def _records(reader: Any, lines: _Measured, bad: Callable) -> Iterator[tuple[int, list[str]]]:
     "(line, cells) of each record that is not blank"
+    path, blank = lines.path, 0
     while True:
         line = reader.line_num + 1
+        lines.begin(line)
         try: cells = next(reader)
         except StopIteration: return
         except csv.Error as error:
             if 'end of data' in str(error): raise DataError(f'{path}, line {line}: a quote is opened in this row and never closed. Close it, or double a quote that belongs to the text.') from error
             bad(BadRow(str(path), line, f'the quotes of this row do not match ({error})', 'A quote inside a quoted text must be doubled: "she said ""yes""".'))
             continue
+        blank = 0 if any(cells) else blank + 1
+        if blank > _BLANKS: raise _no_rows(path, line)
         if cells: yield line, cells
 
 # %% ../nbs/05_files.ipynb #44f61084
@@ -420,9 +486,10 @@ def _table(file: BinaryIO, path: Path, encoding: str, bad: Callable) -> Iterator
     file.seek(start)
     text, declared = _text_of(file, encoding), re.match(r'sep=(.)\r?\n', head.decode(encoding, 'ignore'))  # the first line some spreadsheets write
     delimiter = declared[1] if declared else _delimiter(head.decode(encoding, 'ignore'), len(head) < 1 << 16)
-    reader, header, number, name = csv.reader(text, delimiter=delimiter, strict=True), None, 0, str(path)
+    lines = _Measured(text, path, delimiter)
+    reader, header, number, name = csv.reader(lines, delimiter=delimiter, strict=True), None, 0, str(path)
     if declared: next(reader)
-    for line, cells in _records(reader, path, bad):
+    for line, cells in _records(reader, lines, bad):
         if header is None: header = _header(cells, path)
         elif any(map(str.strip, cells)):
             number, size = number + 1, len(header)
@@ -431,7 +498,6 @@ def _table(file: BinaryIO, path: Path, encoding: str, bad: Callable) -> Iterator
             else: bad(BadRow(name, line, *_cell_fault(cells, header, delimiter), number))
 
 # %% ../nbs/05_files.ipynb #b0a7c002
-_PARTS = 1 << 22  # values inside one row; what has more is none
 _AT_ONCE = 1 << 20, 1 << 26  # values and characters made into Python objects in one step
 
 class _Weight:
