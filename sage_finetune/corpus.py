@@ -390,13 +390,15 @@ def source_files(
     return files, skipped
 
 # %% ../nbs/18_corpus.ipynb #5ec4e702
+def _too_slow(what: str) -> DataError: return DataError(f'{what} takes more than {MAX_SECONDS:g} seconds. {_SMALLER}')
+
 def _finder(values: Iterable[str], until: float) -> Callable[[str], bool]:
     "Whether a text holds one of many values: its places are looked up by what the values begin with, not value by value"
     values = [value for value in values if value]
     width, begins = min([8, *map(len, values)]), defaultdict(lambda: defaultdict(set))
     for value in values: begins[value[:width]][len(value)].add(value)
     def holds(text: str) -> bool:
-        if time.monotonic() > until: raise DataError(f'looking for secrets in code_root takes more than {MAX_SECONDS:g} seconds. {_SMALLER}')
+        if time.monotonic() > until: raise _too_slow('looking for secrets in code_root')
         near = ((at, begins[text[at:at + width]]) for at in range(len(text) - width + 1) if text[at:at + width] in begins)
         return any(text[at:at + length] in those for at, lengths in near for length, those in lengths.items())
     return holds
@@ -413,11 +415,19 @@ def without_secrets(
     for place, text in enumerate(texts):
         if place not in found and holds(text): found[place] = ['value of a secret in another file']
     kept = [fact for place, fact in enumerate(facts) if place not in found]
-    return kept, [_secret_skip(facts[place], kinds[0]) for place, kinds in sorted(found.items())]
+    return kept, _redacted([Skip(f'{facts[at].file}:{facts[at].line} {facts[at].name}', SecretReason.of(kinds[0])) for at, kinds in sorted(found.items())], until)
 
-def _secret_skip(fact: Fact, kind: str) -> Skip:
-    "What is said of a fact that is left out"
-    return Skip(redact_secrets(f'{fact.file}:{fact.line} {fact.name}', strict=True), SecretReason.of(kind))
+_APART = '\n\0\n'  # nothing that looks like a secret goes across it
+
+def _redacted(skipped: list[Skip], until: float) -> list[Skip]:
+    "The same, their places without what looks like a secret; looked through at once, for there may be very many"
+    places = redact_secrets(_APART.join(skip.place for skip in skipped), strict=True).split(_APART)
+    if len(places) != len(skipped):
+        places = []
+        for skip in skipped:
+            if time.monotonic() > until: raise _too_slow('looking for secrets in code_root')
+            places.append(redact_secrets(skip.place, strict=True))
+    return [Skip(place, skip.reason) for place, skip in zip(places, skipped)]
 
 # %% ../nbs/18_corpus.ipynb #2aa5580a
 @dataclass(repr=False)
@@ -496,14 +506,14 @@ def code_rows(
     paths, skipped = source_files(root)
     found, read, values, until = [], 0, set(), time.monotonic() + MAX_SECONDS
     for path in paths:
-        if time.monotonic() > until: raise DataError(f'reading code_root {root} takes more than {MAX_SECONDS:g} seconds. {_SMALLER}')
+        if time.monotonic() > until: raise _too_slow(f'reading code_root {root}')
         defines, reason = _definitions_of(path, root, values)
         if reason: skipped.append(Skip(path.relative_to(root).as_posix(), reason))
         read += not reason
         found.extend(defines)
     facts, unclear = facts_of(found, max_answer)
     facts, secret = without_secrets(facts, values, until)
-    skipped = [Skip(redact_secrets(skip.place, strict=True), skip.reason) for skip in skipped + unclear + secret]
+    skipped = _redacted(skipped + unclear + secret, until)
     corpus = CodeCorpus(root, read, facts, len(facts), skipped)
     if not facts: raise DataError(nothing_to_ask(corpus))
     if max_facts is not None: corpus.facts = choose(facts, max_facts, seed)
