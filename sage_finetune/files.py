@@ -584,7 +584,7 @@ class _Made:
         for start in range(0, batch.num_rows, 500):
             for piece, weight in _pieces_of(batch.slice(start, 500), self.path, first + start):
                 self.values, self.characters = self.values + weight.values, self.characters + weight.characters
-                if self.values > 10**7 + 1000 * self.size: raise _bomb(self.path, self.size, f'{self.values:,} values')
+                if self.values > 4 * 10**6 + 1000 * self.size: raise _bomb(self.path, self.size, f'{self.values:,} values')
                 if self.characters > _unpacked(self.size): raise _bomb(self.path, self.size, f'{self.characters:,} bytes')
                 yield from (piece if plain is None else piece.cast(plain)).to_pylist()
 
