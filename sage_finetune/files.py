@@ -636,8 +636,8 @@ def _as_dictionaries(metadata: Any) -> list[str]:
             and part.num_values * max(part.total_uncompressed_size, 0) > 2**28}
     return sorted(long) if long & {metadata.schema.column(at).path for at in _nested(metadata)} else []
 
-def _parquet_batches(file: BinaryIO, path: Path, size: int) -> Iterator[tuple[Any, Any]]:
-    "The batches of a parquet file, each with the schema to cast it to, if any"
+def _parquet_batches(file: BinaryIO, path: Path, size: int) -> Iterator[tuple[Any, Any, int]]:
+    "The batches of a parquet file, each with the schema to cast it to, if any, and how many rows the file has"
     import pyarrow.parquet
     table = pyarrow.parquet.ParquetFile(file)
     metadata = table.metadata
@@ -648,15 +648,14 @@ def _parquet_batches(file: BinaryIO, path: Path, size: int) -> Iterator[tuple[An
         fixed = sum(column.length for column in map(metadata.schema.column, range(metadata.num_columns)) if column.physical_type == 'FIXED_LEN_BYTE_ARRAY')
         step = max(1, min(5000, 2**28 // max(fixed, 1)))  # each batch brings the dictionary along, so there are few of them
     for groups in _decodable(metadata, path):
-        for batch in table.iter_batches(batch_size=step, row_groups=groups): yield batch, plain
+        for batch in table.iter_batches(batch_size=step, row_groups=groups): yield batch, plain, metadata.num_rows
 
 def _parquet(file: BinaryIO, path: Path, size: int) -> Iterator[RawRow]:
     "The rows of a parquet file, a group after the other"
     import pyarrow
-    number, name, made, whole = 0, str(path), _Made(path, size), 1
+    number, name, made = 0, str(path), _Made(path, size)
     try:
-        whole = max(_parquet_rows(path) or 1, 1)
-        for batch, plain in _parquet_batches(file, path, size):
+        for batch, plain, whole in _parquet_batches(file, path, size):
             for row in made.rows(batch, number + 1, plain):
                 number += 1
                 yield RawRow(_row_of(row), name, number, number, size * number // whole)
