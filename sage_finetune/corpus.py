@@ -11,7 +11,7 @@ __all__ = ['PHRASINGS', 'MAX_BYTES', 'MAX_FILES', 'MAX_SECONDS', 'first_sentence
 # %% ../nbs/18_corpus.ipynb #5f7e6d04
 import ast, os, random, re, stat, tokenize, warnings, time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from io import BytesIO
@@ -124,8 +124,11 @@ def public_names(
     lists = [node.value for node in tree.body if '__all__' in _targets(node)]
     mentions = sum(isinstance(node, ast.Name) and node.id == '__all__' for node in ast.walk(tree))
     if mentions:
-        try: return list(dict.fromkeys(name for node in lists for name in ast.literal_eval(node))) if mentions == len(lists) else []
+        try: said = [ast.literal_eval(node) for node in lists]
         except (ValueError, TypeError): return []
+        written = mentions == len(lists) and all(isinstance(one, (list, tuple)) for one in said)
+        names = [name for one in said for name in one] if written else []
+        return list(dict.fromkeys(names)) if all(isinstance(name, str) for name in names) else []
     if is_package and any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree)): return []
     names = [node.name for node in defined(tree.body)] + [name for node in tree.body for name in _targets(node) if name.isupper()]
     return list(dict.fromkeys(name for name in names if not name.startswith('_')))
@@ -141,13 +144,17 @@ class Definition:
     line: int # where it begins
     answers: dict = field(default_factory=dict) # kind of question -> answer
 
+_LONGEST_NAME = 200  # characters; who has a longer one was not named by hand, and every method would carry it
+
+def _is_public(name: str) -> bool: return not name.startswith('_') and len(name) <= _LONGEST_NAME
+
 def _function(node: ast.AST, owner: str, module: str, file: str) -> Iterator[Definition]:
     "A function, or a method of `owner`"
     decorators = _decorators(node)
-    if node.name.startswith('_') or {'overload', 'setter', 'deleter', 'getter', 'patch_to', 'patch_property'} & set(decorators): return
+    if not _is_public(node.name) or {'overload', 'setter', 'deleter', 'getter', 'patch_to', 'patch_property'} & set(decorators): return
     if 'patch' in decorators and node.args.args and node.args.args[0].annotation: # fastcore's way to write a method outside its class
         owner = ast.unparse(node.args.args[0].annotation)
-        if not owner.isidentifier(): return
+        if not owner.isidentifier() or len(owner) > _LONGEST_NAME: return
     is_property = any('property' in name for name in decorators) or 'as_prop=True' in ast.unparse(decorators.get('patch', ast.Constant(0)))
     noun = 'property' if is_property else 'method' if owner else 'function'
     answers = dict(does=first_sentence(ast.get_docstring(node)), returns=returned(node))
@@ -166,7 +173,7 @@ def definitions(
     yield Definition('module', module, module, file, 1, dict(does=first_sentence(ast.get_docstring(tree)), contents=', '.join(names) or None))
     for node in defined(tree.body):
         if not isinstance(node, ast.ClassDef): yield from _function(node, '', module, file)
-        elif not node.name.startswith('_'):
+        elif _is_public(node.name):
             answers = dict(does=first_sentence(ast.get_docstring(node)), parameters=class_parameters(node), where=file)
             yield Definition('class', node.name, module, file, node.lineno, answers)
             for inner in defined(node.body):
@@ -208,6 +215,10 @@ class Skip(NamedTuple):
     place: str   # file or folder below the root, or a definition
     reason: str  # why
 
+def _is_text(answer: str) -> bool:
+    "Whether a file can hold it: half of a pair of surrogates is no character"
+    return answer.isascii() or not any('\ud800' <= sign <= '\udfff' for sign in answer)
+
 def facts_of(
     found: list[Definition], # every definition of the tree
     max_answer: int = 200    # longest answer in characters
@@ -222,7 +233,8 @@ def facts_of(
             continue
         for kind, answer in one.answers.items():
             if not answer or (kind == 'where' and name != one.name): continue # a name with its module gives the file away
-            if len(answer) > max_answer: skipped.append(Skip(f'{one.file}:{one.line} {name} ({kind})', f'answer longer than {max_answer} characters'))
+            if not _is_text(answer): skipped.append(Skip(f'{one.file}:{one.line} {name} ({kind})', 'characters that are none'))
+            elif len(answer) > max_answer: skipped.append(Skip(f'{one.file}:{one.line} {name} ({kind})', f'answer longer than {max_answer} characters'))
             else: facts.append(Fact(kind, one.noun, name, answer, one.file, one.line))
     return facts, skipped
 
@@ -378,22 +390,44 @@ def source_files(
     return files, skipped
 
 # %% ../nbs/18_corpus.ipynb #5ec4e702
+def _too_slow(what: str) -> DataError: return DataError(f'{what} takes more than {MAX_SECONDS:g} seconds. {_SMALLER}')
+
+def _finder(values: Iterable[str], until: float) -> Callable[[str], bool]:
+    "Whether a text holds one of many values: its places are looked up by what the values begin with, not value by value"
+    values = [value for value in values if value]
+    width, begins = min([8, *map(len, values)]), defaultdict(lambda: defaultdict(set))
+    for value in values: begins[value[:width]][len(value)].add(value)
+    def holds(text: str) -> bool:
+        if time.monotonic() > until: raise _too_slow('looking for secrets in code_root')
+        near = ((at, begins[text[at:at + width]]) for at in range(len(text) - width + 1) if text[at:at + width] in begins)
+        return any(text[at:at + length] in those for at, lengths in near for length, those in lengths.items())
+    return holds
+
 def without_secrets(
     facts: list[Fact],               # of a tree
-    values: Iterable[str] = ()       # what looked like a secret somewhere in the tree
+    values: Iterable[str] = (),      # what looked like a secret somewhere in the tree
+    until: float = float('inf')      # of the clock `time.monotonic`: when to give up with a `DataError`
 ) -> tuple:                          # (facts without secrets, what was left out)
     "Leave out the facts whose rows would hold a secret."
     texts = ['\n'.join((fact.name, fact.answer, fact.file)) for fact in facts]
     found = scan_texts(texts, strict=True)
-    for value in values:
-        for place, text in enumerate(texts):
-            if value in text: found.setdefault(place, ['value of a secret in another file'])
+    holds = _finder(values, until)
+    for place, text in enumerate(texts):
+        if place not in found and holds(text): found[place] = ['value of a secret in another file']
     kept = [fact for place, fact in enumerate(facts) if place not in found]
-    return kept, [_secret_skip(facts[place], kinds[0]) for place, kinds in sorted(found.items())]
+    return kept, _redacted([Skip(f'{facts[at].file}:{facts[at].line} {facts[at].name}', SecretReason.of(kinds[0])) for at, kinds in sorted(found.items())], until)
 
-def _secret_skip(fact: Fact, kind: str) -> Skip:
-    "What is said of a fact that is left out"
-    return Skip(redact_secrets(f'{fact.file}:{fact.line} {fact.name}', strict=True), SecretReason.of(kind))
+_APART = '\n\0\n'  # nothing that looks like a secret goes across it
+
+def _redacted(skipped: list[Skip], until: float) -> list[Skip]:
+    "The same, their places without what looks like a secret; looked through at once, for there may be very many"
+    places = redact_secrets(_APART.join(skip.place for skip in skipped), strict=True).split(_APART)
+    if len(places) != len(skipped):
+        places = []
+        for skip in skipped:
+            if time.monotonic() > until: raise _too_slow('looking for secrets in code_root')
+            places.append(redact_secrets(skip.place, strict=True))
+    return [Skip(place, skip.reason) for place, skip in zip(places, skipped)]
 
 # %% ../nbs/18_corpus.ipynb #2aa5580a
 @dataclass(repr=False)
@@ -472,13 +506,14 @@ def code_rows(
     paths, skipped = source_files(root)
     found, read, values, until = [], 0, set(), time.monotonic() + MAX_SECONDS
     for path in paths:
-        if time.monotonic() > until: raise DataError(f'reading code_root {root} takes more than {MAX_SECONDS:g} seconds. {_SMALLER}')
+        if time.monotonic() > until: raise _too_slow(f'reading code_root {root}')
         defines, reason = _definitions_of(path, root, values)
         if reason: skipped.append(Skip(path.relative_to(root).as_posix(), reason))
-        read, found = read + (not reason), found + defines
+        read += not reason
+        found.extend(defines)
     facts, unclear = facts_of(found, max_answer)
-    facts, secret = without_secrets(facts, values)
-    skipped = [Skip(redact_secrets(skip.place, strict=True), skip.reason) for skip in skipped + unclear + secret]
+    facts, secret = without_secrets(facts, values, until)
+    skipped = _redacted(skipped + unclear + secret, until)
     corpus = CodeCorpus(root, read, facts, len(facts), skipped)
     if not facts: raise DataError(nothing_to_ask(corpus))
     if max_facts is not None: corpus.facts = choose(facts, max_facts, seed)

@@ -7,7 +7,7 @@ __all__ = ['MAX_COLUMNS', 'place', 'RawRow', 'BadRow', 'packaged', 'packaged_hel
            'load_training_data', 'source_size', 'source_key']
 
 # %% ../nbs/05_files.ipynb #ed161a26
-import bz2, codecs, csv, gzip, hashlib, io, json, lzma, os, re, sys, zlib
+import bz2, codecs, csv, gzip, hashlib, io, json, lzma, os, re, struct, sys, zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -159,7 +159,7 @@ _STREAMS = {'.gz': lambda file: gzip.GzipFile(fileobj=file), '.bz2': bz2.BZ2File
 class _Unpacking(io.RawIOBase):
     "What a packed file holds, as a file; going back begins anew"
     def __init__(self, file: BinaryIO, path: Path):
-        self.file, self.path, self.size, self.at = file, path, os.fstat(file.fileno()).st_size, 0
+        self.file, self.path, self.size, self.at, self.signs = file, path, os.fstat(file.fileno()).st_size, 0, 0
         self.begin = _STREAMS[path.suffix.lower()]
         self.stream = self.begin(file)
 
@@ -174,15 +174,21 @@ class _Unpacking(io.RawIOBase):
             reason = ' '.join(str(error).split()).rstrip('.')[:150]
             raise DataError(f'{self.path} is not a readable {self.path.suffix} file ({reason}). Copy it again or pack it anew.') from error
         self.at += len(piece)
+        if self.at > (1 << 24) + 20 * self.size: self.count(piece)
         if self.at > _unpacked(self.size): raise _bomb(self.path, self.size, f'{self.at:,} bytes')
         buffer[:len(piece)] = piece
         return len(piece)
+
+    def count(self, piece: bytes):
+        "Where much comes out of little, raise `DataError` when it falls into ever more lines and values: each takes time and memory of its own"
+        self.signs += sum(map(piece.count, b'\n\r[{,'))
+        if self.signs > 4 * 10**6 + 20 * self.size: raise _bomb(self.path, self.size, f'{self.signs:,} lines and values')
 
     def seek(self, to: int, whence: int = 0) -> int:
         "Go to a place; only places from the start are asked for"
         if to < self.at:
             self.file.seek(0)
-            self.stream, self.at = self.begin(self.file), 0
+            self.stream, self.at, self.signs = self.begin(self.file), 0, 0
         while self.at < to and self.readinto(bytearray(min(_CHUNK, to - self.at))): pass
         return self.at
 
@@ -212,8 +218,20 @@ def _wrong_encoding(path: Path, encoding: str) -> DataError:
 
 # %% ../nbs/05_files.ipynb #f13d3102
 _STRICT, _LENIENT = json.JSONDecoder(), json.JSONDecoder(strict=False)
-_LONGEST = 1 << 28  # characters of one row; what is longer is none
+_LONGEST = 1 << 27  # characters of one row; what is longer is none
+_PARTS = 1 << 22  # values inside one row; what has more is none either
 _A_ROW = 'A row must be an object with named fields, like {"question": "…", "answer": "…"}.'
+
+def _parts(text: str | bytes, start: int = 0) -> int:
+    "How many values a JSON text holds at most: each stands behind a bracket or a comma, and an empty object takes thirty times its characters"
+    return sum(text.count(sign, start) for sign in ('[{,' if isinstance(text, str) else (b'[', b'{', b',')))
+
+def _is_unwritten(text: str | bytes) -> bool:
+    "Whether a text consists of null bytes, as the rest of a file does that was never written to its end"
+    head = text[:1000]
+    return head.count('\0' if isinstance(text, str) else b'\0') * 2 > len(head)
+
+_UNWRITTEN = 'null bytes stand here, so the file was never written to its end'
 
 def _parse(line: str) -> Any:
     "The JSON value of a line"
@@ -241,19 +259,35 @@ def _holds_list(file: BinaryIO, encoding: str) -> bool:
     if not first.startswith('[') or not re.match(r'\[\s*(\{|\Z)', first): return False
     return not (rest.strip().startswith('[') and first.rstrip().endswith(']'))  # else a list on every line
 
+_BLANKS = 10**6  # empty lines behind one another
+
+def _no_rows(path: Path, line: int) -> DataError:
+    return DataError(f'{path}, line {line}: more than {_BLANKS:,} empty lines stand behind one another. Remove them.')
+
+def _too_long(path: Path, line: int, text: str | bytes) -> DataError:
+    "What to say about a line without an end"
+    if _is_unwritten(text): return DataError(f'{path}, line {line}: {_UNWRITTEN}. Copy it again or write it anew.')
+    return DataError(f'{path}, line {line}: one line of more than {_LONGEST:,} characters is no row. Write one row a line.')
+
 def _lines(file: BinaryIO, path: Path, encoding: str, bad: Callable) -> Iterator[RawRow]:
     "The rows of a file with one JSON object a line; blank lines are skipped"
     if _holds_list(file, encoding): return (yield from _json_rows(file, path, encoding, bad))
-    name, number, done, utf8 = str(path), 0, 0, encoding == 'utf-8'
+    name, number, done, blank, utf8 = str(path), 0, 0, 0, encoding == 'utf-8'
     for at, line in enumerate(iter(partial((file if utf8 else _text_of(file, encoding)).readline, _LONGEST), b'' if utf8 else ''), 1):
-        if len(line) >= _LONGEST: raise DataError(f'{path}, line {at}: one line of more than 256 million characters is no row. Write one row a line.')
+        if len(line) >= _LONGEST: raise _too_long(path, at, line)
         done += len(line) if utf8 else len(line.encode(encoding, 'surrogatepass'))
-        if line.isspace(): continue
-        number += 1
+        if line.isspace():
+            blank += 1
+            if blank > _BLANKS: raise _no_rows(path, at)
+            continue
+        number, blank = number + 1, 0
+        if len(line) > _CHUNK and _parts(line) > _PARTS:
+            bad(BadRow(name, at, f'the row holds more than {_PARTS:,} values', 'No row to learn from holds as many. Remove it.', number))
+            continue
         try: row = _parse(line.decode('utf-8', 'surrogatepass') if utf8 else line)
         except UnicodeDecodeError: raise
         except (ValueError, RecursionError) as error:
-            bad(BadRow(name, at, f'this is not JSON ({_reason(error)})', 'One JSON object a line is expected. Mend or remove the line.'))
+            bad(BadRow(name, at, f'this is not JSON ({_UNWRITTEN if _is_unwritten(line) else _reason(error)})', 'One JSON object a line is expected. Mend or remove the line.'))
             continue
         if row.__class__ is dict: yield RawRow(row, name, at, number, done)
         else: bad(BadRow(name, at, f'the row is of type {type(row).__name__}', _A_ROW, number))
@@ -268,8 +302,9 @@ class _Pieces:
     def more(self):
         "Read on; what was used is let go"
         self.buffer, self.at = self.buffer[self.at:], 0
-        if len(self.buffer) > _LONGEST: raise self.broken('one value of more than 256 million characters')
-        piece = self.text.read(max(_CHUNK, len(self.buffer)))
+        if len(self.buffer) > _LONGEST: raise self.broken(f'one value of more than {_LONGEST:,} characters')
+        if len(self.buffer) > _CHUNK and _parts(self.buffer) > _PARTS: raise self.broken(f'one value that holds more than {_PARTS:,} others')
+        piece = self.text.read(min(max(_CHUNK, len(self.buffer)), 1 << 24))
         self.buffer, self.ended = self.buffer + piece, not piece
 
     def peek(self) -> str:
@@ -284,6 +319,7 @@ class _Pieces:
     def broken(self, reason: str, at: int | None = None) -> DataError:
         "What to say about the place"
         line = self.line + self.buffer.count('\n', self.at, at or self.at)
+        if _is_unwritten(self.buffer[at or self.at:][:1000]) and self.buffer[at or self.at:]: reason = _UNWRITTEN
         ends = '; the file ends there' if self.ended and not self.buffer[at or self.at:].strip() or reason.startswith('Unterminated') else ''
         return DataError(f'{self.path}, line {line}: this is not JSON ({reason}{ends}). Mend the file there.')
 
@@ -400,16 +436,46 @@ def _cell_fault(cells: list[str], header: list[str], delimiter: str) -> tuple[st
     return (f'the row has {count(len(cells))}, the head has {len(header)}',
             f'Expected are {list_names(header)}, with {delimiter!r} between them; a text that holds {delimiter!r} must stand in double quotes.')
 
-def _records(reader: Any, path: Path, bad: Callable) -> Iterator[tuple[int, list[str]]]:
+_RECORD = 1 << 26  # characters of one record; the csv module keeps four bytes for each
+
+class _Measured:
+    "The lines of a table, for the csv module; a record without an end is refused"
+    def __init__(self, text: io.TextIOBase, path: Path, delimiter: str):
+        self.readline, self.path, self.delimiter, self.line, self.characters, self.cells = partial(text.readline, _RECORD), path, delimiter, 1, 0, 0
+
+    def __iter__(self) -> '_Measured': return self
+
+    def __next__(self) -> str:
+        text = self.readline()
+        if not text: raise StopIteration
+        self.characters += len(text)
+        if self.characters > _CHUNK: self.check(text)
+        return text
+
+    def begin(self, line: int): self.line, self.characters, self.cells = line, 0, 0
+
+    def check(self, text: str):
+        "Raise `DataError` when a record has become too long, or has too many cells"
+        self.cells += text.count(self.delimiter)
+        if self.characters < _RECORD and self.cells <= _PARTS: return
+        if _is_unwritten(text): raise DataError(f'{self.path}, line {self.line}: {_UNWRITTEN}. Copy it again or write it anew.')
+        much = f'{_PARTS:,} cells' if self.cells > _PARTS else f'{_RECORD:,} characters; perhaps a quote is opened in it and never closed'
+        raise DataError(f'{self.path}, line {self.line}: the row has more than {much}. Mend or remove it.')
+
+def _records(reader: Any, lines: _Measured, bad: Callable) -> Iterator[tuple[int, list[str]]]:
     "(line, cells) of each record that is not blank"
+    path, blank = lines.path, 0
     while True:
         line = reader.line_num + 1
+        lines.begin(line)
         try: cells = next(reader)
         except StopIteration: return
         except csv.Error as error:
             if 'end of data' in str(error): raise DataError(f'{path}, line {line}: a quote is opened in this row and never closed. Close it, or double a quote that belongs to the text.') from error
             bad(BadRow(str(path), line, f'the quotes of this row do not match ({error})', 'A quote inside a quoted text must be doubled: "she said ""yes""".'))
             continue
+        blank = 0 if any(cells) else blank + 1
+        if blank > _BLANKS: raise _no_rows(path, line)
         if cells: yield line, cells
 
 # %% ../nbs/05_files.ipynb #44f61084
@@ -420,9 +486,10 @@ def _table(file: BinaryIO, path: Path, encoding: str, bad: Callable) -> Iterator
     file.seek(start)
     text, declared = _text_of(file, encoding), re.match(r'sep=(.)\r?\n', head.decode(encoding, 'ignore'))  # the first line some spreadsheets write
     delimiter = declared[1] if declared else _delimiter(head.decode(encoding, 'ignore'), len(head) < 1 << 16)
-    reader, header, number, name = csv.reader(text, delimiter=delimiter, strict=True), None, 0, str(path)
+    lines = _Measured(text, path, delimiter)
+    reader, header, number, name = csv.reader(lines, delimiter=delimiter, strict=True), None, 0, str(path)
     if declared: next(reader)
-    for line, cells in _records(reader, path, bad):
+    for line, cells in _records(reader, lines, bad):
         if header is None: header = _header(cells, path)
         elif any(map(str.strip, cells)):
             number, size = number + 1, len(header)
@@ -430,8 +497,103 @@ def _table(file: BinaryIO, path: Path, encoding: str, bad: Callable) -> Iterator
                 yield RawRow({key: cell for key, cell in zip(header, cells) if key}, name, line, number, file.tell())
             else: bad(BadRow(name, line, *_cell_fault(cells, header, delimiter), number))
 
+# %% ../nbs/05_files.ipynb #b0a7c002
+_AT_ONCE = 1 << 20, 1 << 26  # values and characters made into Python objects in one step
+
+class _Weight:
+    "How many Python values and characters an Arrow array would become; beyond a limit it counts no further"
+    def __init__(self, most: int): self.values, self.characters, self.most = 0, 0, most
+
+    def add(self, array: Any, times: int = 1):
+        "Count an array, so many times"
+        import pyarrow
+        self.values += times * len(array)
+        if not len(array) or self.values > self.most: return
+        if isinstance(array, pyarrow.ExtensionArray): return self.add(array.storage, times)
+        kind, is_a = array.type, pyarrow.types
+        if is_a.is_struct(kind): [self.add(array.field(at), times) for at in range(kind.num_fields)]
+        elif is_a.is_dictionary(kind): self.add_words(array, times)
+        elif is_a.is_fixed_size_list(kind): self.add(array.values.slice(array.offset * kind.list_size, len(array) * kind.list_size), times)
+        elif is_a.is_list_view(kind) or is_a.is_large_list_view(kind): self.add_views(array, times)
+        elif is_a.is_list(kind) or is_a.is_large_list(kind) or is_a.is_map(kind):
+            first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
+            for part in (array.keys, array.items) if is_a.is_map(kind) else (array.values,): self.add(part.slice(first, last - first), times)
+        elif is_a.is_string(kind) or is_a.is_binary(kind): self.characters += times * _span(array, 4)
+        elif is_a.is_large_string(kind) or is_a.is_large_binary(kind): self.characters += times * _span(array, 8)
+        elif (lengths := _lengths(array)) is not None: self.characters += times * int(lengths.sum())
+        elif not (is_a.is_primitive(kind) or is_a.is_null(kind) or is_a.is_decimal(kind)):
+            raise DataError(f'a column of the type {str(kind)[:100]} is not read. Make it texts, numbers, lists or structs.')
+
+    def add_words(self, array: Any, times: int):
+        "Count the words of a dictionary as often as they are named"
+        import pyarrow.compute
+        found = pyarrow.compute.value_counts(array.indices.drop_null())
+        counts, words = found.field('counts').to_numpy(), array.dictionary.take(found.field('values'))
+        if (lengths := _lengths(words)) is not None: self.characters += times * sum(length * count for length, count in zip(lengths.tolist(), counts.tolist()))
+        else:
+            for at, count in enumerate(counts.tolist()):
+                if self.values <= self.most: self.add(words.slice(at, 1), times * count)
+
+    def add_views(self, array: Any, times: int):
+        "Count lists that may share what they hold"
+        for first, size in zip(array.offsets.to_pylist(), array.sizes.to_pylist()):
+            if self.values <= self.most: self.add(array.values.slice(first, size), times)
+
+
+# %% ../nbs/05_files.ipynb #b0a7c003
+def _span(array: Any, width: int) -> int:
+    "The bytes of all texts of an Arrow array, whose offsets have so many bytes"
+    offsets = memoryview(array.buffers()[1]).cast('B').cast('i' if width == 4 else 'q')
+    return offsets[array.offset + len(array)] - offsets[array.offset]
+
+def _lengths(array: Any) -> Any:
+    "The bytes of each text of an Arrow array; None for another type"
+    import numpy, pyarrow, pyarrow.compute
+    kind, is_a = array.type, pyarrow.types
+    if is_a.is_string_view(kind) or is_a.is_binary_view(kind):
+        views = numpy.frombuffer(array.buffers()[1], dtype=numpy.int32).reshape(-1, 4)
+        return numpy.maximum(views[array.offset:array.offset + len(array), 0], 0).astype(numpy.int64)
+    if is_a.is_fixed_size_binary(kind): return numpy.full(len(array), kind.byte_width)
+    is_text = is_a.is_string(kind) or is_a.is_large_string(kind) or is_a.is_binary(kind) or is_a.is_large_binary(kind)
+    return pyarrow.compute.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(numpy.int64) if is_text else None
+
+def _weigh(batch: Any, most: int) -> _Weight:
+    "What a batch would become"
+    weight = _Weight(most)
+    for column in batch.columns: weight.add(column)
+    return weight
+
+def _pieces_of(batch: Any, path: Path, first: int) -> Iterator[tuple[Any, _Weight]]:
+    "A batch in pieces that can be made into Python objects at once, each with what it becomes; `first` is the number of its first row"
+    alone = batch.num_rows == 1
+    weight = _weigh(batch, _PARTS if alone else _AT_ONCE[0])
+    if weight.values <= weight.most and weight.characters <= (_LONGEST if alone else _AT_ONCE[1]): yield batch, weight
+    elif alone: raise DataError(f'{path}, row {first}: the row holds more than {_PARTS if weight.values > weight.most else _LONGEST:,} '
+                                f'{"values" if weight.values > weight.most else "characters"}, which is no row to learn from. Remove the row or its column.')
+    else:
+        half = batch.num_rows // 2
+        yield from _pieces_of(batch.slice(0, half), path, first)
+        yield from _pieces_of(batch.slice(half), path, first + half)
+
+class _Made:
+    "Counts what has been made of a table so far"
+    def __init__(self, path: Path, size: int): self.path, self.size, self.values, self.characters = path, size, 0, 0
+
+    def rows(self, batch: Any, first: int, plain: Any = None) -> Iterator[dict]:
+        "The rows of a batch; raises `DataError` for a small file that holds very much, for such a file was made to fill memory"
+        for start in range(0, batch.num_rows, 500):
+            for piece, weight in _pieces_of(batch.slice(start, 500), self.path, first + start):
+                self.values, self.characters = self.values + weight.values, self.characters + weight.characters
+                if self.values > 4 * 10**6 + 1000 * self.size: raise _bomb(self.path, self.size, f'{self.values:,} values')
+                if self.characters > _unpacked(self.size): raise _bomb(self.path, self.size, f'{self.characters:,} bytes')
+                yield from (piece if plain is None else piece.cast(plain)).to_pylist()
+
+
 # %% ../nbs/05_files.ipynb #e7a29f29
 def _row_of(columns: dict) -> dict: return {name: without_nulls(value) for name, value in columns.items()}
+
+_DECODED = 1 << 30  # bytes of nested columns that are decoded at once
+_WIDTHS = dict(BOOLEAN=1, INT32=4, FLOAT=4, INT64=8, DOUBLE=8, INT96=12, BYTE_ARRAY=8)
 
 def _batch_size(metadata: Any, path: Path, size: int) -> int:
     "Rows to read at once. Raises `DataError` for a small file that says it holds very much: such a file was made to fill memory"
@@ -446,50 +608,155 @@ def _batch_size(metadata: Any, path: Path, size: int) -> int:
     if max(rows, columns, metadata.num_rows) > 10**6 + 1000 * size: raise _bomb(path, size, f'{max(rows, columns, metadata.num_rows):,} values')
     return max(1, min(500, 2**29 // max(wide, 1)))  # a word of a dictionary may stand in every row
 
+def _nested(metadata: Any) -> dict[int, int]:
+    "Columns inside lists, whose rows may hold any number of values: number -> bytes of one value"
+    columns = {at: metadata.schema.column(at) for at in range(metadata.num_columns)}
+    return {at: 4 + (_WIDTHS.get(column.physical_type) or column.length) for at, column in columns.items() if column.max_repetition_level}
+
+def _decodable(metadata: Any, path: Path) -> Iterator[list[int]]:
+    "Groups of rows that can be decoded one behind the other"
+    nested, together, bytes_so_far = _nested(metadata), [], 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        held = sum(width * max(group.column(at).num_values, 0) for at, width in nested.items())
+        if held > _DECODED: raise DataError(f'{path}: a group of {group.num_rows:,} rows holds {held:,} bytes in its lists; at most {_DECODED:,} are read at once. '
+                                            f'Write smaller groups: pyarrow.parquet.write_table(table, path, row_group_size=1000).')
+        if bytes_so_far + held > _DECODED:
+            yield together
+            together, bytes_so_far = [], 0
+        together, bytes_so_far = [*together, number], bytes_so_far + held
+    if together: yield together
+
+
+# %% ../nbs/05_files.ipynb #b0a7c004
+def _as_dictionaries(metadata: Any) -> list[str]:
+    "Texts to decode as the dictionary they are stored as, for one long word may stand a million times in one row; none without lists of them"
+    parts = [metadata.row_group(number).column(at) for number in range(metadata.num_row_groups) for at in range(metadata.num_columns)]
+    long = {part.path_in_schema for part in parts if part.physical_type == 'BYTE_ARRAY' and part.has_dictionary_page
+            and part.num_values * max(part.total_uncompressed_size, 0) > 2**28}
+    return sorted(long) if long & {metadata.schema.column(at).path for at in _nested(metadata)} else []
+
+def _parquet_batches(file: BinaryIO, path: Path, size: int) -> Iterator[tuple[Any, Any, int]]:
+    "The batches of a parquet file, each with the schema to cast it to, if any, and how many rows the file has"
+    import pyarrow.parquet
+    table = pyarrow.parquet.ParquetFile(file)
+    metadata = table.metadata
+    step, words = _batch_size(metadata, path, size), _as_dictionaries(metadata)
+    plain = table.schema_arrow if words else None
+    if words:
+        table = pyarrow.parquet.ParquetFile(file, metadata=metadata, read_dictionary=words)
+        fixed = sum(column.length for column in map(metadata.schema.column, range(metadata.num_columns)) if column.physical_type == 'FIXED_LEN_BYTE_ARRAY')
+        step = max(1, min(5000, 2**28 // max(fixed, 1)))  # each batch brings the dictionary along, so there are few of them
+    for groups in _decodable(metadata, path):
+        for batch in table.iter_batches(batch_size=step, row_groups=groups): yield batch, plain, metadata.num_rows
+
 def _parquet(file: BinaryIO, path: Path, size: int) -> Iterator[RawRow]:
     "The rows of a parquet file, a group after the other"
-    import pyarrow, pyarrow.parquet
-    number, name, seen = 0, str(path), 0
+    import pyarrow
+    number, name, made = 0, str(path), _Made(path, size)
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-        for batch in table.iter_batches(batch_size=_batch_size(table.metadata, path, size)):
-            rows = batch.to_pylist()
-            seen += max(batch.nbytes, sum(len(value) for row in rows for value in row.values() if value.__class__ is str))
-            if seen > _unpacked(size): raise _bomb(path, size, f'{seen:,} bytes')
-            for row in rows:
+        for batch, plain, whole in _parquet_batches(file, path, size):
+            for row in made.rows(batch, number + 1, plain):
                 number += 1
-                yield RawRow(_row_of(row), name, number, number, size * number // table.metadata.num_rows)
+                yield RawRow(_row_of(row), name, number, number, size * number // whole)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f'{path} is not a readable parquet file ({" ".join(str(error).split())}). Copy it again or write it anew.') from error
+
+
+# %% ../nbs/05_files.ipynb #b0a7c006
+def _field(message: bytes, table: int, number: int) -> int:
+    "Where a field of a FlatBuffers table lies; 0 when it is not given"
+    offsets = table - struct.unpack_from('<i', message, table)[0]
+    if 4 + 2 * number >= struct.unpack_from('<H', message, offsets)[0]: return 0
+    offset = struct.unpack_from('<H', message, offsets + 4 + 2 * number)[0]
+    return table + offset if offset else 0
+
+def _follow(message: bytes, at: int) -> int: return at + struct.unpack_from('<I', message, at)[0]
+
+def _blocks(file: BinaryIO, size: int) -> list[int]:
+    "Where the messages of an Arrow file begin, by its last part"
+    file.seek(max(size - 10, 0))
+    length = struct.unpack_from('<i', file.read(4))[0]
+    if not 0 < length <= size: raise struct.error
+    file.seek(max(size - 10 - length, 0))
+    footer = file.read(length)
+    root, found = _follow(footer, 0), []
+    for number in (2, 3):  # dictionaries, batches of rows
+        if not (place := _field(footer, root, number)): continue
+        start = _follow(footer, place)
+        found += [struct.unpack_from('<q', footer, start + 4 + 24 * at)[0] for at in range(struct.unpack_from('<I', footer, start)[0])]
+    return found
+
+def _message(file: BinaryIO, size: int, at: int) -> tuple[bytes, int]:
+    "The message at a place, and where its body begins; empty at the end"
+    file.seek(max(at, 0))
+    head = file.read(8)
+    if len(head) < 8: return b'', 0
+    first, second = struct.unpack('<Ii', head)
+    length, start = (second, at + 8) if first == 0xFFFFFFFF else (first, at + 4)
+    if not 0 <= length <= size: raise struct.error
+    file.seek(start)
+    return file.read(length), start + length
+
+
+# %% ../nbs/05_files.ipynb #b0a7c007
+def _packed_size(file: BinaryIO, message: bytes, body: int) -> tuple[int, bool]:
+    "How many bytes the packed buffers of a message become, and whether it is a dictionary, which stays in memory"
+    root = _follow(message, 0)
+    kind, header = _field(message, root, 1), _field(message, root, 2)
+    kind, batch = message[kind] if kind else 0, _follow(message, header) if header else 0
+    if kind not in (2, 3): return 0, False  # 1: a schema
+    if kind == 2: batch = _follow(message, _field(message, batch, 1))
+    if not _field(message, batch, 3) or not (place := _field(message, batch, 2)): return 0, False  # not packed
+    start, whole = _follow(message, place), 0
+    for at in range(struct.unpack_from('<I', message, start)[0]):
+        offset, length = struct.unpack_from('<qq', message, start + 4 + 16 * at)
+        if length < 8 or offset < 0: continue
+        file.seek(body + offset)
+        whole += max(struct.unpack('<q', file.read(8))[0], 0)  # -1: as it is
+    return whole, kind == 2
+
+def _check_buffers(file: BinaryIO, path: Path, size: int, blocks: list[int] | None):
+    "Raise `DataError` when the packed buffers of a small file become very much; `blocks`: where messages begin, None: one behind the other"
+    held, at, places = 0, 0, iter(blocks or ())
+    while True:
+        if blocks is not None and (at := next(places, None)) is None: return
+        message, body = _message(file, size, at)
+        if not message: return
+        whole, stays = _packed_size(file, message, body)
+        if held + whole > 2**28 + 100 * size: raise _bomb(path, size, f'{held + whole:,} bytes')
+        held += whole * stays
+        length = _field(message, _follow(message, 0), 3)
+        at = body + (struct.unpack_from('<q', message, length)[0] if length else 0)
+        if at < body: raise struct.error
+
 
 # %% ../nbs/05_files.ipynb #09def9fd
 def _arrow(file: BinaryIO, path: Path, size: int) -> Iterator[RawRow]:
     "The rows of an Arrow file, a few hundred at a time"
     import pyarrow
-    number, name, seen = 0, str(path), 0
+    number, name, made = 0, str(path), _Made(path, size)
     try:
-        for batch in _arrow_batches(file):
-            batch.validate(full=True)
+        for batch in _arrow_batches(file, path, size):
             if number + batch.num_rows > 10**6 + 1000 * size: raise _bomb(path, size, f'{number + batch.num_rows:,} rows')
-            step = max(1, min(500, 2**29 // max(batch.nbytes, 1)))
-            for start in range(0, batch.num_rows, step):
-                rows = batch.slice(start, step).to_pylist()
-                seen += sum(len(value) for row in rows for value in row.values() if value.__class__ is str)
-                if max(seen, batch.nbytes) > _unpacked(size): raise _bomb(path, size, f'{seen:,} bytes')
-                for row in rows:
-                    number += 1
-                    yield RawRow(_row_of(row), name, number, number, file.tell())
+            batch.validate(full=True)
+            for row in made.rows(batch, number + 1):
+                number += 1
+                yield RawRow(_row_of(row), name, number, number, file.tell())
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f'{path} is not a readable Arrow file ({" ".join(str(error).split())[:200]}). Copy it again or write it anew.') from error
 
-def _arrow_batches(file: BinaryIO) -> Iterator[Any]:
+def _arrow_batches(file: BinaryIO, path: Path, size: int) -> Iterator[Any]:
     "The batches of an Arrow stream, or of an Arrow file"
     import pyarrow
-    if file.read(6) == b'ARROW1':
-        reader = pyarrow.ipc.open_file(file)
-        return (reader.get_batch(at) for at in range(reader.num_record_batches))
+    is_file = file.read(6) == b'ARROW1'
+    try: _check_buffers(file, path, size, _blocks(file, size) if is_file else None)
+    except (struct.error, MemoryError) as error: raise DataError(f'{path} is not a readable Arrow file (a message of it is broken). Copy it again or write it anew.') from error
     file.seek(0)
-    return iter(pyarrow.ipc.open_stream(file))
+    if not is_file: return iter(pyarrow.ipc.open_stream(file))
+    reader = pyarrow.ipc.open_file(file)
+    return (reader.get_batch(at) for at in range(reader.num_record_batches))
+
 
 # %% ../nbs/05_files.ipynb #eaa71e44
 _READERS = {'.jsonl': _lines, '.ndjson': _lines, '.json': _json_rows, '.csv': _table, '.tsv': _table, '.parquet': None, '.arrow': None}

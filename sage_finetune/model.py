@@ -347,7 +347,7 @@ _MAY_BE = dict(  # fields of a LoRA adapter that its use depends on; what is mis
     base_model_name_or_path=lambda value: value is None or isinstance(value, str), megatron_config=lambda value: value is None,
     rank_pattern=lambda value: isinstance(value, dict) and all(type(one) is int and 0 < one <= 65_536 for one in value.values()),
     alpha_pattern=lambda value: isinstance(value, dict) and all(type(one) in (int, float) for one in value.values()),
-    init_lora_weights=lambda value: isinstance(value, (bool, str)), use_rslora=lambda value: isinstance(value, bool),
+    init_lora_weights=lambda value: isinstance(value, (bool, str)) and (not str(value).startswith('pissa') or bool(re.fullmatch(r'pissa(_niter_\d{1,2})?', value))), use_rslora=lambda value: isinstance(value, bool),
     use_dora=lambda value: isinstance(value, bool), fan_in_fan_out=lambda value: isinstance(value, bool))
 
 def _check_settings(settings: PeftConfig):

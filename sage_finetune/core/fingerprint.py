@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .errors import ModelError
-from .limits import parse_json, read_regular, shorten
+from .limits import check_written, parse_json, read_regular, shorten
 
 # %% ../../nbs/core/08_fingerprint.ipynb #27fdca02
 _HEADER_LIMIT = 100_000_000  # bytes; what the safetensors library itself accepts
@@ -34,21 +34,13 @@ def _check_layout(places: list[tuple[int, int]], start: int, size: int):
     if [first for first, _ in places] != ends[:-1]: raise ValueError('its tensors overlap, or there is a gap between them')
     if ends[-1] != size: raise ValueError(f'its tensors end at byte {ends[-1]:,} of {size:,}')
 
-_SPARSE = 1 << 30  # bytes from which on a file has to be written for the most part
-
-def _check_written(handle: int):
-    "Refuse a large file most of which was never written: it reads as zeros, for hours"
-    facts = os.fstat(handle)
-    if facts.st_size < _SPARSE or not hasattr(os, 'SEEK_HOLE') or facts.st_blocks * 512 > facts.st_size // 4: return
-    if os.lseek(handle, 0, os.SEEK_HOLE) < facts.st_size: raise ValueError(f'of its {facts.st_size:,} bytes only {facts.st_blocks * 512:,} were ever written')
-
 def tensor_digests(
     path: str | Path # a .safetensors file
 ) -> dict[str, str]: # tensor name -> 32 hexadecimal digits
     "A digest of each tensor's type, shape and every byte. Raises `ModelError` when the file cannot be read."
     try:
         with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-            _check_written(file.fileno())
+            check_written(file.fileno())
             return {name: _digest(kind, view, first, last) for name, kind, first, last in _tensors(Path(path))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f'{path} cannot be read as safetensors ({shorten(error)}). Restore it from a copy.') from error

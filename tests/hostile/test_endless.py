@@ -1,12 +1,16 @@
 "What strangers give takes a bounded amount of time and memory: templates, rows, tables, packed files, pipes, trees, patterns and settings"
+import bz2
 import copy
+import gzip
 import json
+import lzma
 import os
 import shutil
 import threading
 import time
 from contextlib import contextmanager
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -237,6 +241,96 @@ def test_a_small_table_that_unpacks_to_gigabytes_is_refused(tmp_path, monkeypatc
 def test_a_table_that_is_merely_repetitive_is_read(tmp_path):
     path = packed(tmp_path/"fine.parquet", pa.array(["Which colour has the lamp? " * 20] * 20_000), 20_000)
     assert sum(1 for _ in iter_rows(path)) == 20_000
+
+
+# ---- tables and texts that are small until they are opened --------------------------------------------------------------------
+
+def arrow(path, columns, **options):
+    table = pa.record_batch(columns)
+    with pa.OSFile(str(path), "wb") as sink, options.pop("kind", pa.ipc.new_file)(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer: writer.write_batch(table)
+    return path
+
+
+def parquet(path, columns, **options):
+    pq.write_table(pa.table(columns), path, compression="zstd", **options)
+    return path
+
+
+SHARED = pa.array(range(200_000), pa.int64())
+WORDS = pa.DictionaryArray.from_arrays(pa.array([0] * 50_000, pa.int32()), pa.array(["x" * 100_000]))
+TABLES = {
+    "fixed list of nulls": lambda at: arrow(at/"a.arrow", dict(a=pa.FixedSizeListArray.from_arrays(pa.nulls(500_000_000), 500_000_000))),
+    "fixed lists in each other": lambda at: arrow(at/"a.arrow", dict(a=pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(pa.nulls(10**9), 10**5), 10**4))),
+    "views of one list": lambda at: arrow(at/"a.arrow", dict(a=pa.ListViewArray.from_arrays(pa.array([0] * 500, pa.int32()), pa.array([200_000] * 500, pa.int32()), pa.nulls(200_000)))),
+    "views of views": lambda at: arrow(at/"a.arrow", dict(a=pa.LargeListViewArray.from_arrays(pa.array([0]), pa.array([3000]), pa.ListViewArray.from_arrays(pa.array([0] * 3000, pa.int32()), pa.array([200_000] * 3000, pa.int32()), SHARED)))),
+    "words of a dictionary in a row": lambda at: arrow(at/"a.arrow", dict(a=pa.ListArray.from_arrays([0, 50_000], WORDS))),
+    "packed buffers": lambda at: arrow(at/"a.arrow", dict(a=pa.array(np.zeros(36_000_000, np.int64))), compression="zstd"),
+    "packed buffers in a stream": lambda at: arrow(at/"a.arrow", dict(a=pa.array(np.zeros(36_000_000, np.int64))), compression="zstd", kind=pa.ipc.new_stream),
+    "a word in a row": lambda at: parquet(at/"a.parquet", dict(a=pa.ListArray.from_arrays([0, 50_000], WORDS))),
+    "structs in a row": lambda at: parquet(at/"a.parquet", dict(a=pa.ListArray.from_arrays([0, 500_000], pa.StructArray.from_arrays([pa.array([0] * 500_000)] * 20, [f"f{one}" for one in range(20)])))),
+    "a map in a row": lambda at: parquet(at/"a.parquet", dict(a=pa.MapArray.from_arrays([0, 3_000_000], pa.array(["k"] * 3_000_000), pa.nulls(3_000_000, pa.int8())))),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_weighed_before_its_rows_are_made(tmp_path, name):
+    path = TABLES[name](tmp_path)
+    size = os.path.getsize(path)
+    with within(10), pytest.raises(DataError, match="row 1: the row holds more than|No data set is packed so tightly|in its lists; at most"): list(iter_rows(path))
+    assert size < 20_000_000
+
+
+def test_tables_that_are_weighed_are_read_as_they_are(tmp_path):
+    "Slices, nulls, views, maps, dictionaries and packed buffers: the rows are those the library itself makes"
+    talks = [dict(messages=[dict(role="user", content="Which? " * (at % 7)), dict(role="assistant", content="é" * 20)] * (at % 3), tag="ab"[at % 2], n=[at, None]) for at in range(3000)]
+    table = pa.Table.from_pylist(talks).append_column("word", pa.array(["long word"] * 3000).dictionary_encode()).append_column("m", pa.array([[("k", 1)]] * 3000, pa.map_(pa.string(), pa.int8())))
+    views = pa.ListViewArray.from_arrays(pa.array([0, 1, 0] * 1000, pa.int32()), pa.array([2, 1, 0] * 1000, pa.int32()), pa.array(["x", None], pa.string_view()))
+    batch = table.append_column("v", views).append_column("d", pa.array([None, b"ab"] * 1500)).combine_chunks().to_batches()[0]
+    for kind in (pa.ipc.new_file, pa.ipc.new_stream):
+        for compression in (None, "zstd", "lz4"):
+            path = arrow(tmp_path/"a.arrow", dict(zip(batch.schema.names, batch.columns)), kind=kind, compression=compression)
+            assert [{key: value for key, value in raw.row.items() if key != "n"} for raw in iter_rows(path)][1:3] == [{key: value for key, value in row.items() if key != "n"} for row in batch.to_pylist()][1:3]
+    pq.write_table(table, tmp_path/"a.parquet", row_group_size=700)
+    assert [raw.row["messages"] for raw in iter_rows(tmp_path/"a.parquet")] == [row["messages"] for row in talks]
+
+
+TEXTS = {
+    "commas.csv": lambda: b"question,answer\na,b\n" + b"," * 5_000_000, "cells.csv": lambda: b"question,answer\n" + b'a,b,"\n",' * 2_000_000,
+    "objects.jsonl": lambda: b'{"a": [' + b"{}," * 2_500_000 + b"1]}", "objects.json": lambda: b'[{"a": [' + b"{}," * 2_500_000 + b"1]}]", "lists.jsonl": lambda: b'{"a": ' + b"[[]," * 2_500_000 + b"1",
+    "blank.csv": lambda: b"question,answer\n" + b"\n" * 1_200, "empty.csv": lambda: b"question,answer\n" + b",\n" * 1_200, "blank.jsonl": lambda: b"\n" * 1_200,
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_of_tiny_values_is_refused_before_they_are_made(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("sage_finetune.files._BLANKS", 1000)
+    (tmp_path/name).write_bytes(TEXTS[name]())
+    with within(10), pytest.raises(DataError, match="holds? more than 4,194,304|row has more than 4,194,304 cells|more than 1,000 empty lines"): read_all(tmp_path/name)
+
+
+@pytest.mark.parametrize("name", ["rows.csv.gz", "rows.jsonl.gz", "rows.json.xz", "rows.csv.bz2"])
+def test_a_packed_text_of_tiny_values_is_refused_while_it_is_unpacked(tmp_path, name):
+    made = b'{"a": "' + b"a" * (17 << 20) + b'", "b": [' + b"{}," * 2_700_000 if "json" in name else b"question,answer\n" + b"a" * (17 << 20) + b"," * 5_000_000
+    pack = dict(gz=lambda: gzip.compress(made), xz=lambda: lzma.compress(made, preset=0), bz2=lambda: bz2.compress(made, 1))
+    (tmp_path/name).write_bytes(pack[name.rpartition(".")[2]]())
+    with within(20), pytest.raises(DataError, match="lines and values. No data set is packed so tightly"):
+        for _ in iter_rows(tmp_path/name, on_bad=lambda bad: None): pass
+
+
+@pytest.mark.parametrize("name, head", [("a.csv", b""), ("b.csv", b'question,answer\nx,"'), ("a.jsonl", b""), ("b.jsonl", b'{"question": "a", "answer": "b"}\n'), ("a.json", b""), ("b.json", b'[{"question": "a", "answer": "b"},')])
+def test_null_bytes_are_said_to_be_what_they_are(tmp_path, name, head):
+    (tmp_path/name).write_bytes(head)
+    os.truncate(tmp_path/name, 100 << 20)
+    with within(10), pytest.raises(DataError, match="null bytes stand here, so the file was never written to its end"): read_all(tmp_path/name)
+
+
+@pytest.mark.skipif(not hasattr(os, "SEEK_HOLE"), reason="holes in files cannot be seen here")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow", "a.csv.gz"])
+def test_a_file_that_was_never_written_is_neither_hashed_nor_read(tmp_path, name):
+    (tmp_path/name).write_bytes(b'{"question": "a", "answer": "b"}\n')
+    os.truncate(tmp_path/name, 10**12)
+    for look in (read_all, source_key):
+        with within(5), pytest.raises(DataError, match="of its 1,000,000,000,000 bytes only .* were ever written"): look(tmp_path/name)
 
 
 # ---- pipes and devices ----------------------------------------------------------------------------------------------------
@@ -539,3 +633,37 @@ def test_a_source_file_nested_without_end_is_left_out(tmp_path, code):
 def test_source_files_are_files(tmp_path):
     os.mkfifo(tmp_path/"pipe.py"), os.symlink("/dev/zero", tmp_path/"zero.py"), (tmp_path/"good.py").write_text("def brew(leaves):\n    'Return a pot of tea.'\n")
     with within(10): assert code_rows(tmp_path).files == 1
+
+
+SOURCES = {
+    "numbers": b"__all__ = [1, 2]", "a dictionary": b"__all__ = {'f': 1}", "lists": b"__all__ = [['f']]", "a text": b"__all__ = 'f'", "half a character": b"__all__ = ['a\\ud800']\ndef g(x) -> '\\ud800':\n    'Does a \\ud800 thing.'",
+    "endless names": b"class " + b"C" * 300_000 + b":\n" + b"".join(b"    def a%d(self): 0\n" % at for at in range(5_000)), "numbers as types": b"def g(x: 1, *y: {2: [3]}) -> 4: 0",
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_a_source_file_says_of_itself_may_be_anything(tmp_path, name):
+    (tmp_path/"a.py").write_bytes(SOURCES[name] + b"\ndef f(x): 'Does a thing well.'\n")
+    with within(10): found = code_rows(tmp_path)
+    assert len(json.dumps(found.rows, ensure_ascii=False).encode()) < 10**5 and any("f do?" in row["instruction"] for row in found.rows)
+
+
+def test_values_of_secrets_are_looked_up_and_not_compared_one_by_one():
+    facts = [corpus.Fact("where", "function", f"name{at}", f"a/{at:08}.py", "a.py", at) for at in range(20_000)]
+    with within(10): kept, left = corpus.without_secrets(facts, [f"value-{at:012}" for at in range(40_000)] + ["a/00000007.py", "/00000009"])
+    assert [skip.place for skip in left] == ["a.py:7 name7", "a.py:9 name9"] and len(kept) == 19_998
+    with pytest.raises(DataError, match="takes more than 120 seconds"): corpus.without_secrets(facts, ["a/00000007.py"], until=0)
+
+
+def test_a_name_that_is_defined_very_often_is_left_out_in_time(tmp_path):
+    (tmp_path/"a.py").write_text("def a(): 0\n" * 5_000 + "def f(x): 0\n")
+    with within(15): assert len(code_rows(tmp_path).skipped) == 5_000
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_999999999", "pissa_niter_1_0_0_0", "pissa_x_niter_9", "pissa_niter_-1"])
+def test_an_adapter_does_not_ask_for_endless_iterations(tmp_path, start):
+    base = load_base(PresetConfigs.tiny(device="cpu"))[0]
+    save_adapter(attach_lora(copy.deepcopy(base), LoRAConfig(r=4)), tmp_path)
+    fields = json.loads((tmp_path/"adapter_config.json").read_text()) | dict(init_lora_weights=start)
+    (tmp_path/"adapter_config.json").write_text(json.dumps(fields))
+    with within(10), pytest.raises(ModelError, match="init_lora_weights="): load_adapter(base, tmp_path)
