@@ -140,7 +140,7 @@ def _held_still(path: Path) -> Iterator[BinaryIO]:
     except OSError as error: raise DataError(f'{path} cannot be read: {error.strerror or error}. Check that the file is there and that you may read it.') from error
 
 # %% ../nbs/05_files.ipynb #2f6c8935
-def _unpacked(size: int) -> int: return 2**30 + 1000 * size  # bytes that a file of so many may hold
+def _unpacked(size: int) -> int: return 2**27 + 1000 * size  # bytes that a file of so many may hold
 
 def _bomb(path: Path, size: int, holds: str) -> DataError:
     return DataError(f'{path} has {size:,} bytes and holds more than {holds}. No data set is packed so tightly, so it is not read.')

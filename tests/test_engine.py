@@ -225,7 +225,7 @@ def test_sixteen_bit_attention_goes_back_as_torch_does_in_thirty_two(lengths, he
         return torch.autograd.grad(attention(*parts, borders, width**-0.5), parts, upstream.to(dtype))
     for own, plain in zip(gradients(room._VarlenAttention.apply, torch.bfloat16), gradients(room._varlen_attention, torch.float32)):
         # Of one token alone only the value has a gradient; fp32 leaves some rounding where zero belongs, as much as there are numbers.
-        assert (own.float() - plain).norm() <= 8e-3 * plain.norm() + 1e-7 * plain.numel()**0.5
+        assert (own.float() - plain).norm() <= 8e-3 * plain.norm() + 5e-7 * plain.numel()**0.5
 
 
 @pytest.mark.parametrize("rows_, columns, pieces", [(1024, 896, 2), (1000, 576, 3), (640, 896, 1), (1024, 128, 1), (2048, 896, 1), (1, 512, 1)])

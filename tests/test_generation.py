@@ -48,7 +48,7 @@ def test_all_that_answers_says_the_same(tuned):
     expected = [answer.text for answer in answers(*load_run(trainer.config.output_dir), QUESTIONS, 64)]
     assert len(set(expected)) > 2 and all(answer.stopped for answer in answers(trainer.model, trainer.tokenizer, QUESTIONS, 64))
     assert trainer.answers(QUESTIONS, 64) == expected
-    assert last.answers == expected
+    assert last.generations == expected
     model, tokenizer = load_run(trainer.config.output_dir)
     chat = Chat(model, tokenizer, max_new_tokens=64)
     for question, text in zip(QUESTIONS, expected):
