@@ -32,9 +32,9 @@ test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an em
 	@echo "== test-fast: pytest -m 'not slow'"
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
-test-full: $(VENV)/.dev ## what takes long: the oldest versions that settings.ini allows, Colab's versions, Notebook 7 and Voila in a browser
+test-full: $(VENV)/.dev ## what takes long: the oldest versions that settings.ini allows, Colab's versions, Notebook 7 and Voila in a browser, how the benchmark's cost grows
 	@echo "== test-full: pytest -m full"
-	@$(BIN)/python -m pytest -m full tests/test_lowest.py tests/test_colab.py tests/test_browser.py
+	@$(BIN)/python -m pytest -m full tests/test_lowest.py tests/test_colab.py tests/test_browser.py tests/test_benchmarks.py
 
 bench: $(VENV)/.dev ## measure speed and memory against peers on this machine in under ten minutes (LONG=1: at full length)
 ifdef LONG

@@ -259,7 +259,7 @@ def test_every_kind_of_processor_keeps_a_table_of_its_own(tmp_path, capsys):
     assert re.findall(r"2026-11-0(\d), (\w+)", page.read_text()) == [("4", "Neoverse"), ("2", "AMD"), ("1", "Intel")]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_how_cost_grows(tmp_path):
     said = bench(tmp_path, "--scaling", "rank", "--layers", 1)
     lines = json.loads((tmp_path/"results"/"scaling.json").read_text())["quantities"]["rank"]["ours"]
