@@ -1280,9 +1280,11 @@ class LoRATrainer:
         return {}
 
     def _step_seconds(self) -> float:
-        "All steps, from the first micro-batch there and back"
-        first = self._first_batch()
-        return time_forward_backward(first, self.loss, self.optimizer, self.accelerator) * self.plan.tokens / count_tokens([first])[0]
+        "All steps, from the first micro-batch there and back, with memory held as in the run"
+        first, device = self._first_batch(), self.accelerator.device
+        (spare_memory if self.config.gradient_checkpointing else retain_freed_memory)(device)
+        try: return time_forward_backward(first, self.loss, self.optimizer, self.accelerator) * self.plan.tokens / count_tokens([first])[0]
+        finally: trim_memory(device)
 
     def _evaluation_seconds(self) -> float:
         "One evaluation, from its first micro-batch forward and the first words of an answer"
