@@ -50,7 +50,7 @@ setup(
     install_requires=settings["requirements"].split(),
     extras_require={extra: settings[f"{extra}_requirements"].split() for extra in extras},
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Education", "Intended Audience :: Developers",
-        "Framework :: Jupyter", "Topic :: Scientific/Engineering :: Artificial Intelligence", *pythons],
+        "Framework :: Jupyter", "Topic :: Scientific/Engineering :: Artificial Intelligence", "Typing :: Typed", *pythons],
     long_description=absolute_links((root/"README.md").read_text(encoding="utf-8"), settings["git_url"]),
     long_description_content_type="text/markdown",
     entry_points={"console_scripts": [f"{settings['lib_name']} = {library}.cli:main"], "nbdev": [f"{library} = {library}._modidx:d"]},

@@ -19,14 +19,14 @@ from pathlib import Path
 
 os.environ["IN_TEST"] = "1"  # nbdev: a notebook's nbdev_export() does nothing here
 
-import nbformat  # noqa: E402
-from fastcore.nbio import read_nb  # noqa: E402
-from jinja2 import DictLoader  # noqa: E402
-from nbconvert import MarkdownExporter  # noqa: E402
-from nbdev import processors as proc  # noqa: E402
-from nbdev.config import nbpath2html  # noqa: E402
-from nbformat.v4.rwbase import rejoin_lines  # noqa: E402
-from traitlets.config import Config  # noqa: E402
+import nbformat
+from fastcore.nbio import read_nb
+from jinja2 import DictLoader
+from nbconvert import MarkdownExporter
+from nbdev import processors as proc
+from nbdev.config import nbpath2html
+from nbformat.v4.rwbase import rejoin_lines
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = "<!-- Made from nbs/index.ipynb by .ci/docs.py: edit the notebook, then run `make docs`. -->\n\n"
@@ -60,7 +60,8 @@ def settings():
 class ReadmeSteps(proc.FilterDefaults):
     "nbdev's steps for a page that is shown as it stands: hidden cells and directives go, nothing runs"
     def base_procs(self):
-        return [proc.populate_language, proc.strip_ansi, proc.hide_line, proc.filter_stream_, proc.clean_magics, proc.hide_, proc.strip_hidden_metadata]
+        return [proc.populate_language, proc.strip_ansi, proc.hide_line, proc.filter_stream_, proc.clean_magics,
+            proc.hide_, proc.strip_hidden_metadata]
 
 
 TYPES_ONLY, TYPES_NOW = "if TYPE_CHECKING:", "if TYPE_CHECKING or True:"
@@ -74,14 +75,16 @@ class run_exports(proc.exec_show_docs):
     "Run what signatures need: exported cells, imports, show_doc; not a lesson that also imports, for the lessons before it did not run"
     def __call__(self, cell):
         wanted = {"export", "exporti", "exports"} & set(getattr(cell, "directives_", None) or {}) or "show_doc(" in (cell.source or "")
-        lesson = cell.cell_type == "code" and not wanted and any(not isinstance(one, (ast.Import, ast.ImportFrom)) for one in cell.parsed_() or ())
+        lesson = cell.cell_type == "code" and not wanted and any(not isinstance(one, (ast.Import, ast.ImportFrom))
+            for one in cell.parsed_() or ())
         if not lesson: super().__call__(cell)
 
 
 class SiteSteps(proc.FilterDefaults):
     "nbdev's steps for a page of the site: show_doc for what is exported, names in backticks become links"
     def base_procs(self):
-        return [proc.populate_language, import_types, proc.add_show_docs, proc.strip_ansi, proc.hide_line, proc.filter_stream_, proc.clean_show_doc,
+        return [proc.populate_language, import_types, proc.add_show_docs, proc.strip_ansi, proc.hide_line,
+            proc.filter_stream_, proc.clean_show_doc,
             run_exports, proc.clean_magics, proc.hide_, proc.add_links, proc.strip_hidden_metadata]
 
 
@@ -137,7 +140,8 @@ def plain_notebook(path, steps):
 def to_markdown(notebook, name, html_block, priority):
     "Markdown of a notebook and its pictures {path: bytes}, which lie in a folder `name`_files beside it"
     config = Config({"NbConvertBase": {"display_data_priority": priority}})
-    exporter = MarkdownExporter(config=config, extra_loaders=[DictLoader({"page.md.j2": TEMPLATE.replace("HTML_BLOCK", html_block)})], template_file="page.md.j2")
+    exporter = MarkdownExporter(config=config, extra_loaders=[DictLoader({"page.md.j2": TEMPLATE.replace("HTML_BLOCK", html_block)})],
+        template_file="page.md.j2")
     text, resources = exporter.from_notebook_node(notebook, resources={"unique_key": name, "output_files_dir": f"{name}_files"})
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", resources.get("outputs", {})
 
@@ -188,7 +192,8 @@ def page_of(path):
 
 def anchor_in(text, wanted):
     "The heading of a page that a link means, itself or the class it belongs to; empty if there is none"
-    headings = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in re.findall(r"^#+ +(.+)$", text, flags=re.M)}
+    headings = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+        for heading in re.findall(r"^#+ +(.+)$", text, flags=re.M)}
     for name in (wanted, wanted.replace(".", ""), wanted.partition(".")[0]):
         if name.lower() in headings: return f"#{name.lower()}"
     return ""
@@ -224,7 +229,8 @@ def site_pages(source, git_url):
         if any(part.startswith((".", "_")) for part in path.relative_to(ROOT).parts): continue
         name = page_of(path.relative_to(ROOT/"nbs"))
         print("page:", name)
-        text, pictures = to_markdown(plain_notebook(path, SiteSteps), name, SITE_HTML, ["text/html", "text/markdown", "image/svg+xml", "image/png", "text/plain"])
+        text, pictures = to_markdown(plain_notebook(path, SiteSteps), name, SITE_HTML,
+            ["text/html", "text/markdown", "image/svg+xml", "image/png", "text/plain"])
         folder = posixpath.dirname(name)
         pages[name], origin[name] = text.replace(f"]({folder}/", "](") if folder else text, path.relative_to(ROOT).as_posix()
         for picture, content in pictures.items():
@@ -232,9 +238,10 @@ def site_pages(source, git_url):
             (source/picture).write_bytes(content)
     slug = git_url.removeprefix("https://github.com/")
     for name, text in pages.items():
-        text = map_links(text, lambda target: site_link(target, posixpath.dirname(name), pages, git_url))
+        text = map_links(text, lambda target, name=name: site_link(target, posixpath.dirname(name), pages, git_url))
         links = f"[This page as a notebook]({git_url}/blob/main/{origin[name]})"
-        if name.startswith("tutorials/"): links += f" · [Open in Colab](https://colab.research.google.com/github/{slug}/blob/main/{origin[name]})"
+        if name.startswith("tutorials/"):
+            links += f" · [Open in Colab](https://colab.research.google.com/github/{slug}/blob/main/{origin[name]})"
         if name != "index": text = under_title(text, links)
         (source/f"{name}.md").parent.mkdir(parents=True, exist_ok=True)
         (source/f"{name}.md").write_text(text, encoding="utf-8")
@@ -265,7 +272,10 @@ def site():
     tutorials = [name for name in names if name.startswith("tutorials/")]
     with open(source/"index.md", "a", encoding="utf-8") as index:
         if tutorials: index.write(contents("Tutorials", tutorials))
-        index.write(contents("Rooms", [name for name in names if name not in (*tutorials, "index")]))
+        for wing in info["wings"].split():
+            index.write(contents(wing.replace("_", " ").capitalize(),
+                [name for name in names if name == wing or name.startswith(f"{wing}/")]))
+        index.write(contents("About", [name for name in names if name in ("architecture", "glossary", "security")]))
         index.write(contents("Project", [page.lower().removesuffix(".md") for page in EXTRA_PAGES]))
     options = dict(
         project=info["title"], author=info["author"], html_title=info["title"], html_theme="furo", extensions=["myst_parser"],

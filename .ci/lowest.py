@@ -17,7 +17,8 @@ def lowest(root=ROOT, tested=()):
     parser.read(root/"settings.ini", encoding="utf-8")
     pins = [line for line in (root/"constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line and line[0] != "#"]
     newest = dict(line.split("==") for line in pins)
-    return [f"{one.name}=={newest[one.name] if one.name in tested else lower_bound(one)}" for one in map(Requirement, parser["DEFAULT"]["requirements"].split())]
+    return [f"{one.name}=={newest[one.name] if one.name in tested else lower_bound(one)}"
+        for one in map(Requirement, parser["DEFAULT"]["requirements"].split())]
 
 
 def lower_bound(requirement):

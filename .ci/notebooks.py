@@ -29,8 +29,10 @@ def tidy(notebook, scratch):
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type != "code": continue
-        kept = [output for output in cell.outputs if output.get("name") != "stderr" and not any("widget" in kind for kind in output.get("data", {}))]
-        kept = [output for output in kept if set(output.get("data", {"": 1})) != {"text/plain"} or output["data"]["text/plain"]]  # places kept for pictures that did not come
+        kept = [output for output in cell.outputs if output.get("name") != "stderr"
+            and not any("widget" in kind for kind in output.get("data", {}))]
+        # places kept for pictures that did not come
+        kept = [output for output in kept if set(output.get("data", {"": 1})) != {"text/plain"} or output["data"]["text/plain"]]
         for output in kept:
             if "text" in output: output["text"] = shown(output["text"], scratch)
             for kind, value in output.get("data", {}).items():

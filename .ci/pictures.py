@@ -11,7 +11,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/"tests"))
-from browser import expect, opened  # noqa: E402
+from browser import expect, opened
 
 CELLS = ["from sage_finetune import PresetConfigs, Studio", "Studio(PresetConfigs.tiny(output_dir='studio', max_steps=240, eval_steps=20))"]
 
@@ -26,7 +26,8 @@ def keep(book, name, height=900):
     shot = book.page.screenshot(clip=dict(x=box["x"], y=box["y"], width=box["width"], height=min(box["height"], height)))
     target = ROOT/"nbs"/"images"/f"studio_{name}.png"
     target.parent.mkdir(exist_ok=True)
-    Image.open(io.BytesIO(shot)).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(target, optimize=True)
+    Image.open(io.BytesIO(shot)).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(target,
+        optimize=True)
     print(f"{target.relative_to(ROOT)}: {target.stat().st_size // 1024} KiB", flush=True)
 
 
@@ -50,7 +51,8 @@ def take(book):
     tab("Train")
     book.find(".sage-start").click()
     expect(book.find(".sage-progress")).to_contain_text("held out", timeout=200_000)
-    book.page.wait_for_function("() => /step (9[0-9]|1[0-9][0-9]) of/.test(document.querySelector('.sage-progress').innerText)", timeout=300_000)
+    book.page.wait_for_function("() => /step (9[0-9]|1[0-9][0-9]) of/.test(document.querySelector('.sage-progress').innerText)",
+        timeout=300_000)
     keep(book, "train")
     expect(book.find(".sage-train-panel .sage-status")).to_contain_text("Done after step", timeout=400_000)
     tab("Chat")

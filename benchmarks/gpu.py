@@ -7,9 +7,12 @@
     python benchmarks/gpu.py --peers ours ours:engine=plain trl        fields of ours' TrainingConfig behind a colon, more behind a +
     python benchmarks/gpu.py --device cpu --tiny                       does it run at all? figures of the CPU stay out of benchmarks/results
 
-The work: models of the shapes of Qwen2.5-0.5B, 1.5B and 7B with random weights, LoRA over bf16 or over 4 bits (NF4, quantised twice) in all linear
-layers, rows that are all as long as a line or spread log-normally around a quarter of one, about as many tokens behind every optimizer step. Every
-run is a fresh process; peers alternate; figures are medians of the rounds, of the steps after the warm-up, each with the GPU waited for. Gradient
+The work: models of the shapes of Qwen2.5-0.5B, 1.5B and 7B with random weights, LoRA over bf16 or over 4 bits (NF4,
+quantised twice) in all linear
+layers, rows that are all as long as a line or spread log-normally around a quarter of one,
+about as many tokens behind every optimizer step. Every
+run is a fresh process; peers alternate; figures are medians of the rounds, of the steps after the warm-up,
+each with the GPU waited for. Gradient
 checkpointing is off, and on where a peer runs out of memory without it; where it does with it, that is the result. Runs are kept in
 benchmarks/results/gpu.json as soon as they end, and made again with --again alone.
 """
@@ -24,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,7 +188,7 @@ class Bench:
         if not facts["card"]:
             return (f"There is no CUDA GPU here (torch {facts['torch']} sees none), so nothing was measured; "
                     "--device cpu --tiny tries the script out.")
-        self.call = dict(date=datetime.now(timezone.utc).isoformat(timespec="seconds"), python=platform.python_version(), **facts)
+        self.call = dict(date=datetime.now(UTC).isoformat(timespec="seconds"), python=platform.python_version(), **facts)
 
     def work(self, shape):
         "The model and the rows of a shape, made once; None where they cannot be"
@@ -210,7 +214,8 @@ def job_of(bench, case, checkpointing, folder):
     rows = work["rows"][f"{case.rows}-{case.length}"]
     lengths = json.loads(Path(rows).with_suffix(".json").read_text())
     batch, lines = max(1, round(bench.asked.tokens * len(lengths) / sum(lengths))), max(1, bench.asked.tokens // case.length)
-    return dict(model=work["model"], rows=rows, folder=folder, device=bench.asked.device, method=case.method, length=case.length, batch=batch,
+    return dict(model=work["model"], rows=rows, folder=folder, device=bench.asked.device, method=case.method,
+                length=case.length, batch=batch,
                 lines=lines, steps=bench.asked.steps, rank=bench.asked.rank, checkpointing=checkpointing) | own, lengths
 
 
@@ -333,7 +338,7 @@ def summary(runs):
     if not good: return dict(outcome=runs[-1]["outcome"], runs=len(runs), checkpointing=runs[-1]["checkpointing"])
     middle = lambda figure: statistics.median(figure(run) for run in good)
     names = ("tokens_per_second", "to_first_step", "of_measured_peak", "mfu")
-    found = {name: middle(lambda run: run[name]) if good[0][name] is not None else None for name in names}
+    found = {name: middle(itemgetter(name)) if good[0][name] is not None else None for name in names}
     reserved = middle(lambda run: run["reserved_mib"] / 1024) if "reserved_mib" in good[0] else None
     found |= dict(memory_gib=middle(memory), reserved_gib=reserved)
     return found | dict(outcome="ok", runs=len(good), checkpointing=good[-1]["how"]["checkpointing"])
@@ -347,11 +352,13 @@ def best_trl(peers):
 
 def table(runs):
     "The figures as Markdown; ratios are to TRL's fastest way"
-    lines = ["| model | method | rows | length | | tokens a second | MFU | of the measured peak | peak memory | reserved | start to first step "
-             "| checkpointing | runs |", "|---|---|---|--:|---|--:|--:|--:|--:|--:|--:|---|--:|"]
+    lines = [("| model | method | rows | length | | tokens a second | MFU | of the measured peak | peak memory | "
+             "reserved | start to first step | checkpointing | runs |"),
+             "|---|---|---|--:|---|--:|--:|--:|--:|--:|--:|---|--:|"]
     for (shape, method, length, rows), peers in summaries(runs).items():
         best = best_trl(peers)
-        lines += [f"| {shape} | {method} | {rows} | {length:,} | {title(peer)} | {cells(one, peers.get(best))} |" for peer, one in peers.items()]
+        lines += [f"| {shape} | {method} | {rows} | {length:,} | {title(peer)} | {cells(one, peers.get(best))} |"
+            for peer, one in peers.items()]
     return "\n".join(lines)
 
 
@@ -374,8 +381,10 @@ def heading(runs, calls):
     found = [pair for run in runs if run["outcome"] == "ok" for pair in run["versions"].items() if pair[1] != "source"]
     versions = [" ".join(pair) for pair in dict.fromkeys([("Python", call["python"]), *found])]
     days = " to ".join(dict.fromkeys([dates[0][:10], dates[-1][:10]]))
-    card = call["card"] + (f", {call['memory_mib'] / 1024:.0f} GiB, driver {call['driver']}, CUDA {call['cuda']}" if call["memory_mib"] else "")
-    published = f"published bf16 peak {call['published_tflops']:,g} TFLOP/s ({call['published_source']}), " if call["published_tflops"] else ""
+    card = call["card"] + (f", {call['memory_mib'] / 1024:.0f} GiB, driver {call['driver']}, CUDA {call['cuda']}"
+        if call["memory_mib"] else "")
+    published = (f"published bf16 peak {call['published_tflops']:,g} TFLOP/s ({call['published_source']}), "
+        if call["published_tflops"] else "")
     return (f"{days}; {card}; {published}matrix products reached {statistics.median(peaks):,.4g} TFLOP/s in the same call.\n"
             f"{setup['tokens']:,} tokens a step, {setup['steps']} steps of which {setup['warm_up']} warm up, rank {setup['rank']}. "
             f"{', '.join(versions)}.")
@@ -447,7 +456,8 @@ def options(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     one_of = dict(nargs="+", metavar="NAME")
     parser.add_argument("--shapes", **one_of, default=["0.5B", "1.5B", "7B"], choices=list(SHAPES), help="models (default: 0.5B 1.5B 7B)")
-    parser.add_argument("--methods", **one_of, default=["lora", "qlora"], choices=["lora", "qlora"], help="ways to keep the base (default: both)")
+    parser.add_argument("--methods", **one_of, default=["lora", "qlora"], choices=["lora", "qlora"],
+        help="ways to keep the base (default: both)")
     parser.add_argument("--rows", **one_of, default=["spread", "exact"], choices=["spread", "exact"], help="kinds of rows (default: both)")
     parser.add_argument("--peers", **one_of, default=USUAL, help=f"of: {', '.join(PEERS)} (default: {' '.join(USUAL)})")
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096], help="tokens of a line, and of the longest row")
@@ -506,7 +516,8 @@ def main():
         away = missing(asked)
         left = measure(bench, away)
     if not kept.content["runs"]:
-        why = ["there was no time for a single run"] * bool(left) + [f"{title(name)}: {why}" for name, why in (away | bench.left_out).items()]
+        why = ["there was no time for a single run"] * bool(left) + [f"{title(name)}: {why}"
+            for name, why in (away | bench.left_out).items()]
         say("Nothing is measured yet." if asked.show else f"Nothing could be measured: {'; '.join(why)}.")
         return 1
     picture(groups(kept.content)[0][1], asked.results/"gpu.png")

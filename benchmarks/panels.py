@@ -4,7 +4,8 @@
     python benchmarks/panels.py --only redraw stop    some of it: redraw, watch, memory, stop
     python benchmarks/panels.py --show --write-readme measure nothing; the tables of what is kept, in the README too
 
-Every measurement is a process of its own. `watch` trains beside a real notebook kernel that shows the panel, and beside one that shows nothing, in
+Every measurement is a process of its own. `watch` trains beside a real notebook kernel that shows the panel,
+and beside one that shows nothing, in
 turn. Prints Markdown and writes benchmarks/results/panels.json with every single figure.
 """
 import argparse
@@ -32,12 +33,13 @@ LINE = dict(step=1, total=1, loss=2.3, learning_rate=2e-4, tokens=500, target_to
 
 def line(step, total):
     "A row of metrics.jsonl; every hundredth step has an evaluation"
-    return dict(LINE, step=step, total=total, seconds=step / STEPS_A_SECOND, loss=1 + 3 / step ** 0.2 + step % 7 / 20, **dict(eval_loss=1.1 + 3 / step ** 0.2) if step % 100 == 0 else {})
+    return dict(LINE, step=step, total=total, seconds=step / STEPS_A_SECOND, loss=1 + 3 / step ** 0.2 + step % 7 / 20,
+        **dict(eval_loss=1.1 + 3 / step ** 0.2) if step % 100 == 0 else {})
 
 
 def redraw(count, times=15):
     "Milliseconds of a drawing: with the frame of the one before, and when the title is another"
-    from sage_finetune.plot import Curve, draw_run
+    from sage_finetune.runs.plot import Curve, draw_run
     curve = Curve()
     for step in range(1, count + 1): curve.add(line(step, count))
     def cost(title):
@@ -52,19 +54,19 @@ def memory(hours=HOURS, at_once=100):
     "MiB of this process above what it had after ten thousand steps, at every half hour of a run of twenty steps a second"
     import psutil
 
-    from sage_finetune.runs import write_status
-    from sage_finetune.train_panel import TrainPanel
+    from sage_finetune.runs.folder import write_status
+    from sage_finetune.ui.train_panel import TrainPanel
     total, found = round(hours * 3600 * STEPS_A_SECOND), {}
     with tempfile.TemporaryDirectory() as folder:
         write_status(folder, "training", 0, total)
         panel = TrainPanel(folder)
-        panel._rest()  # this process looks itself, as often as it likes
+        panel.poller.stop()  # this process looks itself, as often as it likes
         with open(Path(folder)/"metrics.jsonl", "a", encoding="utf-8") as file:
             for step in range(1, total + 1):
                 file.write(json.dumps(line(step, total)) + "\n")
                 if step % at_once: continue
                 file.flush()
-                panel._look()
+                panel.poller.poll()
                 if step <= 10_000: before = psutil.Process().memory_info().rss
                 if step % (1800 * STEPS_A_SECOND) == 0: found[step] = (psutil.Process().memory_info().rss - before) / 2**20
         assert panel.control.watch.curve.count == total
@@ -72,13 +74,15 @@ def memory(hours=HOURS, at_once=100):
 
 
 def stop(work, times=12):
-    "Milliseconds from Stop to the end of the answer: in its middle, and while a prompt is read, for a model of 0.5 billion parameters with an adapter"
+    """Milliseconds from Stop to the end of the answer:
+    in its middle, and while a prompt is read, for a model of 0.5 billion parameters with an adapter"""
     import torch
 
-    from sage_finetune.chat import generate
+    from sage_finetune.chat_format.rendering import render_prompt
     from sage_finetune.config import LoRAConfig, TrainingConfig
-    from sage_finetune.model import attach_lora, load_base
-    from sage_finetune.prompt import render_prompt
+    from sage_finetune.inference.generation import generate
+    from sage_finetune.modeling.adapter import attach_lora
+    from sage_finetune.modeling.base import load_base
     base, tokenizer = load_base(TrainingConfig(model_name=str(make_model(work))))
     model = attach_lora(base, LoRAConfig()).eval()
     def timed(talk, wait):
@@ -103,8 +107,10 @@ def stop(work, times=12):
         talk = [dict(role="user", content="Tell me about the lamp. " * (length // 6))]
         read(talk)
         whole = read(talk)
-        waits = [whole + 0.5 + 0.13 * number for number in range(times)] if name == "answer" else [whole * (0.1 + 0.8 * number / times) for number in range(times)]
-        found[name] = dict(tokens=len(render_prompt(talk, tokenizer)), reads=whole, milliseconds=[took for wait in waits if (took := timed(talk, wait)) is not None])
+        waits = ([whole + 0.5 + 0.13 * number for number in range(times)] if name == "answer"
+            else [whole * (0.1 + 0.8 * number / times) for number in range(times)])
+        found[name] = dict(tokens=len(render_prompt(talk, tokenizer)), reads=whole,
+            milliseconds=[took for wait in waits if (took := timed(talk, wait)) is not None])
     return found
 
 
@@ -114,25 +120,28 @@ def watch(work, batch, shown, seconds=20):
     from jupyter_client.manager import start_new_kernel
 
     from sage_finetune.config import PresetConfigs
-    from sage_finetune.launch import stop_run
-    from sage_finetune.train_panel import RunControl
+    from sage_finetune.runs.launch import stop_run
+    from sage_finetune.ui.run_control import RunControl
     with tempfile.TemporaryDirectory() as folder:
-        config = PresetConfigs.tiny(data_path=str(make_rows(work, 256, 128)), output_dir=f"{folder}/run", per_device_train_batch_size=batch, num_train_epochs=10_000, max_steps=100_000, logging_steps=10)
+        config = PresetConfigs.tiny(data_path=str(make_rows(work, 256, 128)), output_dir=f"{folder}/run",
+            per_device_train_batch_size=batch, num_train_epochs=10_000, max_steps=100_000, logging_steps=10)
         manager, client = start_new_kernel()
         try:
-            code = f"from sage_finetune.config import TrainingConfig\nfrom sage_finetune.train_panel import TrainPanel\nconfig = TrainingConfig(**{config.to_dict()!r})\n"
-            client.execute_interactive(code + ("panel = TrainPanel(config)\npanel.start()\npanel" if shown else "None"), timeout=120, output_hook=lambda message: None)
+            code = (f"from sage_finetune.config import TrainingConfig\nfrom sage_finetune.ui.train_panel import "
+                f"TrainPanel\nconfig = TrainingConfig(**{config.to_dict()!r})\n")
+            client.execute_interactive(code + ("panel = TrainPanel(config)\npanel.start()\npanel" if shown else "None"),
+                timeout=120, output_hook=lambda message: None)
             run = RunControl(config)
             if not shown: run.start()
             kernel = psutil.Process(manager.provisioner.pid)
-            def at(): run.look(); return run.watch.row.get("step", 0)
+            def at(): run.poll(); return run.watch.row.get("step", 0)
             while at() < 10: time.sleep(0.1)
             time.sleep(3)
             began, first, worked = time.perf_counter(), at(), sum(kernel.cpu_times()[:2])
             time.sleep(seconds)
             took, made, spent = time.perf_counter() - began, at() - first, sum(kernel.cpu_times()[:2]) - worked
             stop_run(run.folder)
-            while run.look(): time.sleep(0.1)
+            while run.poll(): time.sleep(0.1)
             assert run.state == "stopped", run.state
         finally:
             client.stop_channels()
@@ -145,7 +154,8 @@ def watch(work, batch, shown, seconds=20):
 def child(call, work):
     "What `call` gives in a fresh process"
     command = [sys.executable, __file__, "--child", call, "--work", str(work)]
-    said = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE="1", TQDM_DISABLE="1", PYTHONWARNINGS="ignore"))
+    said = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        env=dict(os.environ, HF_HUB_OFFLINE="1", TQDM_DISABLE="1", PYTHONWARNINGS="ignore"))
     lines = [text for text in said.stdout.splitlines() if text.startswith("RESULT ")]
     if said.returncode or not lines: sys.exit(f"{call} ended with {said.returncode}\n{said.stdout}\n{said.stderr}")
     return json.loads(lines[-1][7:])
@@ -170,26 +180,33 @@ def measured(only, work, rounds):
 def called(words, work):
     "The measurement that a child is asked for"
     name, *rest = words.split()
-    return dict(redraw=lambda: redraw(int(rest[0])), memory=memory, stop=lambda: stop(work), watch=lambda: watch(work, int(rest[0]), rest[1] == "shown"))[name]()
+    return dict(redraw=lambda: redraw(int(rest[0])), memory=memory, stop=lambda: stop(work),
+        watch=lambda: watch(work, int(rest[0]), rest[1] == "shown"))[name]()
 
 
 def report(result):
     "The tables as Markdown"
-    said = [f"{result['date'][:10]}, {result['machine']['processor']}, {result['threads']} threads, torch {result['torch']}, ipywidgets {result['ipywidgets']}"]
+    said = [(f"{result['date'][:10]}, {result['machine']['processor']}, {result['threads']} threads, "
+        f"torch {result['torch']}, ipywidgets {result['ipywidgets']}")]
     if "redraw" in result:
-        said.append("**A redraw**: median (highest) milliseconds of 15\n\n| steps | the same frame | title or limits change |\n|--:|--:|--:|\n" + "\n".join(
-            f"| {int(count):,} | {spread(one['same'])} | {spread(one['other'])} |" for count, one in result["redraw"].items()))
+        said.append("**A redraw**: median (highest) milliseconds of 15\n\n| steps | the same frame | title or limits "
+            "change |\n|--:|--:|--:|\n" + "\n".join(
+                f"| {int(count):,} | {spread(one['same'])} | {spread(one['other'])} |" for count, one in result["redraw"].items()))
     if "watch" in result:
-        said.append("**Training beside the panel**: medians of rounds that take turns\n\n| rows a step | steps a second, nothing shown | with the panel | | the kernel's share of a core, nothing shown | with the panel |\n|--:|--:|--:|--:|--:|--:|\n"
+        said.append("**Training beside the panel**: medians of rounds that take turns\n\n| rows a step | steps a second, nothing "
+                    "shown | with the panel | | the kernel's share of a core, nothing shown | with the panel |\n|--:|--:|--:|--:|--:|--:|\n"
                     + "\n".join(watched(batch, one) for batch, one in result["watch"].items()))
     if "stop" in result:
         one = result["stop"]
-        said.append(f"**Stop in the chat**: median (highest) milliseconds from Stop to the end of the answer; 0.5 billion parameters in {one['dtype']} with an adapter, {one['threads']} threads\n\n"
+        said.append(f"**Stop in the chat**: median (highest) milliseconds from Stop to the end of the answer; "
+                    f"0.5 billion parameters in {one['dtype']} with an adapter, {one['threads']} threads\n\n"
                     "| | tokens of the prompt | first word after | Stop is heard after |\n|---|--:|--:|--:|\n" + "\n".join(
-                        f"| {'in the middle of an answer' if name == 'answer' else 'while the prompt is read'} | {one[name]['tokens']:,} | {one[name]['reads']:.1f} s | {spread(one[name]['milliseconds'])} |" for name in PROMPTS))
+                        f"| {'in the middle of an answer' if name == 'answer' else 'while the prompt is read'} | {one[name]['tokens']:,} "
+                        f"| {one[name]['reads']:.1f} s | {spread(one[name]['milliseconds'])} |" for name in PROMPTS))
     if "memory" in result:
         grown = result["memory"]["grown"]
-        said.append(f"**Memory of the kernel**: a run of {STEPS_A_SECOND} steps a second for {HOURS} hours, {max(map(int, grown)):,} steps: at most {max(grown.values()):.1f} MiB more than after the first 10,000.")
+        said.append(f"**Memory of the kernel**: a run of {STEPS_A_SECOND} steps a second for {HOURS} hours, "
+            f"{max(map(int, grown)):,} steps: at most {max(grown.values()):.1f} MiB more than after the first 10,000.")
     return "\n\n".join(said)
 
 
@@ -200,7 +217,8 @@ def watched(batch, runs):
     "A line of the table"
     def middle(name, figure): return statistics.median(one[figure] for one in runs[name])
     alone, shown = (middle(name, "steps_per_second") for name in ("alone", "shown"))
-    return f"| {batch} | {alone:.1f} | {shown:.1f} | {shown / alone - 1:+.1%} | {middle('alone', 'kernel'):.1%} | {middle('shown', 'kernel'):.1%} |"
+    return (f"| {batch} | {alone:.1f} | {shown:.1f} | {shown / alone - 1:+.1%} | {middle('alone', 'kernel'):.1%} | "
+        f"{middle('shown', 'kernel'):.1%} |")
 
 
 def main(arguments=None):
@@ -219,7 +237,8 @@ def main(arguments=None):
     if not asked.show:
         from importlib.metadata import version
         asked.threads = os.cpu_count()
-        kept |= train.facts(asked) | {name: version(name) for name in ("torch", "ipywidgets")} | measured(asked.only, asked.work, asked.rounds)
+        kept |= train.facts(asked) | {name: version(name) for name in ("torch", "ipywidgets")} | measured(asked.only,
+            asked.work, asked.rounds)
         train.keep(asked.results, "panels", json.loads(json.dumps(kept)))
     if not kept: return train.say("nothing is kept of the panels")
     print(told := report(kept))

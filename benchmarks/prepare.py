@@ -4,10 +4,14 @@
     python benchmarks/prepare.py --million       the memory for 100,000 and for 1,000,000 rows as well; ten minutes more
     python benchmarks/prepare.py --rows 5000 --runs 1   a quick look
 
-Every measurement is a fresh process on the same cores: imports and the making of the rows are over when its clock starts. Ours begins at the
-.jsonl file of alpaca rows and ends with packed examples of 1,024 tokens whose arrays lie on disk; TRL begins at a `datasets.Dataset` that has its
-own form already (prompt and completion, or messages and a template with generation marks), which costs it nothing here, and ends with its packed
-data set. The tokenizer is the packaged model's: byte-level BPE, cut like Qwen2's, with a vocabulary of 1,536. Prints a Markdown table and writes
+Every measurement is a fresh process on the same cores:
+imports and the making of the rows are over when its clock starts. Ours begins at the
+.jsonl file of alpaca rows and ends with packed examples of 1,024 tokens whose arrays lie on disk;
+TRL begins at a `datasets.Dataset` that has its
+own form already (prompt and completion, or messages and a template with generation marks),
+which costs it nothing here, and ends with its packed
+data set. The tokenizer is the packaged model's: byte-level BPE, cut like Qwen2's, with a vocabulary of 1,536.
+Prints a Markdown table and writes
 benchmarks/results/prepare.json.
 """
 import argparse
@@ -20,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,22 +32,26 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent/"results"/"prepare.json"
 MAX_LENGTH = 1024
 GENERATION_TEMPLATE = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n' }}{%- if message['role'] == 'assistant' %}{% generation %}{{- message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{%- else %}{{- message['content'] + '<|im_end|>' }}{%- endif %}{{- '\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}")
+    "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n' }}{%- if message['role'] == 'assistant' %}"
+    "{% generation %}{{- message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{%- else %}{{- message['content'] + '<|im_end|>' }}{%- endif %}{{- '\n' }}{%- endfor %}{%- if add_generation_prompt %}"
+    "{{- '<|im_start|>assistant\n' }}{%- endif %}")
 KINDS = {"ours": "sage_finetune", "ours_cached": "sage_finetune, second start from the cache",
          "trl_prompt": "TRL, prompt and completion", "trl_prompt_2": "TRL, prompt and completion, dataset_num_proc=2",
          "trl_messages": "TRL, messages, assistant_only_loss", "trl_messages_2": "TRL, messages, assistant_only_loss, dataset_num_proc=2"}
 
 
 def write_rows(path, count, seed=0):
-    "Alpaca rows: instructions of 8 to 40 words, answers of 5 to 200 words, log-normal around 45; the words are those of the packaged example"
-    words = sorted(set("".join(letter if letter.isalpha() else " " for letter in (ROOT/"sage_finetune"/"examples"/"example.jsonl").read_text(encoding="utf-8")).lower().split()))
-    chance = random.Random(seed)
-    def text(length): return " ".join(chance.choices(words, k=length)).capitalize() + "."
+    """Alpaca rows: instructions of 8 to 40 words, answers of 5 to 200 words, log-normal around 45;
+    the words are those of the packaged example"""
+    words = sorted(set("".join(letter if letter.isalpha() else " "
+        for letter in (ROOT/"sage_finetune"/"examples"/"example.jsonl").read_text(encoding="utf-8")).lower().split()))
+    rng = random.Random(seed)
+    def text(length): return " ".join(rng.choices(words, k=length)).capitalize() + "."
     with open(path, "w", encoding="utf-8") as file:
         for _ in range(count):
-            answer = max(5, min(200, round(chance.lognormvariate(3.8, 0.7))))
-            file.write(json.dumps(dict(instruction=text(chance.randint(8, 40)), output=text(answer))) + "\n")
+            answer = max(5, min(200, round(rng.lognormvariate(3.8, 0.7))))
+            file.write(json.dumps(dict(instruction=text(rng.randint(8, 40)), output=text(answer))) + "\n")
     return path
 
 
@@ -64,7 +72,8 @@ def measured(work):
     before, busy, began, worked = memory("VmRSS"), machine_seconds(), time.perf_counter(), processor_seconds()
     tokens, packs = work()
     seconds, own = time.perf_counter() - began, processor_seconds() - worked
-    return dict(seconds=seconds, processor_seconds=own, others=max(0, machine_seconds() - busy - own) / (seconds * os.cpu_count()), tokens=tokens, packs=packs, peak_mib=memory("VmHWM") - before, before_mib=before)
+    return dict(seconds=seconds, processor_seconds=own, others=max(0, machine_seconds() - busy - own) / (seconds * os.cpu_count()),
+        tokens=tokens, packs=packs, peak_mib=memory("VmHWM") - before, before_mib=before)
 
 
 def processor_seconds():
@@ -83,9 +92,9 @@ def machine_seconds():
 def ours(rows, cache=None):
     from transformers import AutoTokenizer
 
-    from sage_finetune.batches import pack
     from sage_finetune.config import tiny_path
-    from sage_finetune.data import prepare
+    from sage_finetune.data.dataset import prepare
+    from sage_finetune.training.batches import pack
     tokenizer = AutoTokenizer.from_pretrained(tiny_path())
     def work():
         train, before_packing["peak"] = prepare(rows, tokenizer, max_length=MAX_LENGTH, cache_dir=cache, show=False).train, memory("VmHWM")
@@ -111,9 +120,11 @@ def trl(rows, messages=False, processes=None):
         return dict(messages=[asked, told]) if messages else dict(prompt=[asked], completion=[told])
     with open(rows, encoding="utf-8") as file: data = datasets.Dataset.from_list([form(line) for line in file])
     with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(output_dir=folder, packing=True, packing_strategy="bfd", max_length=MAX_LENGTH, assistant_only_loss=messages, completion_only_loss=None if messages else True,
+        config = SFTConfig(output_dir=folder, packing=True, packing_strategy="bfd", max_length=MAX_LENGTH,
+                           assistant_only_loss=messages, completion_only_loss=None if messages else True,
                            use_cpu=True, bf16=False, report_to=[])
-        trainer = SFTTrainer(AutoModelForCausalLM.from_pretrained(tiny_path()), config, train_dataset=data.select(range(8)), processing_class=tokenizer)
+        trainer = SFTTrainer(AutoModelForCausalLM.from_pretrained(tiny_path()), config, train_dataset=data.select(range(8)),
+            processing_class=tokenizer)
         trainer.args.dataset_num_proc = processes
         def work():
             packed = trainer._prepare_dataset(data, tokenizer, trainer.args, True, None, "train")
@@ -129,7 +140,8 @@ def child(kind, rows, cache):
 
 
 def run(kind, rows, cache=None, attempts=6):
-    "One measurement in a fresh process, made again when others had more than a tenth of the machine meanwhile; the least disturbed one counts"
+    """One measurement in a fresh process, made again when others had more than a tenth of the machine meanwhile;
+    the least disturbed one counts"""
     found = []
     for _ in range(attempts):
         found.append(one_run(kind, rows, cache))
@@ -141,8 +153,10 @@ def run(kind, rows, cache=None, attempts=6):
 
 def one_run(kind, rows, cache=None):
     "One measurement in a fresh process"
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", TQDM_DISABLE="1", PYTHONWARNINGS="ignore", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    asked = subprocess.run([sys.executable, __file__, "--child", kind, "--data", str(rows), *(["--cache", str(cache)] if cache else [])], env=environment, capture_output=True, text=True)
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", TQDM_DISABLE="1", PYTHONWARNINGS="ignore",
+        PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    asked = subprocess.run([sys.executable, __file__, "--child", kind, "--data", str(rows), *(["--cache", str(cache)] if cache else [])],
+        env=environment, capture_output=True, text=True)
     lines = [line for line in asked.stdout.splitlines() if line.startswith("RESULT ")]
     if asked.returncode or not lines: sys.exit(f"{kind} ended with {asked.returncode}\n{asked.stdout}\n{asked.stderr}")
     return json.loads(lines[0][7:])
@@ -152,7 +166,8 @@ def one_run(kind, rows, cache=None):
 
 def summary(runs):
     "Medians of the runs of one kind"
-    middle = {name: statistics.median(one[name] for one in runs) for name in ("seconds", "processor_seconds", "tokens", "packs", "peak_mib")}
+    middle = {name: statistics.median(one[name] for one in runs)
+        for name in ("seconds", "processor_seconds", "tokens", "packs", "peak_mib")}
     return middle | dict(tokens_per_second=middle["tokens"] / middle["seconds"], runs=runs)
 
 
@@ -162,14 +177,17 @@ def table(found):
     lines = ["| | seconds | tokens a second | ours is faster by | CPU seconds | peak memory above import |", "|---|--:|--:|--:|--:|--:|"]
     for kind, one in found.items():
         faster = "" if kind.startswith("ours") else f"{best / one['tokens_per_second']:.1f} ×"
-        lines.append(f"| {KINDS[kind]} | {one['seconds']:.2f} | {one['tokens_per_second']:,.0f} | {faster} | {one['processor_seconds']:.2f} | {one['peak_mib']:,.0f} MiB |")
+        lines.append(f"| {KINDS[kind]} | {one['seconds']:.2f} | {one['tokens_per_second']:,.0f} | {faster} | "
+            f"{one['processor_seconds']:.2f} | {one['peak_mib']:,.0f} MiB |")
     return "\n".join(lines)
 
 
 def machine():
     "What it ran on"
-    processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else platform.processor()
-    return dict(date=str(date.today()), processor=processor, cores=os.cpu_count(), python=platform.python_version(), versions={name: version(name) for name in ("transformers", "tokenizers", "datasets", "trl", "pyarrow")})
+    processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else platform.processor()
+    return dict(date=str(datetime.now().astimezone().date()), processor=processor, cores=os.cpu_count(), python=platform.python_version(),
+        versions={name: version(name) for name in ("transformers", "tokenizers", "datasets", "trl", "pyarrow")})
 
 
 def main():
@@ -193,13 +211,15 @@ def main():
         found = {kind: summary(kind_runs) for kind, kind_runs in runs.items()}
         result = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | machine() | dict(max_length=MAX_LENGTH)
         if found: result |= dict(rows=asked.rows, kinds=found)
-        if "ours" in found: print(f"\n{asked.rows:,} rows, {found['ours']['tokens']:,.0f} tokens; {result['cores']} cores\n\n{table(found)}")
+        if "ours" in found:
+            print(f"\n{asked.rows:,} rows, {found['ours']['tokens']:,.0f} tokens; {result['cores']} cores\n\n{table(found)}")
         if asked.million:
             result["memory"] = {}
             for count in (100_000, 1_000_000):
                 one = one_run("ours", write_rows(Path(folder)/"rows.jsonl", count))
                 result["memory"][count] = one
-                print(f"\n{count:,} rows: {one['peak_mib_before_packing']:,.0f} MiB above import, {one['peak_mib']:,.0f} MiB with the packing plan; {one['seconds']:.1f} s, {one['tokens'] / one['seconds']:,.0f} tokens a second")
+                print(f"\n{count:,} rows: {one['peak_mib_before_packing']:,.0f} MiB above import, {one['peak_mib']:,.0f} "
+                    f"MiB with the packing plan; {one['seconds']:.1f} s, {one['tokens'] / one['seconds']:,.0f} tokens a second")
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -10,7 +10,8 @@
     python benchmarks/train.py --layers 1 --rows 8 --rounds 1                does it run at all? figures of a small model say little
 
 The work: a model of Qwen2.5-0.5B's shape with random weights, a LoRA of rank 8 over all linear layers, rows of alpaca shape of at most 512
-tokens, four rows behind an optimizer step, one pass over the rows. Every run is a fresh process; peers alternate; figures are medians. Tokens are
+tokens, four rows behind an optimizer step, one pass over the rows. Every run is a fresh process; peers alternate;
+figures are medians. Tokens are
 the rows' own: padding and what a program adds do not count. Prints Markdown, draws benchmarks/results/train.png and writes
 benchmarks/results/train-PROCESSOR.json with every single run; --scaling and --tune have a .json and a .png of their own.
 """
@@ -25,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from peers import llamafactory
@@ -46,9 +47,11 @@ PEERS = {  # name -> what the table calls it, its module, its arguments, its set
     "llamafactory": ("LLaMA-Factory, packed", "llamafactory", ["--variant", "packed"], []),
     "llamafactory-rows": ("LLaMA-Factory, row by row", "llamafactory", ["--variant", "rows"], []),
     "llamafactory-padded": ("LLaMA-Factory, padded", "llamafactory", ["--variant", "padded"], [])}
-USUAL = ["ours", "trl-rows", "trl-padding-free", "llamafactory-rows", "ours-compiled", "trl-default", "plain", "trl-packed", "trl-padded", "llamafactory", "plain-rows"]
+USUAL = ["ours", "trl-rows", "trl-padding-free", "llamafactory-rows", "ours-compiled", "trl-default", "plain",
+    "trl-packed", "trl-padded", "llamafactory", "plain-rows"]
 SHORT = USUAL[:7]
-TUNED = [*(f"trl-{way}" for way in ("default", "rows", "padding-free", "packed", "padded")), "trl-rows:bf16=false", "trl-padding-free:bf16=false",
+TUNED = [*(f"trl-{way}" for way in ("default", "rows", "padding-free", "packed", "padded")), "trl-rows:bf16=false",
+         "trl-padding-free:bf16=false",
          'trl-rows:model_init_kwargs={"dtype":"bfloat16","attn_implementation":"eager"}', "trl-rows:dataloader_num_workers=1",
          "trl-rows:gradient_checkpointing=true", "trl-rows:activation_offloading=true", "trl-rows:use_liger_kernel=true", "trl-compiled",
          "plain", "plain-rows", "llamafactory", "llamafactory-rows", "llamafactory-padded"]
@@ -66,14 +69,18 @@ class Failed(Exception):
 
 def child(module, arguments, threads, logs, python=sys.executable, limit=3600., compiled=""):
     "What `python -m peers.MODULE` printed as its result; everything else it said goes to a file"
-    environment = dict(os.environ, BENCH_STARTED=str(time.time()), OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1",
-                       HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", PYTHONWARNINGS="ignore", CUDA_VISIBLE_DEVICES="")
+    environment = dict(os.environ, BENCH_STARTED=str(time.time()), OMP_NUM_THREADS=str(threads),
+                       MKL_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1",
+                       HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1",
+                       PYTHONWARNINGS="ignore", CUDA_VISIBLE_DEVICES="")
     environment.pop("OMP_WAIT_POLICY", None)  # threads wait as they do for people who never heard of it
     if compiled: environment["TORCHINDUCTOR_CACHE_DIR"] = str(compiled)  # empty: nobody profits from what an earlier run compiled
     logs.parent.mkdir(parents=True, exist_ok=True)
     command = [str(python), "-m", f"peers.{module}", *map(str, arguments)]
     with open(logs, "w", encoding="utf-8") as said:
-        try: ended = subprocess.run(command, cwd=HERE, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, timeout=limit)
+        try:
+            ended = subprocess.run(command, cwd=HERE, env=environment, stdin=subprocess.DEVNULL, stdout=said,
+                stderr=subprocess.STDOUT, timeout=limit)
         except subprocess.TimeoutExpired as error: raise Failed(f"it was still running after {limit:.0f} s") from error
     lines = logs.read_text(encoding="utf-8", errors="replace").splitlines()
     results = [line for line in lines if line.startswith("RESULT ")]
@@ -113,7 +120,8 @@ class Bench:
         _, module, own = described(name)
         lines = math.ceil(BATCH * statistics.mean(reference["lengths"]) / MAX_LENGTH)
         folder, logs = self.work/"output", self.work/"logs"/f"{''.join(letter if letter.isalnum() else '-' for letter in name)}.txt"
-        told = ["--model", reference["model"], "--rows", reference["rows"], "--folder", folder/"run", "--threads", self.threads, "--lines", lines, *arguments, *own]
+        told = ["--model", reference["model"], "--rows", reference["rows"], "--folder", folder/"run", "--threads",
+            self.threads, "--lines", lines, *arguments, *own]
         shutil.rmtree(folder, ignore_errors=True)
         try: return child(module, told, self.threads, logs, self.python(module), limit, folder/"compiled")
         finally: shutil.rmtree(folder, ignore_errors=True)
@@ -186,8 +194,10 @@ def doubts(run, reference, shape=SHAPE, rank=RANK):
     tokens, whole, start, losses = sum(run["tokens"]), sum(reference["lengths"]), math.log(shape["vocab_size"]), run["losses"]
     passes = max(1, round(tokens / whole))
     if abs(tokens - passes * whole) > whole / 100: yield f"it read {tokens} tokens of the rows' {whole}"
-    if run["trained"] != adapter_size(rank, shape): yield f"its adapter has {run['trained']:,} parameters, not {adapter_size(rank, shape):,}"
-    if not all(map(math.isfinite, losses)) or abs(losses[0] - start) > 1: yield f"its first loss is {losses[0]:.2f}; random weights give about {start:.1f}"
+    if run["trained"] != adapter_size(rank, shape):
+        yield f"its adapter has {run['trained']:,} parameters, not {adapter_size(rank, shape):,}"
+    if not all(map(math.isfinite, losses)) or abs(losses[0] - start) > 1:
+        yield f"its first loss is {losses[0]:.2f}; random weights give about {start:.1f}"
     elif max(losses) > losses[0] + 0.5: yield f"its loss rose from {losses[0]:.2f} to {max(losses):.2f}"
     if run["settings"].get("torch_compile") and not run["compile_seconds"]: yield "it was asked to compile, and compiled nothing"
     if run["others"] > 0.1 and not run["compile_seconds"]: yield f"others had {run['others']:.0%} of the machine meanwhile"
@@ -224,7 +234,8 @@ def summary(runs, peak, shape=SHAPE, rank=RANK):
     def middle(figure): return statistics.median(map(figure, runs))
     return dict(tokens_per_second=middle(pace), with_first_step=middle(lambda run: sum(run["tokens"]) / run["seconds"]),
                 to_first_step=middle(lambda run: run["to_first_step"]), peak_mib=middle(lambda run: run["peak_mib"]),
-                roofline_share=middle(lambda run: share(run, peak, shape, rank)), compile_seconds=middle(lambda run: run["compile_seconds"]),
+                roofline_share=middle(lambda run: share(run, peak, shape, rank)),
+                compile_seconds=middle(lambda run: run["compile_seconds"]),
                 first_loss=middle(lambda run: run["losses"][0]), last_loss=middle(lambda run: run["losses"][-1]), runs=runs)
 
 
@@ -239,9 +250,11 @@ def table(found):
     "The figures as Markdown; ratios are to the fastest of TRL's variants"
     best = best_trl(found)
     def ratio(one, figure): return f" ({one[figure] / found[best][figure]:.2f} ×)" if best else ""
-    lines = ["| | tokens a second | with the first step | peak memory | start to first step | of the peak | loss |", "|---|--:|--:|--:|--:|--:|--:|"]
+    lines = ["| | tokens a second | with the first step | peak memory | start to first step | of the peak | loss |",
+        "|---|--:|--:|--:|--:|--:|--:|"]
     for name, one in sorted(found.items(), key=lambda item: -item[1]["tokens_per_second"]):
-        lines.append(f"| {described(name)[0]} | {one['tokens_per_second']:.0f}{ratio(one, 'tokens_per_second')} | {one['with_first_step']:.0f} "
+        lines.append(f"| {described(name)[0]} | {one['tokens_per_second']:.0f}{ratio(one, 'tokens_per_second')} | "
+                     f"{one['with_first_step']:.0f} "
                      f"| {one['peak_mib']:,.0f} MiB{ratio(one, 'peak_mib')} | {one['to_first_step']:.1f} s{ratio(one, 'to_first_step')} "
                      f"| {one['roofline_share']:.0%} | {one['first_loss']:.2f} → {one['last_loss']:.2f} |")
     return "\n".join(lines)
@@ -255,11 +268,14 @@ def remarks(result):
                        f"TRL's least memory is {found[smallest]['peak_mib']:,.0f} MiB ({described(smallest)[0]}), "
                        f"its soonest first step after {found[soonest]['to_first_step']:.1f} s ({described(soonest)[0]}).")
     for name, one in found.items():
-        if one["compile_seconds"]: yield f"{described(name)[0]}: the last half of the steps counts; compiling took {one['compile_seconds']:.0f} s, from nothing."
-    shifting = [f"{described(name)[0]} {min(paces):.0f} to {max(paces):.0f}" for name, one in found.items() if len(paces := [pace(run) for run in one["runs"]]) > 1]
+        if one["compile_seconds"]:
+            yield f"{described(name)[0]}: the last half of the steps counts; compiling took {one['compile_seconds']:.0f} s, from nothing."
+    shifting = [f"{described(name)[0]} {min(paces):.0f} to {max(paces):.0f}" for name, one in found.items()
+        if len(paces := [pace(run) for run in one["runs"]]) > 1]
     if shifting: yield f"Tokens a second of the single runs: {'; '.join(shifting)}."
     for name, one in found.items():
-        for doubt in dict.fromkeys(doubt for run in one["runs"] for doubt in run["doubts"]): yield f"Doubtful: {described(name)[0]}: {doubt}."
+        for doubt in dict.fromkeys(doubt for run in one["runs"] for doubt in run["doubts"]):
+            yield f"Doubtful: {described(name)[0]}: {doubt}."
     for name, why in result["failures"].items(): yield f"{described(name)[0]} is missing: {why.splitlines()[0]}"
 
 
@@ -267,7 +283,8 @@ def report(result):
     "The comparison as Markdown"
     roofs, machine = result["roofs"], result["machine"]
     middle = {kind: statistics.median(one[kind] for one in roofs) for kind in ("bf16", "fp32")}
-    head = (f"{result['date'][:10]}, {machine['processor']} ({', '.join(machine['formats'])}), {result['threads']} threads, {versions(result['peers'])}: "
+    head = (f"{result['date'][:10]}, {machine['processor']} ({', '.join(machine['formats'])}), {result['threads']} threads, "
+            f"{versions(result['peers'])}: "
             f"{result['rows']} rows, {result['tokens']:,} tokens, {result['shape']['num_hidden_layers']} layers. "
             f"Matrix products reach {middle['bf16']:.2f} TFLOP/s in bf16, {middle['fp32']:.2f} in fp32.")
     return "\n\n".join([head, table(result["peers"]), *remarks(result)])
@@ -303,13 +320,16 @@ def picture(result, path):
 
 # ---- how cost grows ---------------------------------------------------------------------------------------------------
 
-QUANTITIES = dict(length=(256, 512, 1024, 2048, 4096), batch=(1, 2, 4, 8, 16), rank=(4, 8, 32, 128), vocabulary=(1536, 32_000, 151_936), rows=(100, 1000, 10_000))
-HELD = dict(length="one row a step, all as long as that", batch="rows behind a step", rank="of the adapter", vocabulary="ids of the model", rows="rows prepared; four steps are made")
+QUANTITIES = dict(length=(256, 512, 1024, 2048, 4096), batch=(1, 2, 4, 8, 16), rank=(4, 8, 32, 128),
+    vocabulary=(1536, 32_000, 151_936), rows=(100, 1000, 10_000))
+HELD = dict(length="one row a step, all as long as that", batch="rows behind a step", rank="of the adapter",
+    vocabulary="ids of the model", rows="rows prepared; four steps are made")
 
 
 def scaled(what, value):
     "What the reference work and the training are told for one value of one quantity; the others are held"
-    if what == "length": return ["--rows", 8, "--longest", value, "--exact"], ["--batch", 1, "--steps", min(8, max(3, 4096 // value)), "--max-length", value]
+    if what == "length":
+        return ["--rows", 8, "--longest", value, "--exact"], ["--batch", 1, "--steps", min(8, max(3, 4096 // value)), "--max-length", value]
     if what == "batch": return ["--rows", 48], ["--batch", value, "--steps", max(3, 16 // value)]
     if what == "rank": return ["--rows", 32], ["--rank", value, "--steps", 4]
     return ["--rows", *((32, "--vocabulary", value) if what == "vocabulary" else (value,))], ["--steps", 4]
@@ -318,7 +338,7 @@ def scaled(what, value):
 def scaling(bench, peers, quantities, clock, kept):
     "Runs over one quantity at a time: quantity -> peer -> lines; `kept` is called with them after every run. Why some are missing"
     found, failures, took = {}, {}, 0.
-    for what, value, name in ((what, value, name) for what in quantities for value in QUANTITIES[what] for name in peers):
+    for what, value, name in ((each, value, name) for each in quantities for value in QUANTITIES[each] for name in peers):
         if clock.left < 1.5 * took:
             failures[f"{what} {value}, {described(name)[0]}"] = "no time was left for it"
             continue
@@ -339,11 +359,14 @@ def scaling(bench, peers, quantities, clock, kept):
 
 def scaling_tables(result):
     "Each quantity as Markdown, the peers one below the other"
-    parts = [f"{result['date'][:10]}, {result['machine']['processor']}, {result['threads']} threads; {result['shape']['num_hidden_layers']} layers"]
+    parts = [(f"{result['date'][:10]}, {result['machine']['processor']}, {result['threads']} threads; "
+        f"{result['shape']['num_hidden_layers']} layers")]
     for what, peers in result["quantities"].items():
-        lines = [f"**{what}** ({HELD[what]})", "", f"| {what} | | tokens a second | peak memory | start to first step |", "|--:|---|--:|--:|--:|"]
+        lines = [f"**{what}** ({HELD[what]})", "", f"| {what} | | tokens a second | peak memory | start to first step |",
+            "|--:|---|--:|--:|--:|"]
         for name, figures in peers.items():
-            lines += [f"| {one[what]:,} | {described(name)[0]} | {one['tokens_per_second']:.0f} | {one['peak_mib']:,.0f} MiB | {one['to_first_step']:.1f} s |" for one in figures]
+            lines += [f"| {one[what]:,} | {described(name)[0]} | {one['tokens_per_second']:.0f} | {one['peak_mib']:,.0f} "
+                f"MiB | {one['to_first_step']:.1f} s |" for one in figures]
         parts.append("\n".join(lines))
     return "\n\n".join(parts + [f"{which} is missing: {why.splitlines()[0]}" for which, why in result["failures"].items()])
 
@@ -357,10 +380,12 @@ def scaling_picture(result, path):
     for column, (what, peers) in enumerate(quantities.items()):
         for axes, key, unit in ((grid[0][column], "tokens_per_second", 1), (grid[1][column], "peak_mib", 1024)):
             for name, lines in peers.items():
-                axes.plot([one[what] for one in lines], [one[key] / unit for one in lines], marker="o", color=colour(name), label=described(name)[0])
+                axes.plot([one[what] for one in lines], [one[key] / unit for one in lines], marker="o",
+                    color=colour(name), label=described(name)[0])
             top = max(one[key] / unit for lines in peers.values() for one in lines)
             axes.set_xscale("log")
-            axes.set_xticks([one[what] for one in next(iter(peers.values()))], [f"{one[what]:,}" for one in next(iter(peers.values()))], rotation=45, fontsize=8)
+            axes.set_xticks([one[what] for one in next(iter(peers.values()))],
+                [f"{one[what]:,}" for one in next(iter(peers.values()))], rotation=45, fontsize=8)
             axes.minorticks_off()
             axes.set_ylim(0, 1.15 * top)
             axes.spines[["top", "right"]].set_visible(False)
@@ -373,7 +398,8 @@ def scaling_picture(result, path):
 
 # ---- what is kept -----------------------------------------------------------------------------------------------------
 
-KINDS = dict(train=(report, picture), scaling=(scaling_tables, scaling_picture), tune=(report, picture))  # name of the .json and .png -> as Markdown, drawn
+# name of the .json and .png -> as Markdown, drawn
+KINDS = dict(train=(report, picture), scaling=(scaling_tables, scaling_picture), tune=(report, picture))
 
 
 def machine():
@@ -389,7 +415,8 @@ def kept_name(kind, result):
     "The file of a result; the comparison has one for every kind of CPU, as what is fast differs between them"
     if kind != "train": return f"{kind}.json"
     fastest = next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in result["machine"]["formats"]), "")
-    return "-".join(["train", *re.findall(r"[a-z0-9]+", re.sub(r"\(r\)|processor", "", result["machine"]["processor"].lower())), *filter(None, [fastest])]) + ".json"
+    return "-".join(["train", *re.findall(r"[a-z0-9]+", re.sub(r"\(r\)|processor", "", result["machine"]["processor"].lower())),
+        *filter(None, [fastest])]) + ".json"
 
 
 def keep(folder, kind, result):
@@ -409,7 +436,8 @@ def show(folder, kind, readme=None):
     results = kept_results(folder, kind)
     if not results: return say(f"nothing is kept of {kind}")
     told, drawn = KINDS[kind]
-    if not results[0].get("peers") and not results[0].get("quantities"): return print("\n".join(f"{name}: {why}" for name, why in results[0]["failures"].items()))
+    if not results[0].get("peers") and not results[0].get("quantities"):
+        return print("\n".join(f"{name}: {why}" for name, why in results[0]["failures"].items()))
     drawn(results[0], folder/f"{kind}.png")
     text = "\n\n".join(told(result) for result in results)
     print(text)
@@ -431,7 +459,8 @@ def compare(asked, bench, kind):
     failures, reference = ready(bench, asked.peers), bench.reference("--rows", asked.rows)
     runs, roofs = rounds(bench, asked.peers, asked.rounds, reference, Clock(asked.minutes), failures)
     found = {name: summary(of_peer, peak_of(roofs), bench.shape) for name, of_peer in runs.items()}
-    work = dict(rows=len(reference["lengths"]), tokens=sum(reference["lengths"]), max_length=MAX_LENGTH, batch=BATCH, rank=RANK, shape=bench.shape)
+    work = dict(rows=len(reference["lengths"]), tokens=sum(reference["lengths"]), max_length=MAX_LENGTH, batch=BATCH,
+        rank=RANK, shape=bench.shape)
     keep(asked.results, kind, facts(asked) | work | dict(roofs=roofs, peers=found, failures=failures))
 
 
@@ -441,7 +470,7 @@ def grow(asked, bench):
     kept(*scaling(bench, asked.peers, asked.scaling or QUANTITIES, Clock(asked.minutes), kept))
 
 
-def facts(asked): return dict(date=datetime.now(timezone.utc).isoformat(timespec="seconds"), machine=machine(), threads=asked.threads)
+def facts(asked): return dict(date=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine(), threads=asked.threads)
 
 
 def work_folder():
@@ -457,7 +486,8 @@ def options(arguments=None):
     parser.add_argument("--rounds", type=int, help="runs of each peer, alternating: else 3, and 1 in --tune")
     parser.add_argument("--minutes", type=float, help="begin nothing that would not end by then: else 8 in --short and 20 in --scaling")
     parser.add_argument("--short", action="store_true", help="12 rows, the quicker variants, eight minutes")
-    parser.add_argument("--scaling", nargs="*", choices=QUANTITIES, help=f"how cost grows with: {', '.join(QUANTITIES)}; by itself with all of them")
+    parser.add_argument("--scaling", nargs="*", choices=QUANTITIES,
+        help=f"how cost grows with: {', '.join(QUANTITIES)}; by itself with all of them")
     parser.add_argument("--tune", action="store_true", help="settings of the others beside each other, on a model of four layers")
     parser.add_argument("--show", action="store_true", help="measure nothing; tables and pictures of what is kept")
     parser.add_argument("--write-readme", action="store_true", help="put the tables between their marks in benchmarks/README.md")

@@ -66,7 +66,8 @@ def needed():
 def write_notebook(path, cells):
     "A notebook of code cells, as a reader would have written it"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = [dict(cell_type="code", id=f"cell-{at}", metadata={}, source=source, outputs=[], execution_count=None) for at, source in enumerate(cells)]
+    content = [dict(cell_type="code", id=f"cell-{at}", metadata={}, source=source, outputs=[], execution_count=None)
+        for at, source in enumerate(cells)]
     about = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
     path.write_text(json.dumps(dict(cells=content, metadata=about, nbformat=4, nbformat_minor=5)), encoding="utf-8")
     return path
@@ -79,8 +80,10 @@ def free_port():
 
 
 def environment(folder, runtime):
-    "Variables with which a server reads and writes its settings in a folder of its own; a socket's path must be short, so `runtime` is elsewhere"
-    places = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTERLAB_SETTINGS_DIR="lab", JUPYTERLAB_WORKSPACES_DIR="spaces", IPYTHONDIR="ipython")
+    """Variables with which a server reads and writes its settings in a folder of its own;
+    a socket's path must be short, so `runtime` is elsewhere"""
+    places = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTERLAB_SETTINGS_DIR="lab",
+        JUPYTERLAB_WORKSPACES_DIR="spaces", IPYTHONDIR="ipython")
     (folder/"config"/"labconfig").mkdir(parents=True, exist_ok=True)
     (folder/"config"/"labconfig"/"default_setting_overrides.json").write_text(json.dumps(SETTINGS))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "PYTEST", "PYTHON", "VIRTUAL_ENV"))}
@@ -91,8 +94,10 @@ def command(front, notebook, port, token, python):
     "How a server is started, the address of the notebook, and an address that answers once it is up"
     here = f"http://127.0.0.1:{port}"
     if front == "voila":
-        return [python, "-m", "voila", notebook.name, "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"], f"{here}/", f"{here}/voila/static/"
-    start = [python, "-m", "jupyterlab" if front == "lab" else front, "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+        return ([python, "-m", "voila", notebook.name, "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"],
+            f"{here}/", f"{here}/voila/static/")
+    start = [python, "-m", "jupyterlab" if front == "lab" else front, "--no-browser", "--allow-root", "--ip=127.0.0.1",
+        f"--port={port}", "--ServerApp.port_retries=0",
         f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={notebook.parent}", "--expose-app-in-browser"]
     page = f"{'lab/tree' if front == 'lab' else 'notebooks'}/{notebook.name}"
     return start, f"{here}/{page}?token={token}", f"{here}/api?token={token}"
@@ -110,13 +115,16 @@ def answers(address):
 def served(notebook, folder, front="lab", python=sys.executable):
     "A server on a free port of this machine alone; the address of the notebook. Its log is left in the folder"
     start, address, sign = command(front, notebook, free_port(), secrets.token_hex(8), python)
-    start.append("--KernelManager.transport=ipc")  # ports are chosen before they are used: now and then somebody else has taken one meanwhile
+    # ports are chosen before they are used: now and then somebody else has taken one meanwhile
+    start.append("--KernelManager.transport=ipc")
     with tempfile.TemporaryDirectory(prefix="kernels-") as runtime, (folder/f"{front}.log").open("w") as log:
-        process = subprocess.Popen([str(part) for part in start], cwd=notebook.parent, env=environment(folder, runtime), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen([str(part) for part in start], cwd=notebook.parent, env=environment(folder, runtime),
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             until = time.monotonic() + PATIENCE
             while not answers(sign):
-                assert process.poll() is None and time.monotonic() < until, f"the server did not come up:\n{(folder/f'{front}.log').read_text()}"
+                assert process.poll() is None and time.monotonic() < until, (
+                    f"the server did not come up:\n{(folder/f'{front}.log').read_text()}")
                 time.sleep(.2)
             yield address
         finally:
@@ -153,7 +161,8 @@ class Book:
         if self.front == "voila": return self.page.wait_for_selector(".jupyter-widgets", timeout=3000 * PATIENCE)
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
         self.page.wait_for_function(READY)
-        if self.front == "lab": self.page.evaluate("() => { if (!window.jupyterapp.shell.leftCollapsed) window.jupyterapp.shell.collapseLeft() }")
+        if self.front == "lab":
+            self.page.evaluate("() => { if (!window.jupyterapp.shell.leftCollapsed) window.jupyterapp.shell.collapseLeft() }")
 
     def find(self, css): return self.page.locator(css)
 
@@ -163,7 +172,8 @@ class Book:
 
     def start(self, command):
         "Execute a command of the application without waiting for its end"
-        self.page.evaluate(f"() => {{ window.ran = false; window.jupyterapp.commands.execute('{command}').then(() => window.ran = true, () => window.ran = true) }}")
+        self.page.evaluate(f"() => {{ window.ran = false; window.jupyterapp.commands.execute('{command}').then(() "
+            f"=> window.ran = true, () => window.ran = true) }}")
 
     def run(self, number):
         "Run one cell and wait until it has ended well; Voila runs them all, and by itself"
@@ -207,7 +217,8 @@ class Book:
     def dark(self, on=True):
         "The dark theme, or the light one again"
         self.say(f"await app.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {'Dark' if on else 'Light'}'}});")
-        self.page.wait_for_function(f"() => document.body.dataset.jpThemeLight == '{'false' if on else 'true'}' && !document.querySelector('#jupyterlab-splash')")
+        self.page.wait_for_function(f"() => document.body.dataset.jpThemeLight == '{'false' if on else 'true'}' && "
+            f"!document.querySelector('#jupyterlab-splash')")
 
     def wide(self, width, height=1000): self.page.set_viewport_size(dict(width=width, height=height))
 
@@ -229,7 +240,8 @@ def opened(folder, cells, front="lab", python=sys.executable, label="", width=12
     path = needed()
     notebook = write_notebook(folder/"book"/"book.ipynb", cells)
     with served(notebook, folder, front, python) as address, sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, headless=True, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"])
+        browser = play.chromium.launch(executable_path=path, headless=True,
+            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"])
         try:
             book = Book(browser.new_page(viewport=dict(width=width, height=height)), address, front, label)
             try:

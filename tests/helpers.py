@@ -16,14 +16,15 @@ import pytest
 import torch
 
 from sage_finetune.config import PresetConfigs, TrainingConfig
-from sage_finetune.tasks import prepare_run
+from sage_finetune.data.tasks import prepare_run
 
 COLOURS = ("red", "green", "blue", "grey")
 
 
 def rows(count=24):
     "Alpaca rows with answers of different lengths"
-    return [dict(instruction=f"Which colour has lamp {at}?", output=" and ".join(COLOURS[:at % 4 + 1]).capitalize() + ".") for at in range(count)]
+    return [dict(instruction=f"Which colour has lamp {at}?", output=" and ".join(COLOURS[:at % 4 + 1]).capitalize() + ".")
+        for at in range(count)]
 
 
 def write_rows(path, content=None):
@@ -47,6 +48,12 @@ def trained(folder):
     result = trainer.train(show=False)
     assert result.losses[-1] < result.losses[0]
     return trainer
+
+
+def train_here(run):
+    "Train a prepared run folder in this process"
+    from sage_finetune import train_from_meta
+    return train_from_meta(run, show=False)
 
 
 def until(true, seconds=300):
@@ -107,11 +114,13 @@ def reference(model, tokenizer, content, order, *, rate, total, warmup, decay, l
     for step, row_numbers in enumerate(order):
         examples = [encoded(content[row], tokenizer) for row in row_numbers]
         target_tokens = [int((labels != -100).sum()) for _, labels in examples]
-        loss = sum(model(input_ids=ids, labels=labels).loss * count for (ids, labels), count in zip(examples, target_tokens)) / sum(target_tokens)
+        loss = sum(model(input_ids=ids, labels=labels).loss * count
+            for (ids, labels), count in zip(examples, target_tokens)) / sum(target_tokens)
         optimizer.zero_grad()
         loss.backward()
         length = torch.nn.utils.clip_grad_norm_(weights, longest)
-        for group in optimizer.param_groups: group["lr"] = rate * (step/warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (step/warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))))
         optimizer.step()
         yield loss.item(), length.item(), optimizer.param_groups[0]["lr"]
 
@@ -120,7 +129,8 @@ def reference(model, tokenizer, content, order, *, rate, total, warmup, decay, l
 
 def start(*arguments, module="sage_finetune.cli", cwd=None):
     "The program as a child process"
-    return subprocess.Popen([sys.executable, "-m", module, *map(str, arguments)], cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-m", module, *map(str, arguments)], cwd=cwd, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ended(child):
@@ -146,19 +156,22 @@ def one_sentence(complained):
 
 def tree(folder):
     "Every file below a folder, hidden ones too, by its content; folders by None"
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None for path in folder.rglob("*") if path.name != ".lock"}
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        for path in folder.rglob("*") if path.name != ".lock"}
 
 
 def leftovers(folder):
     "Temporary files somebody forgot; the lock of a run folder stays, free, because removing it would be a race"
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name.startswith(".") and path.name != ".lock" or path.name.endswith((".tmp", ".old"))]
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*")
+        if path.name.startswith(".") and path.name != ".lock" or path.name.endswith((".tmp", ".old"))]
 
 
 @contextmanager
 def mounted(folder, options):
     "A small file system of its own in a folder; the test is skipped where one may not mount"
     folder.mkdir(parents=True, exist_ok=True)
-    asked = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True) if shutil.which("mount") else None
+    asked = (subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+        if shutil.which("mount") else None)
     if not asked or asked.returncode: pytest.skip("mounting is not permitted here")
     try: yield folder
     finally: subprocess.run(["umount", "-l", str(folder)], check=True)

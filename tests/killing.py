@@ -1,4 +1,5 @@
-"Train in processes of one's own and kill them; run by tests/test_safety.py, because a process that forks must not have computed anything before"
+"""Train in processes of one's own and kill them;
+run by tests/test_safety.py, because a process that forks must not have computed anything before"""
 import json
 import os
 import random
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sage_finetune.runs import read_meta
+from sage_finetune.runs.folder import read_meta
 from sage_finetune.trainer import LoRATrainer
 
 
@@ -42,12 +43,12 @@ def kill_in_a_save(pid, run, seen):
 def main(run, times, seed):
     "Kill the run again and again, by turns at a random moment and in the middle of a save, then let it end; tells what happened"
     torch.set_num_threads(1)
-    run, chance, killed = Path(run), random.Random(int(seed)), []
+    run, rng, killed = Path(run), random.Random(int(seed)), []
     for turn in range(int(times)):
         pid = child(run)
         if turn % 2: where = kill_in_a_save(pid, run, {half_way(run).name} if half_way(run) else set())
         else:
-            time.sleep(chance.uniform(0.05, 2.5))
+            time.sleep(rng.uniform(0.05, 2.5))
             where = "" if os.waitpid(pid, os.WNOHANG)[0] else "anywhere"
             if where:
                 os.kill(pid, signal.SIGKILL)

@@ -7,11 +7,12 @@ import pytest
 from helpers import tiny_config
 from safetensors.torch import load_file, save_file
 
-from sage_finetune import LoRATrainer, merge, load_run
+from sage_finetune import LoRATrainer, load_run, merge
+from sage_finetune.chat_format.rendering import render_prompt
+from sage_finetune.chat_format.template import template_of
 from sage_finetune.config import tiny_path
 from sage_finetune.core.errors import ModelError, RunError
-from sage_finetune.export import run_config
-from sage_finetune.prompt import render_prompt, template_of
+from sage_finetune.inference.export import run_config
 
 # As Qwen3's: every answer stands behind an empty thinking block, which the generation prompt has only when asked for.
 THINKER = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{{ m.content + '<|im_end|>\\n' }}{%- endfor %}
@@ -42,7 +43,7 @@ def prompt_of(tokenizer): return tokenizer.decode(render_prompt(QUESTION, tokeni
 def test_the_template_that_was_promised_is_the_one_that_is_saved_and_asked(run):
     "Training, the trainer's own answers, the saved tokenizer and whoever opens the run ask behind the same prompt"
     _, tokenizer = load_run(run.config.output_dir)
-    assert any("asks without thinking" in line for line in run.report.said)
+    assert any("asks without thinking" in line for line in run.report.messages)
     assert prompt_of(run.tokenizer).endswith("<think>\n\n</think>\n\n") and prompt_of(tokenizer) == prompt_of(run.tokenizer)
     assert template_of(tokenizer) == template_of(run.tokenizer) == (run.config.lora_dir/"chat_template.jinja").read_text(encoding="utf-8")
 
@@ -157,9 +158,10 @@ def test_an_adapter_with_numbers_that_are_none_is_refused(moved, value):
 
 def test_a_foreign_tokenizer_is_refused(moved):
     "One with more ids than the model has rows"
-    done, base = moved
+    done, _ = moved
     content = json.loads((done/"lora_weights"/"tokenizer.json").read_text(encoding="utf-8"))
-    content["added_tokens"].append(dict(id=9000, content="<|far|>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True))
+    content["added_tokens"].append(dict(id=9000, content="<|far|>", single_word=False, lstrip=False, rstrip=False,
+        normalized=False, special=True))
     (done/"lora_weights"/"tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ModelError, match="rows of embeddings"): load_run(done)
 
@@ -171,7 +173,8 @@ def test_what_rounding_takes_from_an_adapter_is_measured(moved, tmp_path, scale,
     done, _ = moved
     config = json.loads((done/"training_config.json").read_text(encoding="utf-8"))
     (done/"training_config.json").write_text(json.dumps(config | dict(bf16=True)), encoding="utf-8")
-    edit_adapter(done, lambda weights: {name: (20 if scale == 1. else scale) * value if "lora_B" in name else value for name, value in weights.items()})
+    edit_adapter(done, lambda weights: {name: (20 if scale == 1. else scale) * value if "lora_B" in name else value
+        for name, value in weights.items()})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if kept == "the same": assert merge(done, tmp_path/"out").verdict == "the same"
@@ -198,14 +201,16 @@ def test_a_run_on_a_quantised_base_is_compared_with_the_model_that_was_trained(t
 
 def test_templates_with_names_keep_them_all(thinker, tmp_path):
     "The one for tools stays, and asks without thinking too"
-    from sage_finetune.data import prepare_dataset
-    from sage_finetune.model import load_tokenizer
-    from sage_finetune.trainer import disable_thinking_by_default
+    from sage_finetune.data.dataset import prepare_dataset
+    from sage_finetune.data.run_data import disable_thinking_by_default
+    from sage_finetune.modeling.tokenizer import load_tokenizer
     tokenizer = load_tokenizer(str(thinker))
     other = "{# without a switch #}{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.chat_template = {"default": THINKER, "tool_use": THINKER + "{# tools #}", "rag": other}
-    disable_thinking_by_default(tokenizer, prepare_dataset([dict(instruction=f"Question {n}?", output=f"Answer {n}.") for n in range(4)], tokenizer).report)
+    disable_thinking_by_default(tokenizer,
+        prepare_dataset([dict(instruction=f"Question {n}?", output=f"Answer {n}.") for n in range(4)], tokenizer).report)
     templates = tokenizer.chat_template
     assert list(templates) == ["default", "tool_use", "rag"] and templates["rag"] == other
-    assert all("set enable_thinking = false" in templates[name] and templates[name].endswith(text) for name, text in (("default", THINKER), ("tool_use", "{# tools #}")))
+    assert all("set enable_thinking = false" in templates[name] and templates[name].endswith(text)
+        for name, text in (("default", THINKER), ("tool_use", "{# tools #}")))
     assert prompt_of(tokenizer).endswith("<think>\n\n</think>\n\n")

@@ -1,22 +1,40 @@
-"""What goes wrong ends in one sentence that names the place, the value and the way out, with exit code 2, and leaves everything as it was."""
+"""What goes wrong ends in one sentence that names the place, the value and the way out, with exit code 2,
+and leaves everything as it was."""
 import json
 import re
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import pytest
-from helpers import adapter, change, copy, file_limit, leftovers, metrics, mounted, one_sentence, prepared, tiny_config, rows, start, status, tree, write_rows
+from helpers import (
+    adapter,
+    change,
+    copy,
+    file_limit,
+    leftovers,
+    metrics,
+    mounted,
+    one_sentence,
+    prepared,
+    rows,
+    start,
+    status,
+    tiny_config,
+    tree,
+    write_rows,
+)
 
 from sage_finetune import LoRATrainer, PresetConfigs, TrainingConfig, merge, train_from_meta
-from sage_finetune.checkpoint import checkpoints
 from sage_finetune.cli import main
+from sage_finetune.commands.program import in_shell_words
 from sage_finetune.config import preset, tiny_path
 from sage_finetune.core.errors import ConfigError, RunError
-from sage_finetune.model import load_tokenizer
-from sage_finetune.runs import read_meta, read_metrics
-from sage_finetune.trainer import prepare_run_data
+from sage_finetune.data.run_data import prepare_run_data
+from sage_finetune.modeling.tokenizer import load_tokenizer
+from sage_finetune.runs.folder import read_meta, read_metrics
+from sage_finetune.training.checkpoint import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +59,19 @@ def is_prepared(path):
     return "prepared" in path.split("/")
 
 
+def typed(message): return in_shell_words(message, ["run"])
+
+
+def says_why(status, sentence):
+    "Whether a run that waited to begin says now that it failed, and why"
+    said = json.loads(status.read_text())
+    return said["state"] == "failed" and said["total"] == 0 and typed(said["message"])[:20] == sentence[:20]
+
+
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capfd):
-    "Run the program below tmp_path: it must end with 2, say one sentence with all these words, and change nothing (prepared rows, which are whole, may stay)"
+    """Run the program below tmp_path: it must end with 2, say one sentence with all these words,
+    and change nothing (prepared rows, which are whole, may stay)"""
     monkeypatch.chdir(tmp_path)
     def check(*arguments, says, changes=()):
         before = tree(tmp_path)
@@ -53,7 +81,8 @@ def refused(tmp_path, monkeypatch, capfd):
         for part in [says] if isinstance(says, str) else says: assert re.search(part, sentence), (part, sentence)
         after = tree(tmp_path)
         changed = {path for path in before.keys() | after.keys() if before.get(path, 0) != after.get(path, 0)}
-        assert {path for path in changed if not is_prepared(path)} == set(changes)
+        waited = {path for path in changed if path.endswith("status.json") and says_why(tmp_path/path, sentence)}
+        assert {path for path in changed if not is_prepared(path)} - waited == set(changes)
         return sentence
     return check
 
@@ -74,8 +103,10 @@ BAD_DATA = [  # name, content, what the sentence says
     ("half.json", json.dumps([dict(question="a")]), ["half.json, row 1", "'question'", "also needs 'answer'", "Add it"]),
     ("foreign.csv", "colour,size\nred,3\n", ["foreign.csv, line 2", "'colour', 'size'", "instruction"]),
     ("numbers.json", "[1, 2]", ["numbers.json, row 1", "object", "int"]),
-    ("silent.jsonl", json.dumps(dict(instruction="a", output=" ")), ["silent.jsonl, line 1", "answer .* is empty", "Remove the row or write its answer"]),
-    ("talk.jsonl", json.dumps(dict(messages=[dict(role="usr", content="a")])), ["talk.jsonl, line 1", "role 'usr'", "Did you mean 'user'", "known roles are .*user"]),
+    ("silent.jsonl", json.dumps(dict(instruction="a", output=" ")),
+        ["silent.jsonl, line 1", "answer .* is empty", "Remove the row or write its answer"]),
+    ("talk.jsonl", json.dumps(dict(messages=[dict(role="usr", content="a")])),
+        ["talk.jsonl, line 1", "role 'usr'", "Did you mean 'user'", "known roles are .*user"]),
     ("rows.txt", GOOD, [r"rows.txt: files of kind '\.txt'", r"Use \.json"]),
     ("rows.parquet", "not parquet", ["rows.parquet is not a readable parquet file"]),
 ]
@@ -89,7 +120,8 @@ def test_bad_data_is_refused_before_a_folder_is_made(refused, tmp_path, name, co
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "no/such/folder/rows.json"])
 def test_a_data_file_that_is_not_there(refused, name):
-    refused("quickstart", "custom", "-d", name, "-o", "out", says=[f"there is no data file {name}", 'Check data_path; the packaged example is data_path="example"'])
+    refused("quickstart", "custom", "-d", name, "-o", "out",
+        says=[f"there is no data file {name}", "Check --data; the packaged example is --data example"])
 
 
 def test_a_folder_instead_of_a_data_file(refused, tmp_path):
@@ -100,15 +132,15 @@ def test_a_folder_instead_of_a_data_file(refused, tmp_path):
 def test_rows_that_do_not_suit_the_task(refused, tmp_path):
     write_rows(tmp_path/"rows.jsonl")
     refused("quickstart", "qa", "-d", "rows.jsonl", "-o", "out", says=["rows.jsonl, line 1", "'alpaca'", "task qa", "Use task custom"])
-    refused("quickstart", "qa", "-o", "out", says=["task qa needs a data file", "Name it with data"])
 
 
 @pytest.mark.parametrize("spoil, says", [
-    (lambda data: data.unlink(), ["there is no data file .*training_data_custom_alpaca.json", "Check data_path"]),
+    (lambda data: data.unlink(), ["there is no data file .*training_data_custom_alpaca.json", "Check --set data_path=…"]),
     (lambda data: data.write_text(""), ["training_data_custom_alpaca.json", "not JSON|no rows"]),
     (lambda data: data.write_text(data.read_text()[:-9]), ["training_data_custom_alpaca.json, line", "not JSON"]),
     (lambda data: data.write_text('[{"instruction": "a", "ouput": "b"}]'), ["training_data_custom_alpaca.json, row 1", "'output'"]),
-    (lambda data: data.write_text(json.dumps([dict(rows(1)[0], output="word " * 600)])), ["fits into max_length=512", "Raise max_length or shorten"])], ids=["gone", "empty", "cut", "keys", "long"])
+    (lambda data: data.write_text(json.dumps([dict(rows(1)[0], output="word " * 600)])),
+        ["fits into max_length=512", "Raise max_length or shorten"])], ids=["gone", "empty", "cut", "keys", "long"])
 def test_a_prepared_run_whose_data_went_bad(refused, tmp_path, ready, spoil, says):
     run = copy(ready, tmp_path/"run")
     spoil(run/"training_data_custom_alpaca.json")
@@ -128,16 +160,18 @@ def halve(name): return lambda model: (model/name).write_bytes((model/name).read
 
 
 BAD_MODELS = {  # what is wrong -> (how to make it so, what the sentence says)
-    "no config": (without("config.json"), ["model", "config.json is missing", "Check model_name"]),
+    "no config": (without("config.json"), ["model", "config.json is missing", "Check --set model_name=…"]),
     "no config, other words": (lambda model: (model/"config.json").rename(model/"settings.json"), ["config.json is missing"]),
-    "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), ["tokenizer of model_name=", "lacks its files"]),
-    "no tokenizer, other words": (without("tokenizer.json"), ["tokenizer of model_name="]),
-    "no weights": (without("model.safetensors"), ["the model of model_name=", "lacks its files", "model.safetensors"]),
-    "half the weights": (lambda model: (model/"model.safetensors").write_bytes((model/"model.safetensors").read_bytes()[:100_000]), ["the model of model_name="]),
+    "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), ["tokenizer of --set model_name=", "lacks its files"]),
+    "no tokenizer, other words": (without("tokenizer.json"), ["tokenizer of --set model_name="]),
+    "no weights": (without("model.safetensors"), ["the model of --set model_name=", "lacks its files", "model.safetensors"]),
+    "half the weights": (lambda model: (model/"model.safetensors").write_bytes((model/"model.safetensors").read_bytes()[:100_000]),
+        ["the model of --set model_name="]),
     "half the config": (lambda model: (model/"config.json").write_text('{"model_type": "qwen2",'), ["model_name="]),
     "an unknown kind": (lambda model: (model/"config.json").write_text('{"model_type": "qwenty"}'), ["model_name=", "qwenty"]),
-    "half the tokenizer": (halve("tokenizer.json"), ["tokenizer of model_name="]),
-    "no way to end": (lambda model: (model/"chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"), ["ends no answer with a stop token", "Add the end-of-sequence token"])}
+    "half the tokenizer": (halve("tokenizer.json"), ["tokenizer of --set model_name="]),
+    "no way to end": (lambda model: (model/"chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: "
+        "{{ m.content }}\n{% endfor %}"), ["ends no answer with a stop token", "Add the end-of-sequence token"])}
 
 
 @pytest.mark.parametrize("fault", BAD_MODELS)
@@ -159,40 +193,46 @@ def use_model(run, name):
 def test_a_model_folder_that_is_not_there(refused, tmp_path, ready, name):
     run = copy(ready, tmp_path/"run")
     use_model(run, name)
-    refused("run", "run", says=[f"no model folder {name}", 'Check model_name; the packaged model is model_name="tiny"'])
+    refused("run", "run", says=[f"no model folder {name}", "Check --set model_name=…; the packaged model is --set model_name=tiny"])
 
 
 def test_a_name_on_the_hub_without_network(refused, tmp_path, ready):
     run = copy(ready, tmp_path/"run")
     use_model(run, "nobody/no-such-model")
-    refused("run", "run", says=["model_name='nobody/no-such-model'", "check the spelling and the network", "HF_ENDPOINT"])
+    refused("run", "run", says=["--set model_name=nobody/no-such-model", "HF_HUB_OFFLINE is set", "Unset it, or download it"])
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/model"])
 def test_quickstart_makes_no_folder_for_a_model_that_is_not_there(refused, tmp_path, name):
     write_rows(tmp_path/"rows.jsonl")
-    refused("quickstart", "custom", "-d", "rows.jsonl", "-o", "out", "-m", name, says=[f"no model folder {name}", "Check model_name"])
+    refused("quickstart", "custom", "-d", "rows.jsonl", "-o", "out", "-m", name,
+        says=[f"no model folder {name}", "Check --model; the packaged model is --model tiny"])
 
 
 def test_an_adapter_for_layers_the_model_does_not_have(refused, tmp_path, ready):
     run = copy(ready, tmp_path/"run")
     change(run, lora=dict(target_modules=["query", "value"]))
-    refused("run", "run", says=[r"lora.target_modules=\['query', 'value'\] fits no layer", "q_proj", '"all-linear" takes them all'])
+    refused("run", "run", says=["--set lora.target_modules=query,value fits no layer", "q_proj", '"all-linear" takes them all'])
 
 
 # ---- settings ---------------------------------------------------------------------------------------------------------
 
 def test_settings_that_do_not_exist():
-    for wrong, says in [(lambda: TrainingConfig(learning_rat=1e-4), "learning_rat'.*'learning_rate'"), (lambda: PresetConfigs.tiny(epochs=3), "no field 'epochs'"),
-                        (lambda: setattr(TrainingConfig(), "dataPath", "x"), "'dataPath'.*'data_path'"), (lambda: TrainingConfig(lora=dict(rank=8)), "lora.*'rank'|'rank'.*lora")]:
+    for wrong, says in [(lambda: TrainingConfig(learning_rat=1e-4), "learning_rat'.*'learning_rate'"),
+                        (lambda: PresetConfigs.tiny(epochs=3), "no field 'epochs'"),
+                        (lambda: setattr(TrainingConfig(), "dataPath", "x"), "'dataPath'.*'data_path'"),
+                        (lambda: TrainingConfig(lora=dict(rank=8)), "lora.*'rank'|'rank'.*lora")]:
         with pytest.raises(ConfigError, match=says): wrong()
     for name in ("rtx_9999", "Tiny"):
         with pytest.raises(ConfigError, match=f"no preset '{name}'. There are: minimal, rtx_3060"): preset(name)
 
 
-BAD_SETTINGS = [(dict(learning_rat=1e-4), ["training_config.json", "'learning_rat'", "'learning_rate'"]), (dict(lora=dict(rank=4)), ["training_config.json", "'rank'"]),
-                (dict(learning_rate="fast"), ["learning_rate = 'fast'", "a number from 1e-09 to 1"]), (dict(num_train_epochs=0), ["num_train_epochs = 0", "from 1"]),
-                (dict(load_in_8bit=True, load_in_4bit=True), ["load_in_8bit", "load_in_4bit", "contradict", "Set one of them to False"]), (dict(fp16=True), ["fp16=True needs a GPU", "None"])]
+BAD_SETTINGS = [(dict(learning_rat=1e-4), ["training_config.json", "'learning_rat'", "'learning_rate'"]),
+                (dict(lora=dict(rank=4)), ["training_config.json", "'rank'"]),
+                (dict(learning_rate="fast"), ["--lr fast", "a number from 1e-09 to 1"]),
+                (dict(num_train_epochs=0), ["--epochs 0", "from 1"]),
+                (dict(load_in_8bit=True, load_in_4bit=True), ["--bits 8 and --bits 4 contradict", "Set one of them to False"]),
+                (dict(fp16=True), ["--set fp16=true needs a GPU", "None"])]
 
 
 @pytest.mark.parametrize("fields, says", BAD_SETTINGS, ids=[next(iter(case[0])) for case in BAD_SETTINGS])
@@ -220,13 +260,14 @@ def test_a_task_that_does_not_exist(refused):
 def test_an_output_folder_that_cannot_be(refused, tmp_path, output):
     write_rows(tmp_path/"rows.jsonl")
     (tmp_path/"file").write_text("old")
-    refused("quickstart", "custom", "-d", "rows.jsonl", "-o", output, says=[f"{output}( |:)", "file", "Choose another output_dir"])
+    refused("quickstart", "custom", "-d", "rows.jsonl", "-o", output, says=[f"{output}( |:)", "file", "Choose another --output"])
 
 
 @pytest.mark.parametrize("output", ["run", "run/below"])
 def test_training_into_a_file(tmp_path, output):
     (tmp_path/"run").write_text("old")
-    with pytest.raises(RunError, match="(?s)cannot write .*run.*Choose another output_dir"): LoRATrainer(tiny_config(tmp_path, output_dir=tmp_path/output, max_steps=1)).train(show=False)
+    with pytest.raises(RunError, match="(?s)cannot write .*run.*Choose another `output_dir`"):
+        LoRATrainer(tiny_config(tmp_path, output_dir=tmp_path/output, max_steps=1)).train(show=False)
     assert (tmp_path/"run").read_text() == "old" and {path.name for path in tmp_path.iterdir()} == {"run", "rows.jsonl"}
 
 
@@ -236,16 +277,18 @@ def test_a_disk_that_may_only_be_read(refused, tmp_path, ready):
         copy(ready, disk/"run")
         write_rows(tmp_path/"rows.jsonl")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        refused("run", "disk/run", says=["cannot write .*disk/run", "no permission|read-only", "output_dir"])
-        refused("quickstart", "custom", "-d", "rows.jsonl", "-o", "disk/new", says=["cannot write .*disk/new", "no permission|read-only", "Choose an(other)? output_dir"])
+        refused("run", "disk/run", says=["cannot write .*disk/run", "no permission|read-only", "Choose another RUN"])
+        refused("quickstart", "custom", "-d", "rows.jsonl", "-o", "disk/new",
+            says=["cannot write .*disk/new", "no permission|read-only", "Choose another --output"])
 
 
 def test_an_output_folder_that_holds_a_run(refused, tmp_path, finished):
     "In the words of each door"
     copy(finished, tmp_path/"run")
     write_rows(tmp_path/"rows.jsonl")
-    refused("run", "run", says=["run already holds a run", "metrics.jsonl", "lora_weights", "Choose another output_dir", "resume"])
-    refused("quickstart", "custom", "-d", "rows.jsonl", "-o", "run", says=["run already holds a run", "Choose another output_dir", "overwrite"])
+    refused("run", "run", says=["run already holds a run", "metrics.jsonl", "lora_weights", "Choose another RUN", "--resume"])
+    refused("quickstart", "custom", "-d", "rows.jsonl", "-o", "run",
+        says=["run already holds a run", "Choose another --output", "--overwrite"])
 
 
 @pytest.mark.parametrize("more", [[], ["--resume"], ["--overwrite"]], ids=["again", "resume", "overwrite"])
@@ -256,7 +299,8 @@ def test_a_run_somebody_is_training(refused, tmp_path, finished, more):
     other = subprocess.Popen([sys.executable, "-c", holds, str(run/".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
-        (run/"status.json").write_text(json.dumps(status(run) | dict(state="training", pid=other.pid, updated=datetime.now(timezone.utc).isoformat(timespec="seconds"))))
+        (run/"status.json").write_text(json.dumps(status(run)
+            | dict(state="training", pid=other.pid, updated=datetime.now(UTC).isoformat(timespec="seconds"))))
         refused("run", "run", *more, says=["in use", f"process {other.pid}", "Wait for it"])
     finally:
         other.kill()
@@ -278,7 +322,7 @@ def test_too_early(refused, tmp_path, ready):
     copy(ready, tmp_path/"run")
     refused("merge", "run", says=["run holds no adapter yet", "sage-finetune run run"])
     refused("chat", "run", "-p", "Hi", says=["run holds no adapter yet", "sage-finetune run run"])
-    refused("chat", "run", "-p", "Hi", "--merged", says=["merged_model holds no model", "sage-finetune merge run"])
+    refused("chat", "run", "-p", "Hi", "--merged", says=["run holds no adapter yet", "sage-finetune run run"])
     refused("run", "run", "--resume", says=["no run in .*run, so nothing to resume"])
 
 
@@ -286,7 +330,8 @@ def test_an_adapter_that_was_cut_off(refused, tmp_path, finished):
     run = copy(finished, tmp_path/"run")
     path = run/"lora_weights"/"adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    for command in (["merge", "run"], ["chat", "run", "-p", "Hi"]): refused(*command, says=["adapter in .*lora_weights", "does not fit|cannot be read"])
+    for command in (["merge", "run"], ["chat", "run", "-p", "Hi"]):
+        refused(*command, says=["adapter in .*lora_weights", "does not fit|cannot be read"])
 
 
 def test_checkpoints_that_were_cut_off(refused, tmp_path, finished):
@@ -294,13 +339,16 @@ def test_checkpoints_that_were_cut_off(refused, tmp_path, finished):
     run = copy(finished, tmp_path/"run")
     states = [path/"state.safetensors" for path in checkpoints(run/"checkpoints")]
     for path in states[1:]: path.write_bytes(path.read_bytes()[:5000])
-    with pytest.warns(UserWarning, match="checkpoint-4 cannot be read .*goes on from checkpoint-1"): assert train_from_meta(run, show=False, resume=True).steps == 3
+    with pytest.warns(UserWarning, match="checkpoint-4 cannot be read .*goes on from checkpoint-1"):
+        assert train_from_meta(run, show=False, resume=True).steps == 3
     assert adapter(run) == adapter(finished)
     for path in checkpoints(run/"checkpoints"): (path/"state.safetensors").write_bytes(b"half")
-    refused("run", "run", "--resume", says=["checkpoint-1 cannot be read", "Restore one from a copy, or start anew"])
+    refused("run", "run", "--resume", "--epochs", "9",
+        says=["checkpoint-1 cannot be read", "Restore one from a copy, or start anew with --overwrite"])
 
 
-@pytest.mark.parametrize("arguments, says", [(["quickstart", "custom", "-d", "nowhere.jsonl"], "there is no data file nowhere.jsonl"), (["run", "nowhere"], "no run folder nowhere"), (["merge", "nowhere"], "nowhere is not a run folder")],
+@pytest.mark.parametrize("arguments, says", [(["quickstart", "custom", "-d", "nowhere.jsonl"], "there is no data file nowhere.jsonl"),
+    (["run", "nowhere"], "no run folder nowhere"), (["merge", "nowhere"], "no run folder nowhere")],
                          ids=["quickstart", "run", "merge"])
 def test_the_real_program_ends_with_2(tmp_path, arguments, says):
     child = start(*arguments, cwd=tmp_path)
@@ -314,7 +362,10 @@ def test_the_module_ends_with_2(tmp_path, ready):
     before = tree(tmp_path)
     child = start(run, module="sage_finetune.trainer", cwd=tmp_path)
     _, complained = child.communicate(timeout=300)
-    assert child.returncode == 2 and "there is no data file" in one_sentence(complained) and tree(tmp_path) == before
+    assert child.returncode == 2 and "there is no data file" in one_sentence(complained)
+    assert says_why(run/"status.json", one_sentence(complained))
+    assert {path: hashed for path, hashed in tree(tmp_path).items() if path != "run/status.json"} \
+        == {path: hashed for path, hashed in before.items() if path != "run/status.json"}
 
 
 # ---- a full disk ------------------------------------------------------------------------------------------------------
@@ -324,10 +375,10 @@ def short_of_space(sentence): return all(part in sentence for part in ("cannot w
 
 @pytest.fixture
 def failed(capsys):
-    "Run the program: it must end with 2 and say in one sentence that there is no room for `what`"
-    def check(*arguments, what):
+    "Run the program: it must end with a status and say in one sentence that there is no room for `what`"
+    def check(*arguments, what, status=2):
         capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
+        assert main([str(argument) for argument in arguments]) == status
         sentence = one_sentence(capsys.readouterr().err)
         assert short_of_space(sentence) and what in sentence, sentence
         return sentence
@@ -337,7 +388,8 @@ def failed(capsys):
 def test_no_room_for_the_rows(failed, tmp_path):
     write_rows(tmp_path/"rows.jsonl")
     before = tree(tmp_path)
-    with file_limit(500): failed("quickstart", "custom", "-d", tmp_path/"rows.jsonl", "-o", tmp_path/"run", what="training_data_custom_alpaca.json")
+    with file_limit(500):
+        failed("quickstart", "custom", "-d", tmp_path/"rows.jsonl", "-o", tmp_path/"run", what="training_data_custom_alpaca.json")
     assert tree(tmp_path) == before
 
 
@@ -348,25 +400,28 @@ def test_no_room_to_begin(failed, tmp_path, ready, limit):
     before = tree(run)
     with file_limit(limit): failed("run", run, what="run/")
     assert status(run)["state"] != "training" and leftovers(run) == []
-    assert {name: content for name, content in tree(run).items() if name not in ("status.json", "metrics.jsonl")} == {name: content for name, content in before.items() if name != "status.json"}
+    assert {name: content for name, content in tree(run).items() if name not in ("status.json", "metrics.jsonl")} == {name: content
+        for name, content in before.items() if name != "status.json"}
 
 
 def test_no_room_for_the_metrics(failed, tmp_path, ready):
     "In the middle of training; what was written stays readable"
     run = copy(ready, tmp_path/"run")
     change(run, max_steps=12, save_steps=500)
-    with file_limit(2400): sentence = failed("run", run, what="metrics.jsonl")
+    with file_limit(2400): sentence = failed("run", run, what="metrics.jsonl", status=1)
     said = status(run)
-    assert said["state"] == "failed" and said["message"] == sentence and not (run/"lora_weights").exists() and leftovers(run) == []
+    assert said["state"] == "failed" and typed(said["message"]) == sentence and not (run/"lora_weights").exists() and leftovers(run) == []
     assert 3 <= len(read_metrics(run)) < 12
 
 
 def fails_at_the_adapter(failed, run):
     data = tree(run)
-    sentence = failed("run", run, what="lora_weights")
+    sentence = failed("run", run, what="lora_weights", status=1)
     assert not any((run/"checkpoints").iterdir())
-    assert {path.name for path in run.iterdir()} - {".lock", "checkpoints"} == {"finetune_meta.json", "metrics.jsonl", "prepared", "run_manifest.json", "status.json", "training_config.json", "training_data_custom_alpaca.json"}
-    assert (status(run)["state"], status(run)["message"]) == ("failed", sentence) and len(metrics(run)) == 4 and leftovers(run.parent) == []
+    assert {path.name for path in run.iterdir()} - {".lock", "checkpoints"} == {"finetune_meta.json", "metrics.jsonl",
+        "prepared", "run_manifest.json", "status.json", "training_config.json", "training_data_custom_alpaca.json"}
+    assert (status(run)["state"], typed(status(run)["message"])) == ("failed", sentence)
+    assert len(metrics(run)) == 4 and leftovers(run.parent) == []
     assert tree(run)["training_data_custom_alpaca.json"] == data["training_data_custom_alpaca.json"]
 
 
@@ -395,9 +450,10 @@ def interrupted(ready):
 
 def fails_at_the_checkpoint(failed, run):
     first = tree(run/"checkpoints"/"checkpoint-1")
-    sentence = failed("run", run, "--resume", what="checkpoint-2")
+    sentence = failed("run", run, "--resume", what="checkpoint-2", status=1)
     assert tree(run/"checkpoints"/"checkpoint-1") == first and [path.name for path in (run/"checkpoints").iterdir()] == ["checkpoint-1"]
-    assert (status(run)["state"], status(run)["message"]) == ("failed", sentence) and not (run/"lora_weights").exists() and leftovers(run.parent) == []
+    assert ((status(run)["state"], typed(status(run)["message"])) == ("failed", sentence) and not (run/"lora_weights").exists()
+        and leftovers(run.parent) == [])
 
 
 def goes_on(run, finished):
@@ -446,7 +502,8 @@ def test_no_room_for_the_merged_model_under_a_quota(failed, tmp_path, finished):
 def test_an_unwritable_place_for_the_merged_model(refused, tmp_path, finished):
     copy(finished, tmp_path/"run")
     (tmp_path/"file").write_text("old")
-    for output in ("file/merged", "file"): refused("merge", "run", "-o", output, says=[f"cannot write .*{output}|{output} exists and is not", "Choose another"])
+    for output in ("file/merged", "file"):
+        refused("merge", "run", "-o", output, says=[f"cannot write .*{output}|{output} exists and is not", "Choose another"])
 
 
 def test_merge_replaces_nothing_but_an_earlier_merge(refused, tmp_path, finished):

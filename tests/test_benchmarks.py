@@ -11,10 +11,12 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1]/"benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import panels  # noqa: E402
-import train  # noqa: E402
-from peers.common import Watch, peak_memory, value_of  # noqa: E402
-from reference import SHAPE, adapter_size, flops, make_rows, row_lengths  # noqa: E402
+import panels
+import train
+from peers.common import Watch, peak_memory, value_of
+from reference import SHAPE, adapter_size, flops, make_rows, row_lengths
+
+from sage_finetune.modeling.packed_weights import cpu_can_pack
 
 SMALL = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=512)
 
@@ -22,8 +24,10 @@ SMALL = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_ke
 def run(tokens=(100, 100, 100), seconds=(2., 1., 1.), **changes):
     "A run that nobody would doubt, and what is to be different in it"
     losses = [11.9 - 0.1 * step for step in range(len(tokens))]
-    usual = dict(steps=len(tokens), tokens=list(tokens), target_tokens=[count // 2 for count in tokens], step_seconds=list(seconds), seconds=sum(seconds), losses=losses,
-                 cpu_seconds=sum(seconds), peak_mib=2048., to_first_step=9., compile_seconds=0., others=0., trained=adapter_size(), settings={}, doubts=[],
+    usual = dict(steps=len(tokens), tokens=list(tokens), target_tokens=[count // 2 for count in tokens],
+                 step_seconds=list(seconds), seconds=sum(seconds), losses=losses,
+                 cpu_seconds=sum(seconds), peak_mib=2048., to_first_step=9., compile_seconds=0., others=0.,
+                 trained=adapter_size(), settings={}, doubts=[],
                  versions=dict(torch="2.13.0"))
     return usual | changes
 
@@ -32,7 +36,8 @@ def result(**peers):
     "What is kept of a comparison of such runs"
     found = {name.replace("_", "-"): train.summary(runs, 1.) for name, runs in peers.items()}
     machine = dict(processor="a CPU", formats=["amx_bf16"])
-    return dict(date="2026-11-21T00:00:00", machine=machine, threads=2, rows=8, tokens=300, shape=SHAPE, roofs=[dict(bf16=1., fp32=.2)], peers=found, failures={})
+    return dict(date="2026-11-21T00:00:00", machine=machine, threads=2, rows=8, tokens=300, shape=SHAPE,
+        roofs=[dict(bf16=1., fp32=.2)], peers=found, failures={})
 
 
 # ---- formulas ---------------------------------------------------------------------------------------------------------
@@ -60,8 +65,10 @@ def test_operations_are_those_torch_counts():
     tokens, rank, model = 64, 8, small_model(8)
     ids = torch.arange(tokens)[None]
     with FlopCounterMode(display=False) as counter: model(input_ids=ids, labels=ids).loss.backward()
-    attention = SMALL["num_hidden_layers"] * 3 * 2 * 2 * tokens * tokens * SMALL["hidden_size"]  # scores and values, forward and twice backward
-    saved = 2 * tokens * sum(one * other + rank * one for one, other in ((64, 64), (64, 32), (64, 32)))  # the first layer's input needs no gradient
+    # scores and values, forward and twice backward
+    attention = SMALL["num_hidden_layers"] * 3 * 2 * 2 * tokens * tokens * SMALL["hidden_size"]
+    # the first layer's input needs no gradient
+    saved = 2 * tokens * sum(one * other + rank * one for one, other in ((64, 64), (64, 32), (64, 32)))
     assert counter.get_total_flops() - attention == flops(tokens, tokens, rank, SMALL) - saved
 
 
@@ -113,14 +120,16 @@ def test_peak_memory_is_of_this_process():
     assert 10 < peak_memory() < 100_000
 
 
-@pytest.mark.parametrize("text, value", [("true", True), ("3", 3), ("1e-4", 1e-4), ("sdpa", "sdpa"), ('{"dtype":"bfloat16"}', dict(dtype="bfloat16"))])
+@pytest.mark.parametrize("text, value", [("true", True), ("3", 3), ("1e-4", 1e-4), ("sdpa", "sdpa"),
+    ('{"dtype":"bfloat16"}', dict(dtype="bfloat16"))])
 def test_settings_are_json_or_text(text, value): assert value_of(text) == value
 
 
 # ---- what it doubts ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, doubt", [
-    (dict(tokens=[100, 100, 90]), "it read 290 tokens of the rows' 300"), (dict(trained=7), "its adapter has 7 parameters"), (dict(losses=[9., 9., 9.]), "its first loss is 9.00"),
+    (dict(tokens=[100, 100, 90]), "it read 290 tokens of the rows' 300"), (dict(trained=7), "its adapter has 7 parameters"),
+    (dict(losses=[9., 9., 9.]), "its first loss is 9.00"),
     (dict(losses=[11.9, 13., 12.]), "its loss rose from 11.90 to 13.00"), (dict(others=.3), "others had 30% of the machine"),
     (dict(settings=dict(torch_compile=True)), "compiled nothing")])
 def test_a_run_is_doubted(changes, doubt):
@@ -129,7 +138,8 @@ def test_a_run_is_doubted(changes, doubt):
     assert [doubt in said for said in train.doubts(run(**changes), reference)] == [True]
 
 
-def test_processes_that_compile_are_nobody_else(): assert not list(train.doubts(run(others=.4, compile_seconds=20.), dict(lengths=[150, 150])))
+def test_processes_that_compile_are_nobody_else():
+    assert not list(train.doubts(run(others=.4, compile_seconds=20.), dict(lengths=[150, 150])))
 
 
 def test_two_passes_read_the_rows_twice():
@@ -139,7 +149,8 @@ def test_two_passes_read_the_rows_twice():
 # ---- what it shows ----------------------------------------------------------------------------------------------------
 
 def test_ratios_are_to_the_fastest_of_trl():
-    told = train.report(result(ours=[run(seconds=(1., .25, .25), peak_mib=1024)], trl_default=[run(seconds=(4., 4., 4.), peak_mib=512)], trl_rows=[run()]))
+    told = train.report(result(ours=[run(seconds=(1., .25, .25), peak_mib=1024)],
+        trl_default=[run(seconds=(4., 4., 4.), peak_mib=512)], trl_rows=[run()]))
     assert "| sage_finetune | 400 (4.00 ×) | 200 | 1,024 MiB (0.50 ×) | 9.0 s (1.00 ×) |" in told
     assert "| TRL, defaults | 25 (0.25 ×) |" in told
     assert "× is beside TRL, bf16, row by row, TRL's fastest. TRL's least memory is 512 MiB (TRL, defaults)" in told
@@ -172,12 +183,14 @@ def test_every_peer_of_the_table_is_explained():
 # ---- what it is told --------------------------------------------------------------------------------------------------
 
 def test_settings_behind_a_colon_join_those_of_the_peer():
-    assert train.described("ours-compiled:packing=false+seed=3")[1:] == ("ours", ["--passes", 2, "--set", "torch_compile=true", "packing=false", "seed=3"])
+    assert train.described("ours-compiled:packing=false+seed=3")[1:] == ("ours",
+        ["--passes", 2, "--set", "torch_compile=true", "packing=false", "seed=3"])
     with pytest.raises(SystemExit, match="there is no peer 'trl-quick'"): train.described("trl-quick")
 
 
 def test_kinds_of_measurement_have_their_own_sizes():
-    usual, short, grows, tune = (train.options(asked) for asked in ([], ["--short"], ["--scaling"], ["--tune", "--peers", "trl-rows,plain"]))
+    usual, short, grows, tune = (train.options(asked)
+        for asked in ([], ["--short"], ["--scaling"], ["--tune", "--peers", "trl-rows,plain"]))
     assert (usual.rows, usual.rounds, usual.minutes, usual.layers) == (24, 3, None, 24)
     assert (short.rows, short.minutes, short.layers) == (12, 8, 24) and set(short.peers) < set(usual.peers) == set(train.USUAL)
     assert (grows.layers, grows.minutes, grows.peers) == (4, 20, ["ours"])
@@ -219,10 +232,26 @@ def bench(folder, *arguments):
     return ended.stdout
 
 
+def kept_in(folder):
+    kept, = map(json.loads, map(Path.read_text, (folder/"results").glob("train-*.json")))
+    return kept
+
+
+SMALL_WORK = ("--layers", 1, "--rows", 8, "--peers", "ours,plain")
+
+
+@pytest.fixture(scope="module")
+def two_peers(tmp_path_factory):
+    "A comparison on a model of one layer: its folder, and what was printed"
+    if not cpu_can_pack(): pytest.skip("without instructions for bf16 a product takes up to seventy times as long")
+    folder = tmp_path_factory.mktemp("peers")
+    return folder, bench(folder, *SMALL_WORK, "--rounds", 1)
+
+
 @pytest.mark.slow
-def test_two_peers_beside_each_other(tmp_path):
-    said = bench(tmp_path, "--layers", 1, "--rows", 8, "--rounds", 1, "--peers", "ours,plain")
-    kept, = map(json.loads, map(Path.read_text, (tmp_path/"results").glob("train-*.json")))
+def test_two_peers_beside_each_other(two_peers):
+    tmp_path, said = two_peers
+    kept = kept_in(tmp_path)
     assert set(kept["peers"]) == {"ours", "plain"} and not kept["failures"]
     assert "| sage_finetune |" in said and "| transformers + PEFT |" in said
     assert (tmp_path/"results"/"train.png").read_bytes().startswith(b"\x89PNG")
@@ -240,19 +269,27 @@ def test_two_peers_beside_each_other(tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_begins_when_time_is_up(tmp_path):
-    said = bench(tmp_path, "--layers", 1, "--rows", 8, "--minutes", .01, "--peers", "ours,plain")
-    assert said.splitlines() == ["ours: no time was left for it", "plain: no time was left for it"]
-    kept, = map(json.loads, map(Path.read_text, (tmp_path/"results").glob("train-*.json")))
-    assert kept["peers"] == {}
+def test_nothing_begins_when_time_is_up(two_peers, tmp_path, capsys):
+    "With the model, the rows and the roof of the comparison above"
+    class Measured(train.Bench):
+        def roofline(self): return kept_in(two_peers[0])["roofs"][0]
+    places = ["--work", str(two_peers[0]/"work"), "--results", str(tmp_path/"results")]
+    asked = train.options([*map(str, SMALL_WORK), "--minutes", "1e-9", "--threads", "1", *places])
+    train.compare(asked, Measured(asked.work, asked.threads, asked.layers), "train")
+    train.show(asked.results, "train")
+    assert capsys.readouterr().out.splitlines() == ["ours: no time was left for it", "plain: no time was left for it"]
+    assert kept_in(tmp_path)["peers"] == {}
 
 
 def test_every_kind_of_processor_keeps_a_table_of_its_own(tmp_path, capsys):
     "The README shows them all, the newest first; the same CPU again replaces its own"
     result = json.loads(next((BENCHMARKS/"results").glob("train-intel*.json")).read_text())
-    for processor, fastest, day in (("Intel(R) Xeon(R) Processor", "amx_bf16", 1), ("AMD EPYC", "avx512_bf16", 3), ("AMD EPYC", "avx512_bf16", 2), ("Neoverse", "", 4)):
-        train.keep(tmp_path, "train", result | dict(date=f"2026-11-0{day}T00:00:00+00:00", machine=result["machine"] | dict(processor=processor, formats=["avx2", fastest] if fastest else [])))
-    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["train-amd-epyc-avx512_bf16.json", "train-intel-xeon-amx_bf16.json", "train-neoverse.json"]
+    for processor, fastest, day in (("Intel(R) Xeon(R) Processor", "amx_bf16", 1), ("AMD EPYC", "avx512_bf16", 3),
+            ("AMD EPYC", "avx512_bf16", 2), ("Neoverse", "", 4)):
+        train.keep(tmp_path, "train", result | dict(date=f"2026-11-0{day}T00:00:00+00:00",
+            machine=result["machine"] | dict(processor=processor, formats=["avx2", fastest] if fastest else [])))
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["train-amd-epyc-avx512_bf16.json",
+        "train-intel-xeon-amx_bf16.json", "train-neoverse.json"]
     page = tmp_path/"README.md"
     page.write_text("<!-- results -->\n<!-- /results -->\n")
     train.show(tmp_path, "train", page)
@@ -276,11 +313,15 @@ def test_what_a_redraw_costs_and_the_tables_that_tell():
     "A real drawing in a process of its own; medians, the highest, and the slowdown of what takes turns"
     found = panels.child("redraw 200", BENCHMARKS)
     assert len(found["same"]) == len(found["other"]) == 15 and all(took > 0 for took in found["same"] + found["other"])
-    runs = dict(alone=[dict(steps_per_second=speed, kernel=0.) for speed in (2., 4., 9.)], shown=[dict(steps_per_second=3., kernel=share) for share in (0.01, 0.02, 0.05)])
+    runs = dict(alone=[dict(steps_per_second=speed, kernel=0.) for speed in (2., 4., 9.)],
+        shown=[dict(steps_per_second=3., kernel=share) for share in (0.01, 0.02, 0.05)])
     heard = dict(tokens=17, reads=0.25, milliseconds=[1., 2., 30.])
-    told = panels.report(dict(date="2026-11-21T00:00:00", machine=dict(processor="a CPU"), threads=2, torch="2.13.0", ipywidgets="8.1.9", redraw={"200": found}, watch={"12": runs},
-                              stop=dict(dtype="bfloat16", threads=2, answer=heard, short=heard, long=heard), memory=dict(grown={"36000": 1.5, "72000": 0.5})))
-    assert "| 12 | 4.0 | 3.0 | -25.0% | 0.0% | 2.0% |" in told and "| 17 | 0.2 s | 2 (30) |" in told and "72,000 steps: at most 1.5 MiB" in told and f"({max(found['other']):.0f}) |" in told
+    told = panels.report(dict(date="2026-11-21T00:00:00", machine=dict(processor="a CPU"), threads=2, torch="2.13.0",
+                              ipywidgets="8.1.9", redraw={"200": found}, watch={"12": runs},
+                              stop=dict(dtype="bfloat16", threads=2, answer=heard, short=heard, long=heard),
+                              memory=dict(grown={"36000": 1.5, "72000": 0.5})))
+    assert ("| 12 | 4.0 | 3.0 | -25.0% | 0.0% | 2.0% |" in told and "| 17 | 0.2 s | 2 (30) |" in told
+        and "72,000 steps: at most 1.5 MiB" in told and f"({max(found['other']):.0f}) |" in told)
 
 
 def test_memory_is_looked_at_every_half_hour():

@@ -9,18 +9,18 @@ LAMP = '''
 import io, threading
 import ipywidgets as W
 from matplotlib.figure import Figure
-from sage_finetune.panel import Panel, flex_row, heading, marked, escape_text
+from sage_finetune.ui.panel import Panel, flex_row, heading, add_class, escape_text
 class Lamp(Panel):
     name = "lamp"
     def __init__(self):
-        self.times, self.word = 0, marked(W.HTML("dark"), "lamp-word")
+        self.times, self.word = 0, add_class(W.HTML("dark"), "lamp-word")
         buttons = [self.button(label, action, css=f"lamp-{label.lower()}") for label, action in (("Press", self.press), ("Smash", self.smash), ("Work", self.work))]
         super().__init__(heading("A lamp"), flex_row(*buttons), self.word)
     def press(self):
         self.times += 1
         self.word.value = escape_text(f"pressed {self.times} times")
     def smash(self): raise ValueError('<img src=x onerror="window.harmed = 1"> \\x1b[31mred')
-    def work(self): threading.Thread(target=lambda: (self.press(), self.leave())).start()
+    def work(self): threading.Thread(target=lambda: (self.press(), self.update_static_output())).start()
     def static_html(self): return escape_text(f"a lamp, pressed {self.times} times <img src=x onerror='window.harmed = 1'>")
     def static_png(self):
         figure, png = Figure(figsize=(2, 1)), io.BytesIO()
@@ -32,7 +32,8 @@ class Lamp(Panel):
 
 @pytest.mark.timeout(300)
 def test_a_panel_lives_fails_and_leaves_something_behind(tmp_path):
-    "Live: the widget alone. A handler that fails: a red line. The next day: what `leave` put there from a thread, and nothing of it runs"
+    """Live: the widget alone. A handler that fails: a red line. The next day:
+    what `update_static_output` put there from a thread, and nothing of it runs"""
     (tmp_path/"book").mkdir()
     (tmp_path/"book"/"lamp.py").write_text(LAMP)
     with opened(tmp_path, ["from lamp import Lamp\nlamp = Lamp()", "lamp"], label="panel") as book:
@@ -63,7 +64,8 @@ def test_a_panel_lives_fails_and_leaves_something_behind(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_whole_way_in_jupyterlab(tmp_path):
-    "A config, a bad value, rows, a run that is stopped, left, found again, gone on with and finished; then what it learnt, and how strongly"
+    """A config, a bad value, rows, a run that is stopped, left, found again, gone on with and finished;
+    then what it learnt, and how strongly"""
     way.lay_out(tmp_path)
     with opened(tmp_path, way.CELLS) as book:
         book.run_all()

@@ -11,10 +11,15 @@ import torch
 from helpers import copy, file_limit, trained
 
 from sage_finetune import LoRAConfig, PresetConfigs, load_training_data, merge, to_messages
-from sage_finetune.chat import Chat, SamplingParams, SideBySide, adapter_scale, answers, compare, clear_model_cache, generate, load_cached_model, logprob_diff
 from sage_finetune.core.errors import ConfigError, DataError, RunError
-from sage_finetune.export import load_run
-from sage_finetune.model import NewTokens, attach_lora, load_base, resize_embeddings
+from sage_finetune.inference.chat import Chat, SideBySide
+from sage_finetune.inference.evaluation import compare, logprob_diff
+from sage_finetune.inference.export import load_run
+from sage_finetune.inference.generation import SamplingParams, adapter_scale, generate, generate_batch
+from sage_finetune.inference.model_cache import clear_model_cache, load_cached_model
+from sage_finetune.modeling.adapter import attach_lora
+from sage_finetune.modeling.base import load_base, resize_embeddings
+from sage_finetune.modeling.tokenizer import NewTokens
 
 HELLO = [dict(role="user", content="Which colour has lamp 2?")]
 NASTY = "<img src=x onerror=alert(1)>\x1b[31m & שלום, 色 \"ü\" 🙂\nsecond line"
@@ -57,7 +62,8 @@ def said(model, tokenizer, strength=None): return "".join(generate(model, tokeni
 # ---- strength ---------------------------------------------------------------------------------------------------------
 
 KINDS = {
-    "plain": dict(), "rslora": dict(use_rslora=True), "dora": dict(use_dora=True), "whole": dict(modules_to_save=["norm"]), "dora and whole": dict(use_dora=True, modules_to_save=["norm"]), "tokens": dict()}
+    "plain": dict(), "rslora": dict(use_rslora=True), "dora": dict(use_dora=True), "whole": dict(modules_to_save=["norm"]),
+    "dora and whole": dict(use_dora=True, modules_to_save=["norm"]), "tokens": dict()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,7 +78,8 @@ def test_strength_goes_from_the_very_base_to_the_very_tuned_model(kind, base):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad and ("lora_A" not in name): p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
-    flags, scalings = [p.requires_grad for p in model.parameters()], [dict(layer.scaling) for layer in model.modules() if hasattr(layer, "lora_A")]
+    flags, scalings = ([p.requires_grad for p in model.parameters()],
+        [dict(layer.scaling) for layer in model.modules() if hasattr(layer, "lora_A")])
     tuned = logits(model)
     assert (tuned - fresh).abs().max() > 0.1
     assert torch.equal(logits(model, 0), fresh) and torch.equal(logits(model, 1), tuned)
@@ -82,7 +89,8 @@ def test_strength_goes_from_the_very_base_to_the_very_tuned_model(kind, base):
     with pytest.raises(KeyError), adapter_scale(model, 0.5): raise KeyError
     with pytest.raises(KeyError), adapter_scale(model, 0): raise KeyError
     assert torch.equal(logits(model), tuned)
-    assert flags == [p.requires_grad for p in model.parameters()] and scalings == [dict(layer.scaling) for layer in model.modules() if hasattr(layer, "lora_A")]
+    assert flags == [p.requires_grad for p in model.parameters()] and scalings == [dict(layer.scaling)
+        for layer in model.modules() if hasattr(layer, "lora_A")]
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -92,7 +100,8 @@ def test_half_strength_is_half_the_correction(opened, run, base):
     halved = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
     with torch.no_grad():
         for name, layer in model.get_base_model().named_modules():
-            if hasattr(layer, "lora_A"): halved[name].weight += 0.5 * layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            if hasattr(layer, "lora_A"):
+                halved[name].weight += 0.5 * layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     assert torch.allclose(logits(model, 0.5), logits(base), atol=1e-3)
     assert not torch.allclose(logits(model, 1), logits(base), atol=0.1)
 
@@ -108,7 +117,8 @@ def test_models_without_a_scale_say_why(opened, run, base, tmp_path):
     merged.merge_adapter()
     with pytest.raises(DataError, match="unmerge_adapter"): logits(merged, 0)
     with pytest.raises(DataError, match="no adapter"): logits(merged.merge_and_unload(), 0)
-    for lora, why in ((LoRAConfig(bias="all"), "overwrites biases of the base"), (LoRAConfig(init_lora_weights="pissa"), "PiSSA in training")):
+    for lora, why in ((LoRAConfig(bias="all"), "overwrites biases of the base"),
+            (LoRAConfig(init_lora_weights="pissa"), "PiSSA in training")):
         model = attach_lora(load_base(PresetConfigs.tiny(device="cpu"))[0], lora).eval()
         with pytest.raises(DataError, match=why): logits(model, 0)
         with pytest.raises(DataError, match=why): SideBySide(model, opened[1])
@@ -120,7 +130,8 @@ def test_while_one_sets_the_scale_the_others_wait(opened):
     model, tokenizer = opened
     plain, tuned, found = said(model, tokenizer, 0), said(model, tokenizer), []
     assert plain != tuned
-    others = [threading.Thread(target=lambda: found.append(said(model, tokenizer))), threading.Thread(target=lambda: found.append(answers(model, tokenizer, [HELLO], 16)[0].text))]
+    others = [threading.Thread(target=lambda: found.append(said(model, tokenizer))),
+        threading.Thread(target=lambda: found.append(generate_batch(model, tokenizer, [HELLO], 16)[0].text))]
     with adapter_scale(model, 0):
         for other in others: other.start()
         assert said(model, tokenizer) == plain  # who has the turn goes on
@@ -144,7 +155,8 @@ def test_a_draw_is_repeatable_and_leaves_the_chance_of_others_alone(opened):
 
 
 @pytest.mark.parametrize("setting, says", (
-    (dict(temperature=-1), "temperature = -1"), (dict(temperature="hot"), "temperature = 'hot'"), (dict(top_p=1.5), "top_p = 1.5"), (dict(seed=-1), "seed = -1"), (dict(seed=1.5), "seed = 1.5"),
+    (dict(temperature=-1), "temperature = -1"), (dict(temperature="hot"), "temperature = 'hot'"),
+    (dict(top_p=1.5), "top_p = 1.5"), (dict(seed=-1), "seed = -1"), (dict(seed=1.5), "seed = 1.5"),
     (dict(max_new_tokens=0), "max_new_tokens = 0"), (dict(temprature=1), "Did you mean 'temperature'")))
 def test_settings_are_refused_at_the_door(setting, says, opened):
     with pytest.raises(ConfigError, match=says.replace("(", r"\(")): Chat(*opened, **setting)
@@ -160,7 +172,7 @@ def test_an_error_in_the_thread_reaches_the_reader(opened, base):
     with pytest.raises(ZeroDivisionError): list(generate(base, opened[1], HELLO))
     chat = Chat(base, opened[1])
     chat.messages = before = [*HELLO, dict(role="assistant", content="Red.")]
-    for ask in (lambda: chat("And lamp 3?"), lambda: list(chat.again()), lambda: list(chat.edit(0, "And lamp 3?"))):
+    for ask in (lambda: chat("And lamp 3?"), lambda: list(chat.regenerate()), lambda: list(chat.edit_and_regenerate(0, "And lamp 3?"))):
         with pytest.raises(ZeroDivisionError): ask()
         assert chat.messages == before
 
@@ -187,7 +199,7 @@ def test_the_head_is_given_a_row_of_its_own(opened):
     before, seen = hooks(), head.register_forward_hook(lambda layer, given, scores: strides.append((given[0].shape, given[0].stride())))
     try:
         said(model, tokenizer)
-        answers(model, tokenizer, ["Hello!", "Which colour has lamp 2?"], max_new_tokens=3)
+        generate_batch(model, tokenizer, ["Hello!", "Which colour has lamp 2?"], max_new_tokens=3)
     finally: seen.remove()
     assert len(strides) > 5 and all(stride == (shape[1] * shape[2], shape[2], 1) for shape, stride in strides) and hooks() == before
 
@@ -197,7 +209,7 @@ def test_stop_is_heard_while_the_prompt_is_read(opened, base):
     for layer in base.model.layers: layer.register_forward_pre_hook(lambda *_: (seen.append(1), len(seen) == 2 and chat.stop()) and None)
     assert chat("Which colour has lamp 1?") == "" and len(seen) == 2  # the third layer was never reached
     assert chat.cut == "it was stopped" and [turn["role"] for turn in chat.messages] == ["user", "assistant"] and chat.rows() == []
-    list(chat.again())
+    list(chat.regenerate())
     assert len(seen) > 8 and chat.messages[-1]["content"]
 
 
@@ -216,7 +228,8 @@ def test_a_conversation_beyond_the_context_is_refused_and_kept(opened):
     chat = Chat(*opened, max_new_tokens=8)
     chat("Hello!")
     before, long = list(chat.messages), "lamp " * 3000
-    for ask in (lambda: chat.stream(long), lambda: chat.edit(0, long), lambda: logprob_diff(*opened, [dict(role="user", content=long), dict(role="assistant", content="Red.")])):
+    for ask in (lambda: chat.stream(long), lambda: chat.edit_and_regenerate(0, long),
+            lambda: logprob_diff(*opened, [dict(role="user", content=long), dict(role="assistant", content="Red.")])):
         with pytest.raises(DataError, match=r"this model reads at most [\d,]+"): ask()
     assert chat.messages == before
 
@@ -236,11 +249,11 @@ def test_an_answer_ends_where_the_context_ends(base, opened):
 def test_again_draws_anew_and_repeatably(opened):
     def talk():
         chat = Chat(*opened, max_new_tokens=8, temperature=5., seed=3)
-        return [chat("Hello!"), *("".join(chat.again()).strip() for _ in range(3))], chat
+        return [chat("Hello!"), *("".join(chat.regenerate()).strip() for _ in range(3))], chat
     (first, chat), (second, _) = talk(), talk()
     assert first == second and len(set(first)) > 1
     assert [turn["role"] for turn in chat.messages] == ["user", "assistant"] and chat.messages[-1]["content"] == first[-1]
-    with pytest.raises(DataError, match="nothing was asked yet"): Chat(*opened, "Be kind.").again()
+    with pytest.raises(DataError, match="nothing was asked yet"): Chat(*opened, "Be kind.").regenerate()
 
 
 def test_edit_drops_what_came_behind(opened):
@@ -248,10 +261,10 @@ def test_edit_drops_what_came_behind(opened):
     for text in ("Which colour has lamp 1?", "Which colour has lamp 2?"): chat(text)
     expected = Chat(*opened, "Be brief.", max_new_tokens=16)
     expected("Which colour has lamp 3?")
-    list(chat.edit(1, "Which colour has lamp 3?"))
+    list(chat.edit_and_regenerate(1, "Which colour has lamp 3?"))
     assert chat.messages == expected.messages and len(chat.messages) == 3
     for number in (0, 2, 3, -1, "1", True):
-        with pytest.raises(ConfigError, match="is no turn of the user; those are: 1"): chat.edit(number, "Hm?")
+        with pytest.raises(ConfigError, match="is no turn of the user; those are: 1"): chat.edit_and_regenerate(number, "Hm?")
     assert chat.messages == expected.messages
     chat.system = "Be long."
     assert chat.messages == [dict(role="system", content="Be long."), *expected.messages[1:]]
@@ -263,7 +276,7 @@ def test_strength_of_a_chat(opened):
     chat = Chat(*opened, max_new_tokens=16, strength=0)
     assert chat(HELLO[0]["content"]) == said(*opened, 0).strip()
     chat.strength = 1
-    assert "".join(chat.again()) == said(*opened)
+    assert "".join(chat.regenerate()) == said(*opened)
     with pytest.raises(ConfigError, match="strength=2"): chat.strength = 2
     assert chat.strength == 1
 
@@ -273,11 +286,11 @@ def test_rows_are_read_back_as_the_conversation(opened, tmp_path):
     with pytest.raises(DataError, match="no whole answer"): chat.save_rows(file)
     chat(HELLO[0]["content"])
     chat(NASTY)
-    chat.correct(len(chat.messages) - 1, NASTY)
+    chat.replace_answer(len(chat.messages) - 1, NASTY)
     assert chat.save_rows(file) == 1 and [to_messages(row) for row in load_training_data(file)] == [chat.messages]
     assert chat.save_rows(file) == 1  # not twice
     chat.settings.temperature, chat.settings.seed = 9., 1
-    for piece in chat.stream("One more?"): chat.stop()
+    for _ in chat.stream("One more?"): chat.stop()
     assert chat.messages[-1]["weight"] == 0 and chat.save_rows(file) == 2
     assert [to_messages(row) for row in load_training_data(file)] == [chat.messages[:-2], chat.messages]
     before, chat.settings.temperature = file.read_bytes(), 0
@@ -293,7 +306,8 @@ def test_rows_are_read_back_as_the_conversation(opened, tmp_path):
 
 def test_rows_leave_out_questions_without_an_answer(opened):
     chat = Chat(*opened)
-    chat.messages = [dict(role="user", content="a"), dict(role="assistant", content="", weight=0), dict(role="user", content="b"), dict(role="assistant", content="B"), dict(role="user", content="c")]
+    chat.messages = [dict(role="user", content="a"), dict(role="assistant", content="", weight=0),
+        dict(role="user", content="b"), dict(role="assistant", content="B"), dict(role="user", content="c")]
     assert chat.rows() == [dict(messages=[dict(role="user", content="b"), dict(role="assistant", content="B")])]
     assert to_messages(chat.rows()[0]) == chat.rows()[0]["messages"]
 
@@ -313,7 +327,8 @@ def test_token_shift_is_the_difference_of_log_probabilities(opened, run, base):
     talk = [*HELLO, dict(role="assistant", content="Red and green and blue.")]
     shift = logprob_diff(model, tokenizer, talk)
     prompt = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
-    start, ids = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]), tokenizer(prompt + talk[1]["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
+    start, ids = (len(tokenizer(prompt, add_special_tokens=False)["input_ids"]),
+        tokenizer(prompt + talk[1]["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"])
     assert shift.ids == ids[start:]
     with torch.no_grad():
         for found, known in ((base, shift.base), (load_run(run)[0], shift.tuned)):
@@ -340,7 +355,7 @@ def test_side_by_side_says_what_each_says_alone(opened):
     assert alone[0].messages[1] != alone[1].messages[1]
     assert [side.base.messages, side.tuned.messages] == [chat.messages for chat in alone]
     side.settings.max_new_tokens = 2
-    list(side.again())
+    list(side.regenerate())
     assert side.base.cut == side.tuned.cut == "max_new_tokens=2 was reached"
 
 
@@ -368,9 +383,10 @@ def test_models_are_loaded_once_and_anew_when_trained_anew(run, tmp_path):
     for thread in threads: thread.start()
     for thread in threads: thread.join()
     assert len({id(model) for model, _ in found}) == 1 and load_cached_model(first/"lora_weights")[0] is found[0][0]
-    model, tokenizer = found[0]
+    model, _ = found[0]
     expected, other = logits(model), load_cached_model(second)[0]
-    assert other is not model and other.get_base_model().get_input_embeddings().weight is model.get_base_model().get_input_embeddings().weight
+    assert (other is not model and other.get_base_model().get_input_embeddings().weight
+        is model.get_base_model().get_input_embeddings().weight)
     assert torch.equal(logits(other), expected)
     with adapter_scale(other, 0): assert torch.equal(logits(model), expected)  # what is done to one is not felt by the other
     from safetensors.torch import load_file, save_file
@@ -406,20 +422,22 @@ def test_an_answer_does_not_depend_on_the_prompts_beside_it(tmp_path, batch_size
     "In 16 bits a near tie is decided by rounding, which depends on the batch"
     model, tokenizer = load_base(PresetConfigs.tiny(output_dir=tmp_path, bf16=True))
     prompts = [row["instruction"] for row in load_training_data("example_unseen")[:40]]
-    assert answers(model, tokenizer, prompts, 24, batch_size=batch_size) == [answers(model, tokenizer, prompt, 24)[0] for prompt in prompts]
+    assert generate_batch(model, tokenizer, prompts, 24, batch_size=batch_size) == [generate_batch(model, tokenizer, prompt, 24)[0]
+        for prompt in prompts]
 
 
 def test_a_near_tie_is_one_step_of_a_number_in_16_bits():
-    from sage_finetune.model import NEAR_TIE, _NearTies
-    near = _NearTies()
+    from sage_finetune.modeling.decoding import NEAR_TIE, _NearTieCounter
+    near = _NearTieCounter()
     for rows in ([[8., 1.], [8., 8 - 8 * NEAR_TIE]], [[0.5, 0.5 - NEAR_TIE / 2], [-8., -8.25]]): near(None, torch.tensor(rows).bfloat16())
     assert torch.stack(near.ties, 1).tolist() == [[False, True], [True, False]]
 
 
 def test_in_32_bits_nobody_is_asked_twice(tmp_path, monkeypatch):
-    from sage_finetune import chat as room
+    from sage_finetune.inference import generation as room
     model, tokenizer = load_base(PresetConfigs.tiny(output_dir=tmp_path, bf16=False))
     asked, ask = [], room.likeliest_tokens
-    monkeypatch.setattr(room, "likeliest_tokens", lambda model, tokenizer, prompts, *more: asked.append(len(prompts)) or ask(model, tokenizer, prompts, *more))
-    answers(model, tokenizer, [row["instruction"] for row in load_training_data("example_unseen")[:10]], 8)
+    monkeypatch.setattr(room, "likeliest_tokens",
+        lambda model, tokenizer, prompts, *more: asked.append(len(prompts)) or ask(model, tokenizer, prompts, *more))
+    generate_batch(model, tokenizer, [row["instruction"] for row in load_training_data("example_unseen")[:10]], 8)
     assert asked == [10]

@@ -9,14 +9,17 @@ import weakref
 
 import pytest
 import torch
-from helpers import tiny_config, rows, until, write_rows
+from helpers import rows, tiny_config, until, write_rows
 
-from sage_finetune.chat import clear_model_cache, load_cached_model
-from sage_finetune.chat_panel import ChatPanel, StreamingText, ConversationView, Turn, strength_words, turns_html
 from sage_finetune.core.errors import ConfigError, DataError, RunError
-from sage_finetune.export import merge, load_run
-from sage_finetune.files import load_training_data
+from sage_finetune.data.files import load_training_data
+from sage_finetune.inference.export import load_run, merge
+from sage_finetune.inference.history import Exchange
+from sage_finetune.inference.model_cache import clear_model_cache, load_cached_model
 from sage_finetune.trainer import LoRATrainer
+from sage_finetune.ui.chat_controls import strength_words
+from sage_finetune.ui.chat_panel import ChatPanel
+from sage_finetune.ui.conversation_view import ConversationView, StreamingText, turns_html
 
 ASKED = "Which colour has lamp 2?"
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
@@ -27,7 +30,8 @@ RAMBLING = dict(temperature=5., seed=1, max_new_tokens=900)  # an answer that do
 def run(tmp_path_factory):
     "A finished and merged run that answers otherwise than its base"
     folder = tmp_path_factory.mktemp("talk")
-    config = tiny_config(folder, data_path=write_rows(folder/"rows.jsonl", rows(4)), per_device_train_batch_size=1, num_train_epochs=6, learning_rate=4e-3)
+    config = tiny_config(folder, data_path=write_rows(folder/"rows.jsonl", rows(4)), per_device_train_batch_size=1,
+        num_train_epochs=6, learning_rate=4e-3)
     LoRATrainer(config).train(show=False)
     merge(config.output_dir)
     return config.output_dir
@@ -43,7 +47,7 @@ def panels(run):
     yield make
     for panel in made:
         panel.close()
-        assert not (panel._thread and panel._thread.is_alive())
+        assert not (panel.worker.thread and panel.worker.thread.is_alive())
 
 
 @pytest.fixture
@@ -81,16 +85,16 @@ def test_a_click_and_enter(panel):
     say(panel, ASKED)
     assert panel.failure is None and panel.controls.say.value == "" and panel.state == "ready"
     first, = panel.turns
-    assert first.asked == ASKED and first.said and first.said in shown(panel) and first.said == panel.chat.messages[-1]["content"]
+    assert first.question == ASKED and first.answer and first.answer in shown(panel) and first.answer == panel.chat.messages[-1]["content"]
     entered(panel, "Hello!")
-    assert panel.join(60) and [turn.asked for turn in panel.turns] == [ASKED, "Hello!"] and panel.controls.say.value == ""
+    assert panel.join(60) and [turn.question for turn in panel.turns] == [ASKED, "Hello!"] and panel.controls.say.value == ""
     panel.controls.say._handle_custom_msg(dict(event="submit"), [])  # an empty box
     assert panel.join(60) and len(panel.turns) == 2 and panel.failure is None
 
 
 def test_ask_goes_the_same_way(panel, run):
-    from sage_finetune.chat import Chat
-    assert panel.ask(ASKED) == Chat(*load_run(run), max_new_tokens=40)(ASKED) == panel.turns[0].said
+    from sage_finetune.inference.chat import Chat
+    assert panel.ask(ASKED) == Chat(*load_run(run), max_new_tokens=40)(ASKED) == panel.turns[0].answer
     with pytest.raises(DataError, match="empty"): panel.ask("  ")
 
 
@@ -101,8 +105,10 @@ def test_the_model_comes_in_a_thread(panels):
     typed(panel, "Hello!")
     start = time.monotonic()
     panel.controls.send.click()
-    assert time.monotonic() - start < 0.5 and panel.state == "answering" and panel.controls.send.disabled and not panel.controls.halt.disabled
-    assert panel.join(60) and [word for line in said for word in ("loading", "answering") if word in line] == ["loading", "answering"] and said[-1] == ""
+    assert (time.monotonic() - start < 0.5 and panel.state == "answering" and panel.controls.send.disabled
+        and not panel.controls.halt.disabled)
+    assert (panel.join(60) and [word for line in said for word in ("loading", "answering") if word in line]
+        == ["loading", "answering"] and said[-1] == "")
     assert not panel.controls.send.disabled and panel.controls.halt.disabled
 
 
@@ -113,7 +119,7 @@ def test_one_model_for_all_and_none_is_held(panels, run):
         panel.talk.live.observe(lambda change, panel=panel: seen.append(panel.chat.model) if panel.chat.model else None, "value")
         panel.ask(ASKED)
     model = load_cached_model(run)[0]
-    assert seen and all(one is model for one in seen) and first.turns[0].said == second.turns[0].said
+    assert seen and all(one is model for one in seen) and first.turns[0].answer == second.turns[0].answer
     watch = weakref.ref(model)
     clear_model_cache()
     seen.clear()
@@ -127,11 +133,11 @@ def test_two_panels_at_the_same_time(panels):
     alone = first.ask(ASKED)
     first.controls.strength.value = 0.
     assert first.join(60)
-    base = first.turns[0].said
+    base = first.turns[0].answer
     for panel in (first, second): typed(panel, ASKED)
     for panel in (first, second): panel.controls.send.click()
     assert first.join(60) and second.join(60)
-    assert second.turns[-1].said == alone != base == first.turns[0].said
+    assert second.turns[-1].answer == alone != base == first.turns[0].answer
 
 
 def test_a_double_click_asks_once(panels):
@@ -155,14 +161,14 @@ def test_stop_is_heard_at_once(panels):
     for _ in range(5):
         growing(panel)
         changes = []
-        watch = lambda change: changes.append(time.monotonic())
+        watch = lambda change, changes=changes: changes.append(time.monotonic())
         panel.talk.live.observe(watch, "value")
         clicked = time.monotonic()
         panel.controls.halt.click()
         assert panel.join(60)
         panel.talk.live.unobserve(watch, "value")
         took.append(max(changes) - clicked)  # the last change empties it, when the answer has moved up
-        assert "it was stopped" in panel.turns[-1].note and panel.turns[-1].said in shown(panel)
+        assert "it was stopped" in panel.turns[-1].note and panel.turns[-1].answer in shown(panel)
         if took[-1] < 0.1: break
         panel.controls.clear.click()
     assert min(took) < 0.1, took
@@ -173,7 +179,8 @@ def test_clear_stops_first(panels):
     panel = panels(**RAMBLING)
     growing(panel)
     panel.controls.clear.click()
-    assert panel.join(60) and panel.turns == [] and panel.chat.messages == [] and panel.talk.live.value == "" and "Hello!" not in shown(panel)
+    assert (panel.join(60) and panel.turns == [] and panel.chat.messages == [] and panel.talk.live.value == ""
+        and "Hello!" not in shown(panel))
     panel.controls.longest.value = 12
     say(panel, ASKED)
     panel.controls.halt.click()  # nothing to stop
@@ -193,7 +200,7 @@ def test_stopped_while_the_model_is_loaded(panels):
 def test_close_ends_the_thread_and_lets_go(run):
     panel = ChatPanel(run, **RAMBLING)
     growing(panel)
-    thread, watch = panel._thread, weakref.ref(panel)
+    thread, watch = panel.worker.thread, weakref.ref(panel)
     panel.close()
     assert not thread.is_alive()
     del panel
@@ -207,27 +214,28 @@ def test_again_draws_anew(panels):
     panel = panels(temperature=3., seed=4)
     said = {panel.ask("Hello!")}
     for _ in range(3):
-        panel.controls.again.click()
+        panel.controls.regenerate.click()
         assert panel.join(60) and len(panel.turns) == 1 == sum(turn["role"] == "user" for turn in panel.chat.messages)
-        said.add(panel.turns[0].said)
+        said.add(panel.turns[0].answer)
     assert len(said) > 2
 
 
 def test_edit_drops_what_follows(panel):
     for text in ("Hello!", ASKED, "Who are you?"): panel.ask(text)
     panel.controls.number.value = 1
-    panel.controls.edit.click()
+    panel.controls.edit_message.click()
     assert panel.controls.say.value == ASKED and len(panel.turns) == 3 and "replaces message 2" in panel.controls.status.value
     say(panel, "Which colour has lamp 3?")
-    assert [turn.asked for turn in panel.turns] == ["Hello!", "Which colour has lamp 3?"] == [turn["content"] for turn in panel.chat.messages if turn["role"] == "user"]
-    panel.controls.edit.click()  # the last one, unless another is chosen
+    assert [turn.question for turn in panel.turns] == ["Hello!", "Which colour has lamp 3?"] == [turn["content"]
+        for turn in panel.chat.messages if turn["role"] == "user"]
+    panel.controls.edit_message.click()  # the last one, unless another is chosen
     assert panel.controls.say.value == "Which colour has lamp 3?"
     panel.controls.strength.value = 0.5  # does not end the editing
-    assert panel.join(60) and panel._editing == 1
+    assert panel.join(60) and panel.bar.editing == 1
     panel.controls.strength.value = 1.
     assert panel.join(60)
-    panel.controls.edit.click()  # and left as it was
-    assert panel.controls.say.value == "" and panel.controls.edit.description == "Edit"
+    panel.controls.edit_message.click()  # and left as it was
+    assert panel.controls.say.value == "" and panel.controls.edit_message.description == "Edit"
     say(panel, "Hello!")
     assert len(panel.turns) == 3
 
@@ -236,10 +244,10 @@ def test_lines_are_kept(panel):
     panel.controls.several.value = True
     panel.controls.lines.value = "Hello!\nWho are you?"
     panel.controls.send.click()
-    assert panel.join(60) and panel.turns[0].asked == "Hello!\nWho are you?"
+    assert panel.join(60) and panel.turns[0].question == "Hello!\nWho are you?"
     panel.controls.several.value = False
-    panel.controls.edit.click()
-    assert panel.controls.several.value and panel.controls.typed == "Hello!\nWho are you?" and panel.controls.say.layout.display == "none"
+    panel.controls.edit_message.click()
+    assert panel.controls.several.value and panel.input.text == "Hello!\nWho are you?" and panel.controls.say.layout.display == "none"
 
 
 def test_the_strength_answers_anew(panel, run):
@@ -247,9 +255,9 @@ def test_the_strength_answers_anew(panel, run):
     panel.controls.strength.value = 0.
     assert panel.join(60) and "strength 0.00" in panel.turns[0].note
     with (model := load_run(run))[0].disable_adapter(): base = ChatPanel(model, max_new_tokens=40).ask(ASKED)
-    assert panel.turns[0].said == base != tuned and len(panel.turns) == 1
+    assert panel.turns[0].answer == base != tuned and len(panel.turns) == 1
     panel.controls.strength.value = 1.
-    assert panel.join(60) and panel.turns[0].said == tuned and "strength" not in panel.turns[0].note
+    assert panel.join(60) and panel.turns[0].answer == tuned and "strength" not in panel.turns[0].note
     assert [strength_words(value).split(":")[0] for value in (0, 0.5, 1, 1.5)] == ["0", "0.50", "1", "1.50"]
 
 
@@ -267,16 +275,19 @@ def test_side_by_side(panels):
     panel = panels()
     tuned = panel.ask(ASKED)
     panel.controls.side.value = True
-    panel.controls.again.click()
+    panel.controls.regenerate.click()
     assert panel.join(60)
     turn, = panel.turns
-    assert turn.said == tuned != turn.base and turn.base and [who for who, *_ in turn.answers] == ["Base", "Tuned"] and turn.base in shown(panel)
+    assert (turn.answer == tuned != turn.base and turn.base and [who for who, *_ in turn.answers] == ["Base", "Tuned"]
+        and turn.base in shown(panel))
     panel.controls.strength.value = 0.
-    assert panel.join(60) and panel.turns[0].said == panel.turns[0].base == turn.base
+    assert panel.join(60) and panel.turns[0].answer == panel.turns[0].base == turn.base
     panel.controls.strength.value = 1.
     assert panel.join(60)
     panel.ask("Hello!")
-    assert [turn["content"] for turn in panel.partner.both.base.messages if turn["role"] == "assistant"] == [one.base for one in panel.turns]  # each remembers its own
+    # each remembers its own
+    assert ([turn["content"] for turn in panel.session.both.base.messages if turn["role"] == "assistant"]
+        == [one.base for one in panel.turns])
     panel.controls.side.value = False
     panel.ask("Who are you?")
     assert panel.turns[-1].base is None and panel.turns[0].base == turn.base
@@ -285,7 +296,8 @@ def test_side_by_side(panels):
 def test_colours(panel):
     panel.ask(ASKED)
     panel.controls.colours.value = True
-    assert panel.join(60) and panel.shift and max(panel.shift.shifts) > 0.5 and panel.shift.summary() in html.unescape(panel.talk.under.value)
+    assert (panel.join(60) and panel.shift and max(panel.shift.shifts) > 0.5
+        and panel.shift.summary() in html.unescape(panel.talk.under.value))
     panel.controls.strength.value = 0.
     assert panel.join(60) and max(map(abs, panel.shift.shifts)) == 0
     assert "tokens became more likely" in panel.static_html()
@@ -298,7 +310,8 @@ def test_what_is_said_while_colours_are_made_is_heard(panel):
     panel.ask(ASKED)
     panel.controls.colours.value = True
     entered(panel, "Who are you?")
-    assert panel.join(60) and [turn.asked for turn in panel.turns] == [ASKED, "Who are you?"] and panel.controls.say.value == "" and panel.shift.summary() in html.unescape(panel.talk.under.value)
+    assert (panel.join(60) and [turn.question for turn in panel.turns] == [ASKED, "Who are you?"]
+        and panel.controls.say.value == "" and panel.shift.summary() in html.unescape(panel.talk.under.value))
     panel.controls.colours.value, panel.controls.temperature.value, panel.controls.longest.value = False, 5., 900
     typed(panel, "Hello!")
     panel.controls.send.click()
@@ -319,7 +332,8 @@ def test_system_seed_and_length(panels):
     assert [turn["role"] for turn in panel.chat.messages] == ["system", "user", "assistant", "user", "assistant"]
     panel.controls.seed.value = "lucky"
     say(panel, "Hello?")
-    assert isinstance(panel.failure, ConfigError) and "lucky" in panel.problem.value and panel.controls.say.value == "Hello?" and len(panel.turns) == 2
+    assert (isinstance(panel.failure, ConfigError) and "lucky" in panel.problem.value
+        and panel.controls.say.value == "Hello?" and len(panel.turns) == 2)
     panel.controls.seed.value = ""
     panel.controls.send.click()
     assert panel.join(60) and panel.failure is None and panel.problem.value == "" and len(panel.turns) == 3
@@ -376,10 +390,10 @@ def test_without_an_adapter(panels, run, tmp_path):
     with pytest.raises(RunError, match="no adapter"): panel.ask("Hello!")
     weights.write_bytes(content)
     panel.controls.send.click()
-    assert panel.join(60) and panel.failure is None and panel.turns[-1].said
+    assert panel.join(60) and panel.failure is None and panel.turns[-1].answer
     weights.unlink()  # the conversation so far outlives the fault
     say(panel, "And now?")
-    assert panel.failure and [turn.asked for turn in panel.turns] == ["Hello!"] and panel.controls.say.value == "And now?"
+    assert panel.failure and [turn.question for turn in panel.turns] == ["Hello!"] and panel.controls.say.value == "And now?"
 
 
 def test_no_run_at_all(panels, tmp_path):
@@ -405,7 +419,8 @@ def test_memory_runs_out(panels, run):
     hook = model.get_base_model().register_forward_pre_hook(full)
     say(panel, ASKED)
     hook.remove()
-    assert "memory ran out" in panel.problem.value and "shorter answer" in panel.problem.value and panel.controls.say.value == ASKED and len(panel.turns) == 1
+    assert ("memory ran out" in panel.problem.value and "shorter answer" in panel.problem.value
+        and panel.controls.say.value == ASKED and len(panel.turns) == 1)
     panel.controls.send.click()
     assert panel.join(60) and len(panel.turns) == 2 and panel.failure is None
 
@@ -415,12 +430,14 @@ def test_memory_runs_out(panels, run):
 def test_foreign_text_is_text(panel):
     asked = f"{EVIL} \x1b[31mred\x1b[0m שלום 你好 🙂"
     panel.ask(asked)
-    for page in (panel.talk.past.value, panel.static_html()): assert "<img" not in page and "<script" not in page and "\x1b" not in page and "שלום 你好 🙂" in page and 'dir="auto"' in page
+    for page in (panel.talk.past.value, panel.static_html()):
+        assert "<img" not in page and "<script" not in page and "\x1b" not in page and "שלום 你好 🙂" in page and 'dir="auto"' in page
     assert "\x1b" not in repr(panel)
     view = ConversationView(every=0.)
     for piece in (EVIL, "\x1b[2J", "one\ntwo"): view.grow(EVIL, piece)
-    assert "<img" not in view.live.value and "<script" not in view.live.value and "\x1b" not in view.live.value and "one\ntwo" in view.live.value and "pre-wrap" in view.live.value
-    panel.partner.run_dir = panel.partner.run_dir/EVIL.partition("<script")[0]  # a slash would begin another folder
+    assert ("<img" not in view.live.value and "<script" not in view.live.value and "\x1b" not in view.live.value
+        and "one\ntwo" in view.live.value and "pre-wrap" in view.live.value)
+    panel.session.source.folder = panel.session.source.folder/EVIL.partition("<script")[0]  # a slash would begin another folder
     assert "<img" not in panel.static_html() and "&lt;img" in panel.static_html().partition("</caption>")[0]
 
 
@@ -429,14 +446,14 @@ def test_a_hundred_thousand_characters():
     sent = {}
     for size in (20_000, 100_000):
         view, sent[size] = ConversationView(every=0.), 0
-        def count(change): sent[size] += len(change["new"])
+        def count(change, size=size): sent[size] += len(change["new"])
         view.live.observe(count, "value")
         for _ in range(size // 100): view.grow("Model", "<b>word </" * 10)
     assert sent[100_000] < 6 * sent[20_000] and max(map(len, view.live.value.split("\n"))) < 60_000
     assert "96,000 characters" in view.live.value
-    view.show([Turn("?", "x" * 100_000)])
+    view.show([Exchange("?", "x" * 100_000)])
     assert len(view.past.value) < 30_000 and "80,000 more characters" in view.past.value
-    assert len(turns_html([Turn(str(at), "y") for at in range(500)])) < 60_000
+    assert len(turns_html([Exchange(str(at), "y") for at in range(500)])) < 60_000
     text = StreamingText(10)
     for piece in "abcdefghijklmno": text.add(piece)
     assert text.end == "fghijklmno" and text.length == 15
@@ -456,5 +473,5 @@ def test_looks_are_fifty_milliseconds_apart(panels):
 def test_what_stays(panel):
     panel.ask(ASKED)
     page, words = panel.static_html(), repr(panel)
-    assert page.startswith("<table>") and panel.turns[0].said in html.unescape(page) and "widget" not in page
-    assert words.splitlines()[0] == "chat with run" and ASKED in words and panel.turns[0].said in words
+    assert page.startswith("<table>") and panel.turns[0].answer in html.unescape(page) and "widget" not in page
+    assert words.splitlines()[0] == "chat with run" and ASKED in words and panel.turns[0].answer in words

@@ -1,6 +1,7 @@
 """What Colab brings along: an old torchao that gets in the way, and older libraries than the tested ones.
 
-The second half runs in an environment of its own with Colab's versions (.ci/colab.txt), made once and kept in .venv-colab: `make test-full`.
+The second half runs in an environment of its own with Colab's versions (.ci/colab.txt),
+made once and kept in .venv-colab: `make test-full`.
 """
 import hashlib
 import json
@@ -87,14 +88,16 @@ def make(place):
     for name in ("torch", "bitsandbytes"):
         for found in shared(name): link(found, packages)
     asked = ["-r", ".ci/colab.txt", "-e", ".", *(f"{name}=={version(name)}" for name in TOOLS)]
-    done = subprocess.run([sys.executable, "-m", "pip", "--python", place/"bin"/"python", "install", "-q", "--no-compile", *asked], cwd=ROOT, env=clean(), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pip", "--python", place/"bin"/"python", "install", "-q", "--no-compile", *asked],
+        cwd=ROOT, env=clean(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def colab():
     "The Python of that environment; it is made again when what it is made from has changed"
-    parts = [(ROOT/name).read_text() for name in (".ci/colab.txt", "settings.ini")] + [sys.version, *map(version, ("torch", "bitsandbytes", *TOOLS))]
+    parts = [(ROOT/name).read_text() for name in (".ci/colab.txt", "settings.ini")] + [sys.version,
+        *map(version, ("torch", "bitsandbytes", *TOOLS))]
     sign, seal = hashlib.sha256("\n".join(parts).encode()).hexdigest(), PLACE/"made-from"
     if not seal.exists() or seal.read_text() != sign:
         make(PLACE)
@@ -110,15 +113,18 @@ def printed_by(python, *arguments, **options):
 
 
 # The core, everything that can be clicked, and what readers open first.
-PAGES = ["00_config", "06_data", "13_trainer", "15_chat", "16_plot", "21_diagnosis", "22_panel", "23_form", "24_data_panel", "25_train_panel", "26_chat_panel", "27_widgets",
-    "tutorials/01_first_adapter", "tutorials/02_studio"]
+PAGES = ["00_config", "data/20_dataset", "10_trainer", "inference/10_chat", "runs/10_plot", "ui/00_diagnosis",
+    "ui/10_panel", "ui/12_fields",
+    "ui/20_form", "ui/30_data_panel", "ui/40_train_panel", "ui/50_chat_panel", "ui/60_studio",
+    "tutorials/00_lora_by_hand", "tutorials/01_first_adapter", "tutorials/02_studio"]
 LEFT_OUT = re.compile(r"^#\|\s*(gpu|slow|eval:\s*false)\b|\bnbdev\b", re.M)  # as nbdev-test leaves them out; and nbdev itself is not there
 
 
 def run_page(name, python, folder, monkeypatch):
     "All cells of a page in a kernel of another environment, from a copy"
     (folder/"kernels"/"colab").mkdir(parents=True)
-    (folder/"kernels"/"colab"/"kernel.json").write_text(json.dumps(dict(argv=[str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="colab", language="python")))
+    (folder/"kernels"/"colab"/"kernel.json").write_text(json.dumps(
+        dict(argv=[str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="colab", language="python")))
     monkeypatch.setenv("JUPYTER_PATH", str(folder))
     shutil.copytree(ROOT/"nbs", folder/"nbs", ignore=shutil.ignore_patterns("finetune_output", "_*", ".*"))
     (folder/"tmp").mkdir()
@@ -136,7 +142,8 @@ class TestColab:
     def test_the_versions_are_colabs_and_ours_is_content(self, colab):
         code = "import json, sys, importlib.metadata as m; print(json.dumps({name: m.version(name) for name in sys.argv[1:]}))"
         assert json.loads(printed_by(colab, "-c", code, *WANTED)) == WANTED
-        assert "No broken requirements" in subprocess.run([sys.executable, "-m", "pip", "--python", colab, "check"], env=clean(), capture_output=True, text=True).stdout
+        assert "No broken requirements" in subprocess.run([sys.executable, "-m", "pip", "--python", colab, "check"],
+            env=clean(), capture_output=True, text=True).stdout
         where = printed_by(colab, "-c", "import sage_finetune, ipywidgets; print(sage_finetune.__file__, ipywidgets.__file__)").split()
         assert [Path(path).is_relative_to(folder) for path, folder in zip(where, (ROOT/house.PACKAGE, PLACE))] == [True, True]
 

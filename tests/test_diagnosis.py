@@ -12,7 +12,7 @@ import weakref
 import pytest
 from helpers import mounted, tiny_config
 
-from sage_finetune.diagnosis import Look, check_folder_writable, doctor, free, looked, without_secrets
+from sage_finetune.ui.diagnosis import Check, check_folder_writable, doctor, free, redact_secrets, run_check
 
 
 def ask(code, *path, **environment):
@@ -26,14 +26,15 @@ def ask(code, *path, **environment):
 
 LOOKS = """
 import json
-from sage_finetune.diagnosis import doctor, looked, {check}
-print(json.dumps([list(look) for look in looked({check!r}, {check}{given})]))
+from sage_finetune.ui.diagnosis import doctor, run_check, {check}
+print(json.dumps([list(look) for look in run_check({check!r}, {check}{given})]))
 """
 
 
 def looks(check, *path, given="", **environment):
     "The lines of one check in a process of its own"
-    return [Look(*line) for line in json.loads(ask(LOOKS.format(check=check, given=", " + given if given else ""), *path, **environment).splitlines()[-1])]
+    return [Check(*line)
+        for line in json.loads(ask(LOOKS.format(check=check, given=", " + given if given else ""), *path, **environment).splitlines()[-1])]
 
 
 def distribution(folder, name, version, module=True):
@@ -68,7 +69,8 @@ def answering(answers):
 # ---- libraries --------------------------------------------------------------------------------------------------------
 
 def test_colabs_torchao_is_a_problem_with_its_cure(tmp_path):
-    code = "from sage_finetune.diagnosis import doctor; found = doctor(online=False); print(found.healthy, found.sentence); print(found['torchao'].run, '|', found['a step'].state)"
+    code = ("from sage_finetune.ui.diagnosis import doctor; found = doctor(online=False); "
+        "print(found.healthy, found.sentence); print(found['torchao'].run, '|', found['a step'].state)")
     said = ask(code, distribution(tmp_path, "torchao", "0.10.0"))
     assert said.startswith("False Not ready: ") and "the first is torchao: 0.10.0" in said
     assert 'pip install --no-deps -U "torchao>=0.16" | problem' in said  # the trial step fails for the same reason
@@ -79,7 +81,8 @@ def test_torchao_is_named_only_where_it_is_in_the_way(tmp_path, version, module,
     assert [look.state for look in looks("_torchao", distribution(tmp_path, "torchao", version, module))] == states
 
 
-@pytest.mark.parametrize("name, version, state, said", [("peft", "0.9.0", "problem", "but >=0.20 is needed"), ("transformers", "6.1.0", "note", "newer than what was tried"), ("peft", "0.20.0", "ok", "0.20.0")])
+@pytest.mark.parametrize("name, version, state, said", [("peft", "0.9.0", "problem", "but >=0.20 is needed"),
+    ("transformers", "6.1.0", "note", "newer than what was tried"), ("peft", "0.20.0", "ok", "0.20.0")])
 def test_versions_outside_the_range(tmp_path, name, version, state, said):
     look = {one.what: one for one in looks("_versions", distribution(tmp_path, name, version, module=False))}[name]
     assert look.state == state and said in look.found and (state == "ok" or f"pip install -U \"{name}" in look.run), look
@@ -87,41 +90,49 @@ def test_versions_outside_the_range(tmp_path, name, version, state, said):
 
 def test_a_library_that_was_updated_after_it_was_loaded(tmp_path):
     code = "import psutil, sys\n" + f"sys.path.insert(0, {str(distribution(tmp_path, 'psutil', '99.1', module=False))!r})\n" \
-        "from sage_finetune.diagnosis import check_version; print(*check_version('psutil'))"
+        "from sage_finetune.ui.diagnosis import check_version; print(*check_version('psutil'))"
     assert "99.1 is installed, but" in ask(code) and "restart the kernel" in ask(code)
 
 
 def test_broken_libraries_are_lines_and_no_traceback(tmp_path):
     (tmp_path/"torch").mkdir()
     (tmp_path/"torch"/"__init__.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
-    said = ask("from sage_finetune.diagnosis import doctor; found = doctor(online=False); print(found['loading'].state, found); print(repr(found._repr_html_())[:40])", tmp_path)
+    said = ask("from sage_finetune.ui.diagnosis import doctor; found = doctor(online=False); "
+        "print(found['loading'].state, found); print(repr(found._repr_html_())[:40])", tmp_path)
     assert said.startswith("problem") and "libcudart.so.12" in said and "✗ Not ready" in said and "memory" in said
 
 
 def test_extras_are_a_note_unless_asked_for(tmp_path):
     "On a path with the libraries the doctor needs and no others, so that they are really absent"
-    import fastcore, packaging, psutil
+    import fastcore
+    import packaging
+    import psutil
+
     import sage_finetune
     for library in (fastcore, packaging, psutil, sage_finetune): (tmp_path/library.__name__).symlink_to(os.path.dirname(library.__file__))
-    code = "import sys; sys.path[:] = [one for one in sys.path if 'site-packages' not in one and one]\n" \
-        "from sage_finetune.diagnosis import looked, _extras, _versions\nfrom sage_finetune.config import TrainingConfig\n" \
-        "print([look.state for look in looked('extras', _extras, None)], [look.state for look in looked('extras', _extras, TrainingConfig(report_to='wandb'))])\n" \
-        "print(*looked('versions', _versions), sep='\\n')"
+    code = ("import sys; sys.path[:] = [one for one in sys.path if 'site-packages' not in one and one]\n"
+        "from sage_finetune.ui.diagnosis import run_check, _extras, _versions\nfrom sage_finetune.config import TrainingConfig\n"
+        "print([look.state for look in run_check('extras', _extras, None)], [look.state for look in run_check('extras', "
+        "_extras, TrainingConfig(report_to='wandb'))])\n"
+        "print(*run_check('versions', _versions), sep='\\n')")
     said = ask(code, tmp_path)
     assert said.startswith("['note', 'note'] ['note', 'problem']") and "runs from its source" in said and "not installed" in said
 
 
 def test_the_front_end_must_be_of_the_same_age(tmp_path):
-    for name, version in (("ipywidgets", "8.1.0"), ("jupyterlab", "4.0.0"), ("jupyterlab_widgets", "1.1.0")): distribution(tmp_path, name, version, module=False)
+    for name, version in (("ipywidgets", "8.1.0"), ("jupyterlab", "4.0.0"), ("jupyterlab_widgets", "1.1.0")):
+        distribution(tmp_path, name, version, module=False)
     look, = looks("_front_end", tmp_path)
     assert look.state == "note" and "jupyterlab-widgets 3.*, and there is 1.1.0" in look.found
 
 
 @pytest.mark.parametrize("lab, said", [("4.2.0", "JupyterLab 4.2.0 draws no panels of ipywidgets 7.7.1"), ("3.6.8", None)])
 def test_the_page_must_know_widgets_of_that_age(tmp_path, lab, said):
-    for name, version in (("ipywidgets", "7.7.1"), ("jupyterlab", lab), ("jupyterlab_widgets", "1.1.11"), ("notebook", "7.5.0")): distribution(tmp_path, name, version, module=False)
+    for name, version in (("ipywidgets", "7.7.1"), ("jupyterlab", lab), ("jupyterlab_widgets", "1.1.11"), ("notebook", "7.5.0")):
+        distribution(tmp_path, name, version, module=False)
     found = looks("_front_end", tmp_path)
-    assert [(look.state, look.found.partition(":")[0]) for look in found] == [("note", said)] * bool(said) and all("ipywidgets>=8" in look.run for look in found)
+    assert ([(look.state, look.found.partition(":")[0]) for look in found] == [("note", said)] * bool(said)
+        and all("ipywidgets>=8" in look.run for look in found))
 
 
 # ---- a module of the same name -----------------------------------------------------------------------------------------
@@ -132,11 +143,14 @@ def module_copy(folder):
     import hashlib
     import shutil
     from pathlib import Path
+
     import sage_finetune
-    shutil.copytree(Path(sage_finetune.__file__).parent, folder/"sage_finetune", ignore=shutil.ignore_patterns("__pycache__", "models", "examples"))
+    shutil.copytree(Path(sage_finetune.__file__).parent, folder/"sage_finetune",
+        ignore=shutil.ignore_patterns("__pycache__", "models", "examples"))
     distribution(folder, "sage_finetune", "0.1.0", module=False)
     digest = lambda path: base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).decode().rstrip("=")
-    record = [f"{path.relative_to(folder).as_posix()},sha256={digest(path)},{path.stat().st_size}" for path in sorted((folder/"sage_finetune").rglob("*.py"))]
+    record = [f"{path.relative_to(folder).as_posix()},sha256={digest(path)},{path.stat().st_size}"
+        for path in sorted((folder/"sage_finetune").rglob("*.py"))]
     (folder/"sage_finetune-0.1.0.dist-info"/"RECORD").write_text("\n".join(record) + "\n")
     return folder
 
@@ -154,19 +168,22 @@ def test_a_whole_package_is_no_line(tmp_path):
     assert looks("_package") == []
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(name="finetune_bundle", record="", declared="sage_finetune\n"), dict(name="Other.Tool", record="other/x.py,,\nsage_finetune/trainer.py,,\n")], ids=str)
+@pytest.mark.parametrize("fields", [dict(), dict(name="finetune_bundle", record="", declared="sage_finetune\n"),
+    dict(name="Other.Tool", record="other/x.py,,\nsage_finetune/trainer.py,,\n")], ids=str)
 def test_a_stranger_in_the_package(tmp_path, fields):
     look, = looks("_package", stranger(tmp_path, **fields))
     name = fields.get("name", "isage-finetune")
     assert look.state == "problem" and f"{name} 0.2.0 installed a module of the same name" in look.found
-    assert look.run.startswith(f"pip uninstall -y {name}, then pip install --force-reinstall --no-deps") and "restart the kernel" in look.run
+    assert (look.run.startswith(f"pip uninstall -y {name}, then pip install --force-reinstall --no-deps")
+        and "restart the kernel" in look.run)
 
 
 FOREIGN = "__version__ = '0.2.0'\n__all__ = ['Finetuner']\n"
 
 
-@pytest.mark.parametrize("file, content, said", [("__init__.py", FOREIGN, "sage_finetune/__init__.py missing, or not as installed"), ("__init__.py", None, "sage_finetune/__init__.py"),
-    ("trainer.py", "class Trainer: pass\n", "sage_finetune/trainer.py"), ("core/text.py", "append", "sage_finetune/core/text.py")])
+@pytest.mark.parametrize("file, content, said",
+    [("__init__.py", FOREIGN, "sage_finetune/__init__.py missing, or not as installed"), ("__init__.py", None, "sage_finetune/__init__.py"),
+        ("trainer.py", "class Trainer: pass\n", "sage_finetune/trainer.py"), ("core/text.py", "append", "sage_finetune/core/text.py")])
 def test_files_that_were_overwritten_or_removed(tmp_path, file, content, said):
     "By a stranger who came, or by one who went"
     path = module_copy(tmp_path)/"sage_finetune"/file
@@ -179,7 +196,8 @@ def test_files_that_were_overwritten_or_removed(tmp_path, file, content, said):
 def test_the_doctor_of_a_damaged_package_says_it_first(tmp_path):
     path = stranger(module_copy(tmp_path))/"sage_finetune"/"__init__.py"
     path.write_text(FOREIGN)
-    said = ask("from sage_finetune.diagnosis import doctor; found = doctor(online=False); print(found.healthy, found.sentence)", tmp_path)
+    said = ask("from sage_finetune.ui.diagnosis import doctor; found = doctor(online=False); print(found.healthy, found.sentence)",
+        tmp_path)
     assert said.startswith("False Not ready: ") and "isage-finetune 0.2.0" in said and "uninstall -y isage-finetune" in said
 
 
@@ -259,7 +277,8 @@ def test_a_server_that_never_answers_is_given_up(tmp_path):
     import time
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
-        found = ask("from sage_finetune.diagnosis import _asked; print(_asked('http://127.0.0.1:%d', []))" % silent.getsockname()[1], HF_HOME=str(tmp_path))
+        found = ask(f"from sage_finetune.ui.diagnosis import _ask_hub; print(_ask_hub('http://127.0.0.1:{silent.getsockname()[1]}'))",
+            HF_HOME=str(tmp_path))
         took = float(found.strip().rstrip(")").split(", ")[-1])
     assert took < 4 and time.monotonic() > began and "imed" in found or "no answer" in found, found
 
@@ -271,29 +290,35 @@ def test_offline_is_a_wish_unless_the_model_is_missing(tmp_path):
 
 
 def test_a_mirror_set_too_late(tmp_path):
-    code = "import huggingface_hub.constants, os; os.environ['HF_ENDPOINT'] = 'https://mirror.example'\nfrom sage_finetune.diagnosis import _set_late; print(*_set_late())"
+    code = ("import huggingface_hub.constants, os; os.environ['HF_ENDPOINT'] = 'https://mirror.example'\nfrom "
+        "sage_finetune.ui.diagnosis import _set_late; print(*_set_late())")
     assert "was set after the libraries were loaded: they ask https://huggingface.co" in ask(code, HF_HOME=str(tmp_path))
 
 
 def test_no_secret_is_shown(tmp_path):
-    secrets = dict(HF_TOKEN="hf_plantedplanted", WANDB_API_KEY="0123456789planted", HF_ENDPOINT="http://ada:s3cret-planted@127.0.0.1:9", HTTPS_PROXY="http://bob:pr0xy-planted@127.0.0.1:9")
-    code = "from sage_finetune.diagnosis import doctor; from sage_finetune.config import TrainingConfig\n" \
-        "found = doctor(TrainingConfig(model_name='ada/lovelace', data_path='hf_plantedplanted.jsonl', output_dir='0123456789planted')); print(found, found._repr_html_(), found.sentence, found.looks)"
+    secrets = dict(HF_TOKEN="hf_plantedplanted", WANDB_API_KEY="0123456789planted",
+        HF_ENDPOINT="http://ada:s3cret-planted@127.0.0.1:9", HTTPS_PROXY="http://bob:pr0xy-planted@127.0.0.1:9")
+    code = ("from sage_finetune.ui.diagnosis import doctor; from sage_finetune.config import TrainingConfig\n"
+        "found = doctor(TrainingConfig(model_name='ada/lovelace', data_path='hf_plantedplanted.jsonl', "
+        "output_dir='0123456789planted')); print(found, found._repr_html_(), found.sentence, found.checks)")
     said = ask(code, HF_HOME=str(tmp_path), **secrets)
     assert "127.0.0.1:9" in said and "planted" not in said
 
 
-@pytest.mark.parametrize("text", ["http://a:b@h/x", "see https://user:p@ss@host:80/p?a=1&token=t0ken", "hf_abcdefghij", "Authorization: Bearer abc.def"])
+@pytest.mark.parametrize("text", ["http://a:b@h/x", "see https://user:p@ss@host:80/p?a=1&token=t0ken", "hf_abcdefghij",
+    "Authorization: Bearer abc.def"])
 def test_what_looks_like_a_secret(text):
-    said = without_secrets(text)
+    said = redact_secrets(text)
     assert "…" in said and not any(secret in said for secret in ("a:b", "p@ss", "t0ken", "abcdefghij", "abc.def"))
 
 
 # ---- the config -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, what, said", [
-    (dict(data_path="nowhere.jsonl"), "data_path", "there is no data file nowhere.jsonl"), (dict(data_path=None), "data_path", "not set"), (dict(model_name="./nowhere"), "model", "there is no model folder"),
-    (dict(eval_path="nowhere.csv"), "eval_path", "there is no data file nowhere.csv"), (dict(continue_from="nowhere"), "continue_from", "there is no adapter"),
+    (dict(data_path="nowhere.jsonl"), "data_path", "there is no data file nowhere.jsonl"),
+    (dict(data_path=None), "data_path", "not set"), (dict(model_name="./nowhere"), "model", "there is no model folder"),
+    (dict(eval_path="nowhere.csv"), "eval_path", "there is no data file nowhere.csv"),
+    (dict(continue_from="nowhere"), "continue_from", "there is no adapter"),
     (dict(device="mps"), "precision", "has none"), (dict(fp16=True, bf16=None), "precision", "needs a GPU")])
 def test_a_config_that_cannot_run(tmp_path, change, what, said):
     config = tiny_config(tmp_path)
@@ -329,9 +354,9 @@ def test_nothing_that_was_found_runs_in_a_page(tmp_path):
 
 def test_a_check_that_fails_is_a_line():
     def check():
-        yield Look("first", "fine")
+        yield Check("first", "fine")
         raise RuntimeError("broken\nmore")
-    assert looked("sensor", check) == [Look("first", "fine"), Look("sensor", "could not be looked at (RuntimeError: broken)", "note")]
+    assert run_check("sensor", check) == [Check("first", "fine"), Check("sensor", "could not be looked at (RuntimeError: broken)", "note")]
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------------
@@ -341,8 +366,8 @@ from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell.instance()
 shell.run_cell('''
 import gc, torch, weakref
-from sage_finetune.diagnosis import free
-from sage_finetune.model import load_base
+from sage_finetune.ui.diagnosis import free
+from sage_finetune.modeling.base import load_base
 from sage_finetune.config import PresetConfigs
 seen = []
 def train():
@@ -384,8 +409,9 @@ def test_what_a_chain_of_errors_held_is_given_back():
 
 def test_free_without_anything_to_free():
     freed = free()
-    assert set(freed.before) == set(freed.after) and freed.after["memory"] > 0 and "before" in str(freed) and "<table" in freed._repr_html_()
+    assert (set(freed.before) == set(freed.after) and freed.after["memory"] > 0 and "before" in str(freed)
+        and "<table" in freed._repr_html_())
 
 
 def test_free_does_not_load_what_was_not_loaded():
-    assert ask("import sys; from sage_finetune.diagnosis import free; free(); print('torch' in sys.modules)") == "False\n"
+    assert ask("import sys; from sage_finetune.ui.diagnosis import free; free(); print('torch' in sys.modules)") == "False\n"

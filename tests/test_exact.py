@@ -2,15 +2,30 @@
 
 import pytest
 import torch
-from helpers import adapter, change, copy, ended, metrics, prepared, program, tiny_config, reference, rows, start, status, trained, write_rows
+from helpers import (
+    adapter,
+    change,
+    copy,
+    ended,
+    metrics,
+    prepared,
+    program,
+    reference,
+    rows,
+    start,
+    status,
+    tiny_config,
+    trained,
+    write_rows,
+)
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage_finetune import Chat, LoRATrainer, merge, train_from_meta
-from sage_finetune.chat import answers
 from sage_finetune.config import tiny_path
-from sage_finetune.export import load_run
-from sage_finetune.runs import read_meta
+from sage_finetune.inference.export import load_run
+from sage_finetune.inference.generation import generate_batch
+from sage_finetune.runs.folder import read_meta
 
 QUESTIONS = [row["instruction"] for row in rows()] + ["Hello!", "What is seven plus five?", "Spell the word lamp."]
 
@@ -68,11 +83,13 @@ def test_plain_transformers_says_the_same_from_the_merged_model(tuned):
     folder = tuned.config.merged_dir
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     chat = Chat(*load_run(tuned.config.output_dir, merged=True), max_new_tokens=24)
-    with_adapter = [answer.text for answer in answers(tuned.model, tuned.tokenizer, QUESTIONS, max_new_tokens=24)]  # the model that was trained, still in memory
-    assert [answer.text for answer in answers(*load_run(tuned.config.output_dir), QUESTIONS, max_new_tokens=24)] == with_adapter
+    # the model that was trained, still in memory
+    with_adapter = [answer.text for answer in generate_batch(tuned.model, tuned.tokenizer, QUESTIONS, max_new_tokens=24)]
+    assert [answer.text for answer in generate_batch(*load_run(tuned.config.output_dir), QUESTIONS, max_new_tokens=24)] == with_adapter
     assert len(set(with_adapter)) > 1
     for question, ours in zip(QUESTIONS, with_adapter):
-        asked = tokenizer.apply_chat_template([dict(role="user", content=question)], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        asked = tokenizer.apply_chat_template([dict(role="user", content=question)], add_generation_prompt=True,
+            return_tensors="pt", return_dict=True)
         said = model.generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1]:]
         assert tokenizer.decode(said, skip_special_tokens=True).strip() == ours
         chat.reset()
@@ -83,10 +100,13 @@ def test_plain_transformers_says_the_same_from_the_merged_model(tuned):
 
 @pytest.mark.parametrize("packing", (False, True), ids=("padded", "packed"))
 def test_the_first_steps_equal_a_plain_loop(tmp_path, plain_base, packing):
-    "Warm-up, accumulation, clipping, AdamW, padding and packing; the reference starts from PEFT's own adapter after torch.manual_seed(seed)"
+    """Warm-up, accumulation, clipping, AdamW, padding and packing;
+    the reference starts from PEFT's own adapter after torch.manual_seed(seed)"""
     content = rows(30)
-    content[::3] = [dict(row, output=row["output"] + " It hangs in the long corridor.") for row in content[::3]]  # micro-batches of different weight
-    trainer = LoRATrainer(tiny_config(tmp_path, data_path=write_rows(tmp_path/"content.jsonl", content), per_device_train_batch_size=2, gradient_accumulation_steps=3, learning_rate=5e-3,
+    # micro-batches of different weight
+    content[::3] = [dict(row, output=row["output"] + " It hangs in the long corridor.") for row in content[::3]]
+    trainer = LoRATrainer(tiny_config(tmp_path, data_path=write_rows(tmp_path/"content.jsonl", content),
+                                 per_device_train_batch_size=2, gradient_accumulation_steps=3, learning_rate=5e-3,
                                  warmup_ratio=0.2, max_grad_norm=0.1, weight_decay=0.1, seed=7, packing=packing)).setup()
     total = len(trainer.plan)
     assert total == 10 and [len(step.micro_batches) for step in trainer.plan] == [1 if packing else 3] * 10 and trainer.packs == packing
@@ -101,13 +121,15 @@ def test_the_first_steps_equal_a_plain_loop(tmp_path, plain_base, packing):
     assert [step.loss for step in steps] == pytest.approx([loss for loss, _, _ in expected], rel=1e-5)
     assert [step.grad_norm for step in steps] == pytest.approx([length for _, length, _ in expected], rel=1e-3)
     assert [step.learning_rate for step in steps] == pytest.approx([rate for _, _, rate in expected], rel=1e-6)
-    assert all(length > 0.1 for _, length, _ in expected) and expected[0][2] == 0 < expected[-1][2] < expected[2][2] == 5e-3  # clipped, risen, fallen
+    # clipped, risen, fallen
+    assert all(length > 0.1 for _, length, _ in expected) and expected[0][2] == 0 < expected[-1][2] < expected[2][2] == 5e-3
     assert abs(steps[6].loss - steps[0].loss) > 0.05  # it went somewhere
 
 
 def test_the_number_of_rows_at_once_changes_nothing(tmp_path):
     "Four at once or one by one: the same steps, up to rounding"
-    together, alone = (LoRATrainer(tiny_config(tmp_path/name, per_device_train_batch_size=size, gradient_accumulation_steps=4//size, max_steps=4)) for name, size in (("four", 4), ("one", 1)))
+    together, alone = (LoRATrainer(tiny_config(tmp_path/name, per_device_train_batch_size=size,
+        gradient_accumulation_steps=4//size, max_steps=4)) for name, size in (("four", 4), ("one", 1)))
     assert together.train(show=False).losses == pytest.approx(alone.train(show=False).losses, rel=1e-5)
 
 
@@ -117,7 +139,8 @@ def test_the_number_of_rows_at_once_changes_nothing(tmp_path):
 def test_the_answer_and_its_end_are_trained_on_and_nothing_else(tmp_path, packing):
     "On the batches the model really saw: no prompt, no padding, every turn of the assistant with its end"
     content = rows(16)
-    content += [dict(messages=[dict(role="system", content="Be short."), dict(role="user", content=f"Lamp {at}?"), dict(role="assistant", content="It is lit."),
+    content += [dict(messages=[dict(role="system", content="Be short."), dict(role="user", content=f"Lamp {at}?"),
+                               dict(role="assistant", content="It is lit."),
                                dict(role="user", content="And now?"), dict(role="assistant", content=f"Dark {at}.")]) for at in range(8)]
     trainer = Watched(tiny_config(tmp_path, data_path=write_rows(tmp_path/"content.jsonl", content), num_train_epochs=1, packing=packing))
     result = trainer.train(show=False)
@@ -136,19 +159,23 @@ def test_the_answer_and_its_end_are_trained_on_and_nothing_else(tmp_path, packin
                 found.append(tokenizer.decode(target_tokens))
                 masked = tokenizer.decode(ids[own & (labels == -100)])
                 assert masked.count("<|im_start|>assistant\n") == found[-1].count(end) and found[-1].removesuffix(end) not in masked
-    expected = [row["output"] + end if "output" in row else "".join(turn["content"] + end for turn in row["messages"] if turn["role"] == "assistant") for row in content]
+    expected = [row["output"] + end if "output" in row
+        else "".join(turn["content"] + end for turn in row["messages"] if turn["role"] == "assistant") for row in content]
     assert sorted(found) == sorted(expected) and (packing or padded > 0)
-    assert result.target_tokens == sum(int((batch["labels"] != -100).sum()) for batch in batches) and result.tokens == sum(int((batch["segments"] > 0).sum()) for batch in batches)
+    assert (result.target_tokens == sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        and result.tokens == sum(int((batch["segments"] > 0).sum()) for batch in batches))
 
 
 def texts(batches, tokenizer):
-    return [tokenizer.decode(ids[segments == number]) for batch in batches for ids, segments in zip(batch["input_ids"], batch["segments"]) for number in range(1, int(segments.max()) + 1)]
+    return [tokenizer.decode(ids[segments == number]) for batch in batches
+        for ids, segments in zip(batch["input_ids"], batch["segments"]) for number in range(1, int(segments.max()) + 1)]
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path):
     "Neither a row nor, where a question has several answers, its question"
     content = rows(40) + [dict(row, output="I do not know.") for row in rows(40)]
-    trainer = Watched(tiny_config(tmp_path, data_path=write_rows(tmp_path/"content.jsonl", content), eval_ratio=0.3, num_train_epochs=2, per_device_train_batch_size=16, eval_steps=3))
+    trainer = Watched(tiny_config(tmp_path, data_path=write_rows(tmp_path/"content.jsonl", content), eval_ratio=0.3,
+        num_train_epochs=2, per_device_train_batch_size=16, eval_steps=3))
     result = trainer.train(show=False)
     tokenizer = AutoTokenizer.from_pretrained(tiny_path())
     question = lambda text: text.partition("<|im_start|>assistant")[0]
@@ -159,11 +186,13 @@ def test_held_out_rows_are_never_trained_on(tmp_path):
 
 
 def test_looking_at_held_out_rows_changes_no_step(tmp_path):
-    "Evaluation draws no chance and leaves the model in training: with dropout on, the adapter stays the same"
-    rare, often = (tiny_config(tmp_path/name, eval_path=write_rows(tmp_path/name/"held.jsonl", rows(6)), max_steps=6, eval_steps=steps, lora=dict(lora_dropout=0.2)) for name, steps in (("rare", 6), ("often", 1)))
+    "Evaluation draws no random numbers and leaves the model in training: with dropout on, the adapter stays the same"
+    rare, often = (tiny_config(tmp_path/name, eval_path=write_rows(tmp_path/name/"held.jsonl", rows(6)), max_steps=6,
+        eval_steps=steps, lora=dict(lora_dropout=0.2)) for name, steps in (("rare", 6), ("often", 1)))
     for config in (rare, often): LoRATrainer(config).train(show=False)
     assert adapter(rare.output_dir) == adapter(often.output_dir)
-    assert [row["eval_loss"] is None for row in metrics(often.output_dir)] == [False] * 6 and metrics(rare.output_dir)[4]["eval_loss"] is None
+    assert ([row["eval_loss"] is None for row in metrics(often.output_dir)] == [False] * 6
+        and metrics(rare.output_dir)[4]["eval_loss"] is None)
 
 
 # ---- the same seed ----------------------------------------------------------------------------------------------------

@@ -6,15 +6,26 @@ from types import MethodType
 import pytest
 import torch
 import transformers
-from helpers import tiny_config, rows, write_rows
+from helpers import rows, tiny_config, write_rows
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sage_finetune import LoRATrainer, batches, engine as room
-from sage_finetune.batches import collate, find_limits, forget_lengths, long_trials, detect_packing_mode, rope_limit, rope_mixes
+from sage_finetune import LoRATrainer
 from sage_finetune.config import tiny_path
-from sage_finetune.engine import compile_layers, pick_engine, check_equivalence
+from sage_finetune.data.collation import collate
+from sage_finetune.modeling import fused_layers, packing, varlen
+from sage_finetune.modeling.compilation import compile_layers
+from sage_finetune.modeling.engine import SAMPLE_BY_SAMPLE, Engine, check_equivalence, pick_engine
+from sage_finetune.modeling.packing import (
+    detect_packing_mode,
+    dropout_disabled,
+    find_limits,
+    forget_lengths,
+    long_trials,
+    rope_limit,
+    rope_mixes,
+)
 
 COMMON = dict(vocab_size=160, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
     max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -32,7 +43,8 @@ def dynamic(limit): return dict(max_position_embeddings=limit, rope_parameters=d
 # name -> config class, its fields for a limit of so many tokens, how rows are kept apart below the limit and beyond it
 FAMILIES = {
     "llama4": ("Llama4TextConfig", lambda limit: dict(attention_chunk_size=limit, floor_scale=limit, attn_temperature_tuning=True,
-        num_hidden_layers=4, no_rope_layer_interval=4, moe_layers=[], num_local_experts=2, intermediate_size_mlp=96, head_dim=12), "positions", "none"),
+        num_hidden_layers=4, no_rope_layer_interval=4, moe_layers=[], num_local_experts=2, intermediate_size_mlp=96, head_dim=12),
+        "positions", "none"),
     "phimoe": ("PhimoeConfig", lambda limit: dict(sliding_window=limit, num_local_experts=2), "samples", "positions"),
     "qwen2_moe": ("Qwen2MoeConfig", lambda limit: dict(sliding_window=limit, use_sliding_window=True, max_window_layers=1, num_experts=2,
         num_experts_per_tok=1, moe_intermediate_size=32, shared_expert_intermediate_size=32), "samples", "positions"),
@@ -105,9 +117,9 @@ def test_rows_beyond_a_limit_learn_what_they_learn_alone(name, packs):
     model, content = make(name, 16), examples()
     total, slope = alone(model, content)
     engine = pick_engine(model, packs, max_length=70)
-    own, own_slope = trained(engine, content, [[0, 1, 2], [3, 4], [5]])
+    own, own_grad = trained(engine, content, [[0, 1, 2], [3, 4], [5]])
     assert own == pytest.approx(total, rel=1e-5), str(engine)
-    assert float((own_slope - slope).norm() / slope.norm()) < 1e-4
+    assert float((own_grad - slope).norm() / slope.norm()) < 1e-4
     assert way(engine) == (FAMILIES[name][3] if packs or FAMILIES[name][3] == "alone" else "none"), str(engine)
 
 
@@ -116,9 +128,9 @@ def test_below_the_limit_the_fast_way_is_taken(name):
     model, content = make(name, 64), examples((20, 7, 11, 30, 6))
     total, slope = alone(model, content)
     engine = pick_engine(model, max_length=40)
-    own, own_slope = trained(engine, content, [[0, 1, 2], [3, 4]])
+    own, own_grad = trained(engine, content, [[0, 1, 2], [3, 4]])
     assert way(engine) == FAMILIES[name][2], str(engine)
-    assert own == pytest.approx(total, rel=1e-5) and float((own_slope - slope).norm() / slope.norm()) < 1e-4
+    assert own == pytest.approx(total, rel=1e-5) and float((own_grad - slope).norm() / slope.norm()) < 1e-4
 
 
 @pytest.mark.parametrize("name, limit, longest, expected", (
@@ -132,8 +144,8 @@ def test_sixteen_bits_do_not_hide_what_is_lost(name, limit, longest, expected):
 @pytest.mark.parametrize("name", ("phimoe", "qwen2_moe"))
 def test_a_short_trial_is_blind_for_a_window(name):
     model = make(name, 16)
-    room.enable_varlen(model)
-    engine = room.Engine(model, room.SAMPLE_BY_SAMPLE)
+    varlen.enable_varlen(model)
+    engine = Engine(model, SAMPLE_BY_SAMPLE)
     assert check_equivalence(engine).equal
     engine.trials = long_trials(model, max_length=70, flattened=True)
     assert not check_equivalence(engine).equal and "beyond sliding_window=16" in str(check_equivalence(engine))
@@ -157,7 +169,7 @@ def test_where_rows_change_each_other_they_go_one_at_a_time(kind):
     batch = collate([[row] for row in content], 0)
     with torch.no_grad(): logits, single = engine.logits(batch), engine.logits(collate([content[1:2]], 0))
     assert logits.shape == (6, 64, 160) and torch.equal(logits[1, :7], single[0]) and not logits[1, 7:].any()
-    padded = room.Engine(model)
+    padded = Engine(model)
     assert padded.loss(batch).item() != pytest.approx(alone(model, content)[0], rel=1e-5)  # what the library does by itself
     assert engine.loss(collate([], 0)).item() == 0
 
@@ -165,7 +177,7 @@ def test_where_rows_change_each_other_they_go_one_at_a_time(kind):
 # ---- what is too much to try ------------------------------------------------------------------------------------------
 
 def test_what_cannot_be_tried_is_not_used_and_said(monkeypatch):
-    monkeypatch.setattr(batches, "TRIAL_WORK", 1e5)
+    monkeypatch.setattr(packing, "TRIAL_WORK", 1e5)
     model, widths = make("mistral", 64), []
     model.register_forward_pre_hook(lambda part, args, given: widths.append(given["input_ids"].numel()), with_kwargs=True)
     engine = pick_engine(model, max_length=128)
@@ -180,7 +192,7 @@ def test_what_cannot_be_tried_is_not_used_and_said(monkeypatch):
 
 
 def test_stretched_rotary_embeddings_need_no_trial(monkeypatch):
-    monkeypatch.setattr(batches, "TRIAL_WORK", 1)
+    monkeypatch.setattr(packing, "TRIAL_WORK", 1)
     engine = pick_engine(make("longrope", 16), max_length=70)
     assert way(engine) == "alone" and engine.head and not any("too many" in remark for remark in engine.remarks)
     compile_layers(engine)
@@ -214,12 +226,12 @@ def test_a_model_without_limits_is_tried_as_before(family, deep):
 
 
 def test_compiled_layers_are_tried_beyond_the_limit(monkeypatch):
-    model, own = make("mistral", 16), room._varlen_attention
+    model, own = make("mistral", 16), varlen._varlen_attention
     engine = pick_engine(model, max_length=70)
     assert way(engine) == "samples"
     def compiled(self, **given):  # a compiler that forgets the window
         self._compiled_call_impl = MethodType(lambda self, *args, **named: type(self).forward(self, *args, **named), self)
-        monkeypatch.setattr(room, "_varlen_attention", lambda *given: own(*given[:6]))
+        monkeypatch.setattr(varlen, "_varlen_attention", lambda *given: own(*given[:6]))
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
     compile_layers(engine)
     remark, = engine.remarks
@@ -309,12 +321,12 @@ def test_a_run_evaluates_every_row_as_if_it_were_alone(tmp_path, name, packing):
     trainer = LoRATrainer(tiny_config(tmp_path, **fields, eval_ratio=0.3, packing=packing, max_length=128)).setup()
     assert way(trainer.engine) == {"dynamic rope": "alone", "phimoe": "positions", "mistral": "samples"}[name] or not packing
     lean, total, count = trainer.evaluate(), 0., 0
-    room.restore_forwards(trainer.model)
-    room.disable_varlen(trainer.model)
+    fused_layers.restore_forwards(trainer.model)
+    varlen.disable_varlen(trainer.model)
     for at in range(len(trainer.eval_dataset)):
         row = trainer.eval_dataset[at]
         ids, labels = torch.tensor([list(row["input_ids"])]), torch.tensor([list(row["labels"])])
-        with torch.no_grad(), batches.dropout_disabled(trainer.model):
+        with torch.no_grad(), dropout_disabled(trainer.model):
             forget_lengths(trainer.model)
             total += float(cross_entropy(trainer.model(input_ids=ids).logits[0, :-1], labels[0, 1:], reduction="sum", ignore_index=-100))
         count += int((labels[:, 1:] != -100).sum())

@@ -11,13 +11,16 @@ from test_packing import SHAPES
 
 from sage_finetune.config import TrainingConfig, tiny_path
 from sage_finetune.core.errors import FinetuneError
-from sage_finetune.memory import estimate_memory
-from sage_finetune.model import attach_lora, load_base
+from sage_finetune.modeling.adapter import attach_lora
+from sage_finetune.modeling.base import load_base
+from sage_finetune.training.memory import estimate_memory
 
 ARCHITECTURES = MIXTURES | STATES | {f"packing {name}": shape for name, shape in SHAPES.items()}
-OVERRIDES = [dict(device="cpu", bf16=False), dict(device="cuda", bf16=True), dict(device="cpu", bf16=True, gradient_checkpointing=True), dict(device="cuda", bf16=True, load_in_4bit=True),
+OVERRIDES = [dict(device="cpu", bf16=False), dict(device="cuda", bf16=True),
+         dict(device="cpu", bf16=True, gradient_checkpointing=True), dict(device="cuda", bf16=True, load_in_4bit=True),
          dict(device="cpu", bf16=True, packing=False)]
-REFUSED = {"mamba", "packing mamba", "jetmoe", "falcon_mamba", "mamba2"}  # in some precisions: a step of them asks for numbers, or cannot be computed twice
+# in some precisions: a step of them asks for numbers, or cannot be computed twice
+REFUSED = {"mamba", "packing mamba", "jetmoe", "falcon_mamba", "mamba2"}
 
 
 def configured(name):
@@ -40,12 +43,14 @@ def model_of(tmp_path):
 def test_every_architecture_has_an_estimate(model_of, number, name):
     "Each in one of the precisions, by turns"
     overrides = dict(OVERRIDES[number % len(OVERRIDES)])
-    device, config = overrides.pop("device"), TrainingConfig(model_name=model_of(name), max_length=32, per_device_train_batch_size=2, **overrides)
+    device, config = overrides.pop("device"), TrainingConfig(model_name=model_of(name), max_length=32,
+        per_device_train_batch_size=2, **overrides)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: estimate = estimate_memory(config, device=device)
         except FinetuneError as error:
-            assert name in REFUSED and "\n" not in str(error) and ("max_steps" in str(error) or "gradient_checkpointing" in str(error)), str(error)
+            assert name in REFUSED and "\n" not in str(error) and ("max_steps" in str(error)
+                or "gradient_checkpointing" in str(error)), str(error)
             return
     assert all(size > 0 for part, size in estimate.parts.items() if part in ("weights", "adapter", "gradients", "optimizer", "activations"))
 
@@ -62,5 +67,7 @@ def test_weights_and_adapter_are_counted_to_the_byte(tmp_path, name, overrides):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuned, estimate = attach_lora(load_base(config)[0], config.lora), estimate_memory(config, [8] * 4)
-    frozen = [p for p in tuned.parameters() if not p.requires_grad] + [part for layer in tuned.modules() for part in constants(layer)] + list(tuned.buffers())
-    assert (bytes_of(frozen), bytes_of(p for p in tuned.parameters() if p.requires_grad)) == (estimate.parts["weights"], estimate.parts["adapter"])
+    frozen = ([p for p in tuned.parameters() if not p.requires_grad]
+        + [part for layer in tuned.modules() for part in constants(layer)] + list(tuned.buffers()))
+    assert (bytes_of(frozen), bytes_of(p for p in tuned.parameters() if p.requires_grad)) == (estimate.parts["weights"],
+        estimate.parts["adapter"])

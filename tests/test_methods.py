@@ -1,4 +1,5 @@
-"""Variants of LoRA, new tokens, adapters that are continued, optimizers, schedules, noise and quantised bases: over many small models, and against PEFT, transformers and bitsandbytes themselves."""
+"""Variants of LoRA, new tokens, adapters that are continued, optimizers, schedules, noise and quantised bases:
+over many small models, and against PEFT, transformers and bitsandbytes themselves."""
 
 import copy
 import io
@@ -10,22 +11,37 @@ import warnings
 
 import pytest
 import torch
-from helpers import tiny_config, rows, write_rows
+from helpers import rows, tiny_config, write_rows
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, get_scheduler
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    get_scheduler,
+)
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from sage_finetune import LoRATrainer, merge
-from sage_finetune.batches import collate
-from sage_finetune.chat import clear_model_cache, load_cached_model
 from sage_finetune.config import LoRAConfig, PresetConfigs, TrainingConfig
 from sage_finetune.core.errors import ConfigError, ModelError
-from sage_finetune.engine import pick_engine
-from sage_finetune.memory import build_meta_model
-from sage_finetune.model import (LOADING, add_tokens, attach_lora, continue_adapter, count_parameters, inherited_tokens, load_adapter, load_base, load_tokenizer, make_optimizer, resize_embeddings, make_lr_scheduler, neftune,
-    restore_adapter, run_tokenizer, save_adapter, new_token_ids, weight_bytes)
+from sage_finetune.data.collation import collate
+from sage_finetune.inference.model_cache import clear_model_cache, load_cached_model
+from sage_finetune.modeling.adapter import attach_lora, count_parameters, weight_bytes
+from sage_finetune.modeling.adapter_config import new_token_ids
+from sage_finetune.modeling.adapter_files import continue_adapter, load_adapter, restore_adapter, save_adapter
+from sage_finetune.modeling.base import LOADING, load_base, resize_embeddings
+from sage_finetune.modeling.engine import pick_engine
+from sage_finetune.modeling.optimizer import make_lr_scheduler, make_optimizer, neftune
+from sage_finetune.modeling.tokenizer import add_tokens, inherited_tokens, load_tokenizer, run_tokenizer
+from sage_finetune.training.meta_model import build_meta_model
 
 pytestmark = [pytest.mark.filterwarnings("ignore:optim='paged"), pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")]
 CHOICES = {name: TrainingConfig.__dataclass_fields__[name].metadata["choices"] for name in ("optim", "lr_scheduler_type")}
@@ -35,8 +51,11 @@ def small(kind="qwen2", seed=0, tied=True, width=32, layers=2, heads=2, vocabula
     "A random model of a family, always the same for the same arguments"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        shape = dict(hidden_size=width, intermediate_size=2 * width + 8, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=1, vocab_size=vocabulary, tie_word_embeddings=tied)
-        if kind == "gpt2": model = GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=heads, vocab_size=vocabulary, n_positions=64, tie_word_embeddings=tied))
+        shape = dict(hidden_size=width, intermediate_size=2 * width + 8, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=1, vocab_size=vocabulary, tie_word_embeddings=tied)
+        if kind == "gpt2":
+            model = GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=heads, vocab_size=vocabulary,
+                n_positions=64, tie_word_embeddings=tied))
         else: model = dict(qwen2=Qwen2ForCausalLM, llama=LlamaForCausalLM)[kind](dict(qwen2=Qwen2Config, llama=LlamaConfig)[kind](**shape))
         for p in model.parameters(): p.data += 0.05 * torch.randn_like(p)  # biases and norms that are nothing special
     return model.to(dtype).eval()
@@ -79,21 +98,25 @@ def alike(one, two): return set(one) == set(two) and all(torch.equal(one[name], 
 DRAWS = [random.Random(seed) for seed in range(14)]
 
 
-def drawn(chance):
+def drawn(rng):
     "A model and an adapter's fields, by chance"
-    kind = chance.choice(("qwen2", "llama", "gpt2"))
+    kind = rng.choice(("qwen2", "llama", "gpt2"))
     names = dict(gpt2=["c_attn", "c_fc"]).get(kind, ["q_proj", "down_proj", "v_proj"])
     pattern = dict(gpt2=r".*\.h\.0\..*c_(attn|proj)").get(kind, r"model\.layers\.[01]\.(mlp|self_attn)\.(up|k)_proj")
-    base = dict(kind=kind, seed=chance.randrange(99), tied=chance.random() < 0.5, width=16 * chance.randint(1, 3), layers=chance.randint(1, 2))
-    overrides = dict(r=chance.choice((1, 2, 5, 8)), lora_alpha=chance.choice((1, 8, 32)), use_rslora=chance.random() < 0.5, use_dora=chance.random() < 0.4,
-        init_lora_weights=chance.choice(("default", "gaussian", "pissa", "pissa_niter_16")), target_modules=chance.choice(("all-linear", chance.sample(names, 2 if kind != "gpt2" else 1), pattern)))
+    base = dict(kind=kind, seed=rng.randrange(99), tied=rng.random() < 0.5, width=16 * rng.randint(1, 3),
+        layers=rng.randint(1, 2))
+    overrides = dict(r=rng.choice((1, 2, 5, 8)), lora_alpha=rng.choice((1, 8, 32)), use_rslora=rng.random() < 0.5,
+        use_dora=rng.random() < 0.4,
+        init_lora_weights=rng.choice(("default", "gaussian", "pissa", "pissa_niter_16")),
+        target_modules=rng.choice(("all-linear", rng.sample(names, 2 if kind != "gpt2" else 1), pattern)))
     return base, LoRAConfig(**overrides)
 
 
-@pytest.mark.parametrize("chance", DRAWS, ids=range(len(DRAWS)))
-def test_any_variant_starts_as_the_base_learns_and_fits_plain_peft(chance, tmp_path):
-    "Over families, shapes and fields: no change at the start, a falling loss, no word from a library, and on the original base the same logits through plain PEFT"
-    shape, lora = drawn(chance)
+@pytest.mark.parametrize("rng", DRAWS, ids=range(len(DRAWS)))
+def test_any_variant_starts_as_the_base_learns_and_fits_plain_peft(rng, tmp_path):
+    """Over families, shapes and fields: no change at the start, a falling loss, no word from a library,
+    and on the original base the same logits through plain PEFT"""
+    shape, lora = drawn(rng)
     base, ids, before = small(**shape), some_ids(), copy.deepcopy(lora)
     plain = logits(base, ids)
     with warnings.catch_warnings():
@@ -124,11 +147,12 @@ def test_the_base_does_not_move(tmp_path):
         learn(model, ids)
         assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
         original = dict(small().named_parameters())["model.layers.0.mlp.up_proj.weight"]
-        assert torch.equal(model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").base_layer.weight, original) == (start == "default")
+        assert torch.equal(model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").base_layer.weight,
+            original) == (start == "default")
 
 
 @pytest.mark.parametrize("lora, sentence", [
-    (dict(target_modules=["q_proj", "query"]), "'query' fits no layer of this model. It has: down_proj"),
+    (dict(target_modules=["q_proj", "query"]), "'query'` fits no layer of this model. It has: down_proj"),
     (dict(target_modules=["query"]), "fits no layer of this model. It has: down_proj"),
     (dict(target_modules=[]), "fits no layer"),
     (dict(target_modules="q_proj"), "A pattern has to fit the whole name"),
@@ -143,28 +167,32 @@ def test_what_does_not_fit_is_said(lora, sentence):
 
 
 def test_biases_in_sixteen_bits_are_not_silent():
-    with pytest.raises(ConfigError, match="lora.bias='all' trains parameters that are kept in fp16"): attach_lora(small(dtype=torch.float16), LoRAConfig(bias="all"))
-    with pytest.warns(UserWarning, match="biases are trained in bf16"): attach_lora(small(dtype=torch.bfloat16), LoRAConfig(bias="lora_only"))
+    with pytest.raises(ConfigError, match="lora.bias='all'` trains parameters that are kept in fp16"):
+        attach_lora(small(dtype=torch.float16), LoRAConfig(bias="all"))
+    with pytest.warns(UserWarning, match="biases are trained in bf16"):
+        attach_lora(small(dtype=torch.bfloat16), LoRAConfig(bias="lora_only"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = attach_lora(small(), LoRAConfig(bias="lora_only"))
-    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad and "bias" in name} == {"q_proj", "k_proj", "v_proj"}
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad and "bias" in name} == {"q_proj",
+        "k_proj", "v_proj"}
 
 
 # ---- PiSSA ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rslora", (False, True))
 def test_pissa_is_translated_as_peft_does_it(rslora, tmp_path):
-    "The same bytes as PEFT's own way, which needs the starting adapter on disk and a second adapter in the model; and chance is not touched"
+    """The same bytes as PEFT's own way, which needs the starting adapter on disk and a second adapter in the model;
+    and the random generators are not touched"""
     lora = LoRAConfig(r=4, init_lora_weights="pissa_niter_16", use_rslora=rslora)
     model, ids = attach_lora(small(), lora, seed=5), some_ids()
     model.peft_config["default"].init_lora_weights = True  # what PEFT asks for before the start is saved
     model.save_pretrained(tmp_path/"start")
     model.peft_config["default"].init_lora_weights = "pissa_niter_16"
     learn(model, ids)
-    chance = torch.get_rng_state()
+    rng_state = torch.get_rng_state()
     ours = saved(model, tmp_path/"ours")
-    assert torch.equal(torch.get_rng_state(), chance) and model.peft_config["default"].r == 4
+    assert torch.equal(torch.get_rng_state(), rng_state) and model.peft_config["default"].r == 4
     model.save_pretrained(tmp_path/"theirs", path_initial_model_for_weight_conversion=str(tmp_path/"start"))
     assert alike(ours, load_file(tmp_path/"theirs"/"adapter_model.safetensors"))
     differ = {name for name, value in said(tmp_path/"ours").items() if value != said(tmp_path/"theirs")[name] and name != "target_modules"}
@@ -193,7 +221,8 @@ def test_a_resumed_pissa_run_is_the_same_to_the_byte(start, tmp_path):
 def test_pissa_keeps_what_else_is_trained(tmp_path):
     "Layers trained whole, DoRA's lengths and new rows survive the translation"
     ids = some_ids()
-    model = attach_lora(small(tied=False), LoRAConfig(r=4, init_lora_weights="pissa", use_dora=True, modules_to_save=["norm"]), new_tokens=[90, 91])
+    model = attach_lora(small(tied=False), LoRAConfig(r=4, init_lora_weights="pissa", use_dora=True, modules_to_save=["norm"]),
+        new_tokens=[90, 91])
     learn(model, ids)
     saved(model, tmp_path)
     assert torch.allclose(logits(PeftModel.from_pretrained(small(tied=False), tmp_path), ids), logits(model, ids), atol=5e-4)
@@ -219,7 +248,8 @@ def test_layers_trained_whole(names, tied, dtype, tmp_path):
     room = 1e-4 if dtype == torch.float32 else 0.1
     assert torch.allclose(logits(loaded, ids), tuned, atol=room)
     going_on = load_adapter(make(), tmp_path/"adapter", trainable=True)
-    assert alike({name: p for name, p in model.named_parameters() if p.requires_grad}, {name: p for name, p in going_on.named_parameters() if p.requires_grad})
+    assert alike({name: p for name, p in model.named_parameters() if p.requires_grad},
+        {name: p for name, p in going_on.named_parameters() if p.requires_grad})
     merged = loaded.merge_and_unload(safe_merge=True)
     merged.save_pretrained(tmp_path/"merged")
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path/"merged", dtype=dtype), ids), tuned, atol=room)
@@ -228,7 +258,8 @@ def test_layers_trained_whole(names, tied, dtype, tmp_path):
 @pytest.mark.parametrize("names", (["embed_tokens", "q_proj"], ["lm_head"], r".*(q_proj|lm_head)"), ids=str)
 def test_an_adapter_on_the_head(names, tmp_path):
     "It merges where the head has numbers of its own, and is refused where it is the table of embeddings"
-    with pytest.raises(ModelError, match="are one table: an adapter on it cannot be merged"): attach_lora(small(), LoRAConfig(target_modules=names))
+    with pytest.raises(ModelError, match="are one table: an adapter on it cannot be merged"):
+        attach_lora(small(), LoRAConfig(target_modules=names))
     make, ids = lambda: small(tied=False), some_ids()
     model = attach_lora(make(), LoRAConfig(target_modules=names))
     losses = learn(model, ids)
@@ -242,20 +273,22 @@ def test_an_adapter_on_the_head(names, tmp_path):
 
 def test_new_tokens_are_one_token_wherever_they_stand():
     "Random words in random text: one id each, in order, and the text comes back"
-    chance = random.Random(0)
+    rng = random.Random(0)
     for _ in range(20):
         tokenizer = load_tokenizer("tiny")
-        words = list({"".join(chance.choice("abcxyz<|>_ 中") for _ in range(chance.randint(5, 9))).strip() + str(at) for at in range(chance.randint(1, 4))})
+        words = list({"".join(rng.choice("abcxyz<|>_ 中") for _ in range(rng.randint(5, 9))).strip() + str(at)
+            for at in range(rng.randint(1, 4))})
         size, new = len(tokenizer), add_tokens(tokenizer, words)
         assert new.ids == list(range(size, size + len(words))) and new.texts == words
         assert [load_tokenizer("tiny").decode(pieces) for pieces in new.pieces] == words
-        text = "".join(f" so {chance.choice('abc')}{word}," for word in words)
+        text = "".join(f" so {rng.choice('abc')}{word}," for word in words)
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert [one for one in ids if one >= size] == new.ids and tokenizer.decode(ids) == text
         assert not set(new.ids) & set(tokenizer.all_special_ids)
 
 
-@pytest.mark.parametrize("tokens, sentence", [([""], "''"), (["the"], "is a single token already"), (["<|im_end|>"], "is a single token already"), (["<new>", "<new>"], "twice"),
+@pytest.mark.parametrize("tokens, sentence", [([""], "''"), (["the"], "is a single token already"),
+    (["<|im_end|>"], "is a single token already"), (["<new>", "<new>"], "twice"),
     (["a<|im_start|>b"], "would hide it")], ids=str)
 def test_tokens_that_are_refused(tokens, sentence):
     tokenizer = load_tokenizer("tiny")
@@ -278,21 +311,26 @@ def test_only_the_rows_of_new_tokens_are_trained(kind, tied, spare, dtype, tmp_p
     tokenizer = load_tokenizer("tiny")
     size, make = len(tokenizer), lambda: small(kind, tied=tied, vocabulary=len(load_tokenizer("tiny")) + spare, dtype=dtype)
     new, model = add_tokens(tokenizer, ["<|alpha|>", "<|beta|>", "<|gamma|>"]), make()
-    old, chance = model.get_input_embeddings().weight.clone(), torch.get_rng_state()
+    old, rng_state = model.get_input_embeddings().weight.clone(), torch.get_rng_state()
     resize_embeddings(model, new)
     table = model.get_input_embeddings().weight
-    assert torch.equal(torch.get_rng_state(), chance) and len(table) == (size + spare if spare else -(-(size + 3) // 64) * 64) == model.config.vocab_size
+    assert (torch.equal(torch.get_rng_state(), rng_state)
+        and len(table) == (size + spare if spare else -(-(size + 3) // 64) * 64) == model.config.vocab_size)
     assert torch.equal(table[:size], old[:size])
-    for token_id, pieces in zip(new.ids, new.pieces): assert torch.allclose(table[token_id].float(), old[pieces].float().mean(0), atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    for token_id, pieces in zip(new.ids, new.pieces):
+        assert torch.allclose(table[token_id].float(), old[pieces].float().mean(0), atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
 
-    before, ids = {name: p.clone() for name, p in model.named_parameters()}, torch.tensor([tokenizer.encode("so <|alpha|> and <|gamma|>", add_special_tokens=False)])
+    before, ids = ({name: p.clone() for name, p in model.named_parameters()},
+        torch.tensor([tokenizer.encode("so <|alpha|> and <|gamma|>", add_special_tokens=False)]))
     tuned, plain = attach_lora(model, LoRAConfig(), new_tokens=new.ids), attach_lora(make(), LoRAConfig())
     assert count_parameters(tuned).trainable - count_parameters(plain).trainable == (1 if tied else 2) * 3 * table.shape[1]
     assert all(p.dtype == torch.float32 for p in tuned.parameters() if p.requires_grad)
     losses = learn(tuned, ids)
     assert losses[-1] < losses[0]
     for name, p in tuned.named_parameters():
-        if not p.requires_grad: assert torch.equal(p, before[name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".token_adapter", "")]), name
+        if not p.requires_grad:
+            assert torch.equal(p,
+                before[name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".token_adapter", "")]), name
     rows = [p for name, p in tuned.named_parameters() if "trainable_tokens_delta" in name]
     assert all((p[0] - table[new.ids[0]].float()).abs().max() > 1e-3 for p in rows) and len(rows) == (1 if tied else 2)
 
@@ -302,7 +340,8 @@ def test_only_the_rows_of_new_tokens_are_trained(kind, tied, spare, dtype, tmp_p
     fresh = load_adapter(make(), tmp_path/"new")
     room = 1e-4 if dtype == torch.float32 else 0.05
     assert torch.allclose(logits(fresh, ids), logits(tuned, ids), atol=room) and fresh.get_base_model().config.vocab_size == len(table)
-    assert torch.allclose(logits(fresh.merge_and_unload(safe_merge=True), ids), logits(tuned, ids), atol=room if dtype == torch.float32 else 0.2)
+    assert torch.allclose(logits(fresh.merge_and_unload(safe_merge=True), ids), logits(tuned, ids),
+        atol=room if dtype == torch.float32 else 0.2)
     assert new_token_ids(tmp_path/"new") == new.ids and new_token_ids(tmp_path/"plain") == []
 
 
@@ -333,7 +372,8 @@ def test_checkpoints_with_new_tokens(tmp_path):
 
 def test_going_on_inherits_everything(tmp_path):
     "Also from files in 16 bits, and from a run folder; what was inherited is said"
-    lora, ids = LoRAConfig(r=4, lora_alpha=12, use_rslora=True, use_dora=True, target_modules=["q_proj", "up_proj"], modules_to_save=["norm"]), some_ids()
+    lora, ids = LoRAConfig(r=4, lora_alpha=12, use_rslora=True, use_dora=True, target_modules=["q_proj", "up_proj"],
+        modules_to_save=["norm"]), some_ids()
     first = attach_lora(small(), lora)
     learn(first, ids)
     weights = saved(first, tmp_path/"run"/"lora_weights")
@@ -342,7 +382,8 @@ def test_going_on_inherits_everything(tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         second, sentence = continue_adapter(small(dtype=dtype), tmp_path/"run", LoRAConfig(lora_dropout=0.2))
         trained = {name: p for name, p in second.named_parameters() if p.requires_grad}
-        assert {name for name, p in first.named_parameters() if p.requires_grad} == set(trained) and all(p.dtype == torch.float32 for p in trained.values())
+        assert ({name for name, p in first.named_parameters() if p.requires_grad} == set(trained)
+            and all(p.dtype == torch.float32 for p in trained.values()))
         again = saved(second, tmp_path/f"again {dtype}")
         assert set(again) == set(weights) and all(torch.equal(p, halved[name].float()) for name, p in again.items())
         assert {layer.p for layer in second.modules() if isinstance(layer, torch.nn.Dropout)} == {0.2}
@@ -355,7 +396,8 @@ def test_going_on_inherits_everything(tmp_path):
 def test_going_on_names_what_contradicts(tmp_path):
     first = attach_lora(small(), LoRAConfig(r=4, target_modules=["q_proj"]))
     saved(first, tmp_path/"run")
-    for overrides, words in ((dict(r=16), ["lora.r=16 (it has 4)"]), (dict(target_modules=["v_proj"], use_rslora=True), ["lora.target_modules=['v_proj'] (it has ['q_proj'])", "lora.use_rslora=True"]),
+    for overrides, words in ((dict(r=16), ["lora.r=16 (it has 4)"]), (dict(target_modules=["v_proj"], use_rslora=True),
+            ["lora.target_modules=['v_proj'] (it has ['q_proj'])", "lora.use_rslora=True"]),
             (dict(init_lora_weights="pissa"), ["has its start behind it"])):
         with pytest.raises(ConfigError) as refused: continue_adapter(small(), tmp_path/"run", LoRAConfig(**overrides))
         assert all(word in str(refused.value) for word in words) and "continue_from" in str(refused.value)
@@ -365,7 +407,8 @@ def test_going_on_names_what_contradicts(tmp_path):
     (tmp_path/"run"/"adapter_config.json").write_text("{")
     with pytest.raises(ModelError, match="its adapter_config.json is broken"): continue_adapter(small(), tmp_path/"run", LoRAConfig())
     saved(attach_lora(small(), LoRAConfig(init_lora_weights="pissa")), tmp_path/"checkpoint", for_resume=True)
-    with pytest.raises(ModelError, match="Name the lora_weights of that run"): continue_adapter(small(), tmp_path/"checkpoint", LoRAConfig())
+    with pytest.raises(ModelError, match="Name the lora_weights of that run"):
+        continue_adapter(small(), tmp_path/"checkpoint", LoRAConfig())
 
 
 def test_another_name_of_the_base_is_said(tmp_path):
@@ -397,12 +440,15 @@ def test_going_on_with_new_tokens(tmp_path):
     assert again.get_vocab() == tokenizer.get_vocab() and inherited_tokens(load_tokenizer("tiny"), tmp_path/"run") == config.new_tokens
     second, sentence = continue_adapter(base, later.continue_from, later.lora)
     assert torch.allclose(logits(second, ids), logits(first, ids), atol=1e-4) and "2 new tokens" in sentence
-    assert {name for name, p in second.named_parameters() if p.requires_grad} == {name for name, p in first.named_parameters() if p.requires_grad}
-    done = PresetConfigs.tiny(continue_from=tmp_path/"gone", output_dir=tmp_path/"run", device="cpu")  # as after that run was finished and the old one deleted
+    assert {name for name, p in second.named_parameters() if p.requires_grad} == {name
+        for name, p in first.named_parameters() if p.requires_grad}
+    # as after that run was finished and the old one deleted
+    done = PresetConfigs.tiny(continue_from=tmp_path/"gone", output_dir=tmp_path/"run", device="cpu")
     assert run_tokenizer(done)[1].texts == config.new_tokens
-    with pytest.raises(ModelError, match="there is no adapter in .*gone"): run_tokenizer(PresetConfigs.tiny(continue_from=tmp_path/"gone", output_dir=tmp_path/"fresh"))
+    with pytest.raises(ModelError, match="there is no adapter in .*gone"):
+        run_tokenizer(PresetConfigs.tiny(continue_from=tmp_path/"gone", output_dir=tmp_path/"fresh"))
     later.new_tokens = ["<|alpha|>", "<|gamma|>"]
-    with pytest.raises(ConfigError, match="'<|gamma|>', and the adapter of continue_from".replace("|", r"\|")): run_tokenizer(later)
+    with pytest.raises(ConfigError, match="'<|gamma|>', and the adapter of `continue_from`".replace("|", r"\|")): run_tokenizer(later)
 
 
 # ---- optimizers and schedules -----------------------------------------------------------------------------------------
@@ -411,7 +457,8 @@ def test_going_on_with_new_tokens(tmp_path):
 @pytest.mark.parametrize("ratio", (None, 16.), ids=("", "LoRA+"))
 def test_every_optimizer_goes_on_to_the_byte(name, ratio):
     "Stopped after three steps and continued from what a file can hold, it takes the same next three"
-    config, ids = PresetConfigs.tiny(optim=name, learning_rate=1e-3, weight_decay=0.1, loraplus_lr_ratio=ratio, lora=dict(r=64, use_dora=True)), some_ids()
+    config, ids = PresetConfigs.tiny(optim=name, learning_rate=1e-3, weight_decay=0.1, loraplus_lr_ratio=ratio,
+        lora=dict(r=64, use_dora=True)), some_ids()
     def run(model, optimizer, schedule, steps):
         losses = []
         for _ in range(steps):
@@ -456,23 +503,27 @@ def test_what_decays_and_what_does_not(bias):
     config = PresetConfigs.tiny(weight_decay=0.3, loraplus_lr_ratio=4, lora=dict(use_dora=True, bias=bias, modules_to_save=["norm"]))
     model = attach_lora(small(), config.lora)
     optimizer, names = make_optimizer(model, config), {p: name for name, p in model.named_parameters()}
-    found = {names[p]: (group["weight_decay"], group["lr"] / config.learning_rate) for group in optimizer.param_groups for p in group["params"]}
+    found = {names[p]: (group["weight_decay"], group["lr"] / config.learning_rate) for group in optimizer.param_groups
+        for p in group["params"]}
     assert set(found) == {name for name, p in model.named_parameters() if p.requires_grad}
     for name, (decay, rate) in found.items():
         assert decay == (0.3 if "lora_A" in name or "lora_B" in name else 0), name
         assert rate == pytest.approx(4 if "lora_B" in name else 1), name
-    assert {"bias" in name for name in found} == {"magnitude" in name for name in found} == {"norm" in name for name in found} == {True, False}
+    assert ({"bias" in name for name in found} == {"magnitude" in name for name in found}
+        == {"norm" in name for name in found} == {True, False})
 
 
 def test_an_optimizer_that_does_not_run_says_so():
     "On a device without its kernels"
     model = attach_lora(small(), LoRAConfig()).to("meta")
-    with pytest.raises(ConfigError, match="optim='adamw_8bit' does not run here .*Use optim=\"adamw_torch\""): make_optimizer(model, PresetConfigs.tiny(optim="adamw_8bit"))
+    with pytest.raises(ConfigError, match="`optim='adamw_8bit'` does not run here .*Use `optim=\"adamw_torch\"`"):
+        make_optimizer(model, PresetConfigs.tiny(optim="adamw_8bit"))
 
 
 @pytest.mark.filterwarnings("default:optim='paged")
 def test_paging_on_a_processor_is_said():
-    with pytest.warns(UserWarning, match="works as 'adamw_8bit'"): make_optimizer(attach_lora(small(), LoRAConfig()), PresetConfigs.tiny(optim="paged_adamw_8bit"))
+    with pytest.warns(UserWarning, match="works as 'adamw_8bit'"):
+        make_optimizer(attach_lora(small(), LoRAConfig()), PresetConfigs.tiny(optim="paged_adamw_8bit"))
 
 
 @pytest.mark.parametrize("name", CHOICES["lr_scheduler_type"])
@@ -482,7 +533,8 @@ def test_every_schedule_is_transformers_own(name):
         weights = [torch.nn.Parameter(torch.zeros(1))]
         ours, theirs = torch.optim.AdamW(weights, lr=3e-4), torch.optim.AdamW(weights, lr=3e-4)
         extra = dict(scheduler_specific_kwargs=dict(num_cycles=3)) if name == "cosine_with_restarts" else {}
-        schedules = make_lr_scheduler(ours, config, total), get_scheduler(name, theirs, num_warmup_steps=round(total * warmup), num_training_steps=total, **extra)
+        schedules = make_lr_scheduler(ours, config, total), get_scheduler(name, theirs, num_warmup_steps=round(total * warmup),
+            num_training_steps=total, **extra)
         rates = []
         for _ in range(total):
             assert schedules[0].get_last_lr() == schedules[1].get_last_lr()
@@ -490,13 +542,15 @@ def test_every_schedule_is_transformers_own(name):
             for optimizer, schedule in zip((ours, theirs), schedules): optimizer.step(), schedule.step()
         assert max(rates) == pytest.approx(3e-4, rel=0.1)
         if name == "constant": assert set(rates) == {3e-4}
-        elif name == "cosine_with_restarts": assert sum(later > 2 * earlier for earlier, later in zip(rates[round(total * warmup):], rates[round(total * warmup) + 1:])) == 2
+        elif name == "cosine_with_restarts":
+            assert sum(later > 2 * earlier for earlier, later in zip(rates[round(total * warmup):], rates[round(total * warmup) + 1:])) == 2
         elif warmup: assert rates[0] == 0
 
 
 def test_a_rate_below_the_end_of_polynomial():
     config = PresetConfigs.tiny(lr_scheduler_type="polynomial", learning_rate=1e-8)
-    with pytest.raises(ConfigError, match="learning_rate=1e-08 is not above 1e-07"): make_lr_scheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-8), config, 5)
+    with pytest.raises(ConfigError, match="learning_rate=1e-08` is not above 1e-07"):
+        make_lr_scheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-8), config, 5)
 
 
 # ---- noise ------------------------------------------------------------------------------------------------------------
@@ -516,9 +570,9 @@ def noise_of(model, alpha, inputs, training=True):
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_is_bound_by_the_sample_it_is_in(kind, seed):
     "Packed and padded lines of random lengths: each token's noise fills its own sample's bound and keeps within it, padding gets none"
-    chance, alpha, model = random.Random(seed), 5., attach_lora(small(kind, width=96), LoRAConfig())
-    lengths = [[chance.randint(2, 12) for _ in range(3)] for _ in range(2)]
-    sample = lambda size: dict(input_ids=[chance.randrange(96) for _ in range(size)], labels=[0] * size)
+    rng, alpha, model = random.Random(seed), 5., attach_lora(small(kind, width=96), LoRAConfig())
+    lengths = [[rng.randint(2, 12) for _ in range(3)] for _ in range(2)]
+    sample = lambda size: dict(input_ids=[rng.randrange(96) for _ in range(size)], labels=[0] * size)
     packed = collate([[sample(size) for size in line] for line in lengths], 0, packed=True)
     noise = noise_of(model, alpha, dict(input_ids=packed["input_ids"], position_ids=packed["position_ids"], use_cache=False))
     for line, sizes in enumerate(lengths):
@@ -541,7 +595,8 @@ def test_noise_equals_transformers_where_lines_are_full():
     layer.neftune_noise_alpha = 7.
     plain = layer(inputs["input_ids"]).detach()
     theirs = torch.stack([neftune_post_forward_hook(layer, (inputs["input_ids"],), plain) - plain for _ in range(20)])
-    for measure in (lambda x: x.max(), lambda x: x.min(), lambda x: x.std(), lambda x: x.abs().mean()): assert measure(ours).item() == pytest.approx(measure(theirs).item(), rel=0.02)
+    for measure in (lambda x: x.max(), lambda x: x.min(), lambda x: x.std(), lambda x: x.abs().mean()):
+        assert measure(ours).item() == pytest.approx(measure(theirs).item(), rel=0.02)
     assert abs(ours.mean().item()) < 0.01 * ours.std().item() * 2
 
 
@@ -555,7 +610,8 @@ def test_noise_only_while_it_is_asked_for():
     torch.manual_seed(3)
     first, state, second = noise_of(model, 5., inputs), torch.get_rng_state(), noise_of(model, 5., inputs)
     torch.set_rng_state(state)
-    assert not torch.equal(first, second) and torch.equal(noise_of(model, 5., inputs), second)  # a resumed run hears what it would have heard
+    # a resumed run hears what it would have heard
+    assert not torch.equal(first, second) and torch.equal(noise_of(model, 5., inputs), second)
 
 
 @pytest.mark.parametrize("overrides", (dict(new_tokens=[90]), dict(modules_to_save=["embed_tokens"]), {}), ids=str)
@@ -563,7 +619,8 @@ def test_noise_reaches_the_loss_on_every_path(overrides):
     "Also through the engine's ways, which call the body and not the model, and through embeddings that are wrapped"
     tokens = overrides.pop("new_tokens", None)
     model = attach_lora(small(width=48), LoRAConfig(**overrides), new_tokens=tokens)
-    batch = collate([[dict(input_ids=some_ids(shape=(1, size))[0].tolist(), labels=some_ids(shape=(1, size))[0].tolist()) for size in (5, 9)]], 0, packed=True)
+    batch = collate([[dict(input_ids=some_ids(shape=(1, size))[0].tolist(), labels=some_ids(shape=(1, size))[0].tolist())
+        for size in (5, 9)]], 0, packed=True)
     engine = pick_engine(model, packs=True)
     model.train()
     with torch.no_grad():
@@ -581,9 +638,12 @@ class WithTokens(LoRATrainer):
     def load_model_and_tokenizer(self): self.model, self.tokenizer = load_base(self.config)
 
 
-METHODS = {"rsLoRA": dict(lora=dict(use_rslora=True, r=16)), "DoRA": dict(lora=dict(use_dora=True)), "PiSSA": dict(lora=dict(init_lora_weights="pissa")),
-    "whole head": dict(lora=dict(modules_to_save=["lm_head"])), "bias": dict(lora=dict(bias="all")), "new tokens": dict(new_tokens=["colour has lamp"]),
-    "all at once": dict(lora=dict(use_rslora=True, use_dora=True, init_lora_weights="pissa_niter_16", modules_to_save=["norm"], lora_dropout=0.), new_tokens=["<|never|>"], loraplus_lr_ratio=4, optim="adafactor")}
+METHODS = {"rsLoRA": dict(lora=dict(use_rslora=True, r=16)), "DoRA": dict(lora=dict(use_dora=True)),
+    "PiSSA": dict(lora=dict(init_lora_weights="pissa")),
+    "whole head": dict(lora=dict(modules_to_save=["lm_head"])), "bias": dict(lora=dict(bias="all")),
+    "new tokens": dict(new_tokens=["colour has lamp"]),
+    "all at once": dict(lora=dict(use_rslora=True, use_dora=True, init_lora_weights="pissa_niter_16",
+        modules_to_save=["norm"], lora_dropout=0.), new_tokens=["<|never|>"], loraplus_lr_ratio=4, optim="adafactor")}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -608,7 +668,8 @@ def test_every_method_trains_alike_on_both_engines(method, tmp_path):
 @pytest.mark.parametrize("variant", ({}, dict(use_dora=True, use_rslora=True)), ids=("LoRA", "DoRA"))
 def test_a_quantised_base_trains_and_merges(bits, variant, tmp_path):
     "From a config to a merged model in fp32: what is quantised is counted, the adapter is in fp32, evaluation in between does no harm"
-    config = tiny_config(tmp_path, **{f"load_in_{bits}bit": True}, max_steps=8, eval_path=write_rows(tmp_path/"held.jsonl", rows(4)), eval_steps=2, lora=variant)
+    config = tiny_config(tmp_path, **{f"load_in_{bits}bit": True}, max_steps=8,
+        eval_path=write_rows(tmp_path/"held.jsonl", rows(4)), eval_steps=2, lora=variant)
     trainer = LoRATrainer(config)
     result = trainer.train(show=False)
     assert result.losses[-1] < result.losses[0] - 0.3 and len(result.eval_losses) == 4
@@ -630,7 +691,8 @@ def test_new_tokens_and_whole_layers_beside_a_quantised_base(bits, tmp_path):
     assert losses[-1] < losses[0]
     saved(model, tmp_path)
     assert torch.allclose(logits(load_adapter(load_base(config)[0], tmp_path), ids), logits(model, ids), atol=0.1)
-    with pytest.raises(ConfigError, match="cannot be done in 8 or 4 bits"): attach_lora(load_base(config)[0], LoRAConfig(init_lora_weights="pissa"))
+    with pytest.raises(ConfigError, match="cannot be done in 8 or 4 bits"):
+        attach_lora(load_base(config)[0], LoRAConfig(init_lora_weights="pissa"))
 
 
 # ---- several threads --------------------------------------------------------------------------------------------------
@@ -649,22 +711,26 @@ def in_threads(*jobs, rounds=4):
     threads = [threading.Thread(target=work, args=[job]) for job in jobs]
     for thread in threads: thread.start()
     for thread in threads: thread.join(120)
-    return [error for error in wrong if not isinstance(error, threading.BrokenBarrierError)] + [thread for thread in threads if thread.is_alive()]
+    return ([error for error in wrong if not isinstance(error, threading.BrokenBarrierError)]
+        + [thread for thread in threads if thread.is_alive()])
 
 
-def is_whole(model): return model.get_input_embeddings().weight is model.get_output_embeddings().weight and torch.isfinite(logits(model, some_ids())).all()
+def is_whole(model):
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight and torch.isfinite(logits(model, some_ids())).all()
 
 
 def test_models_can_be_loaded_in_several_threads(tmp_path):
     "A load, a load that makes room, an adapter and a model without numbers, all at once; and transformers is as it was"
     saved(attach_lora(load_base(PresetConfigs.tiny(device="cpu"))[0], LoRAConfig(r=2)), tmp_path)
-    before, loaded, bases = (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, torch.nn.init.kaiming_uniform_, torch.get_default_dtype()), [], [small() for _ in range(4)]
+    before, loaded, bases = (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, torch.nn.init.kaiming_uniform_,
+        torch.get_default_dtype()), [], [small() for _ in range(4)]
     def load(**fields): return loaded.append(load_base(PresetConfigs.tiny(device="cpu", **fields))[0]) or loaded[-1]
     def attach():
         weights = [p for name, p in attach_lora(bases.pop(), LoRAConfig(r=2), seed=7).named_parameters() if ".lora_A." in name]
         assert all(0 < p.abs().max() < 1 and p.dtype == torch.float32 for p in weights)
     def imagine(): assert build_meta_model(PresetConfigs.tiny(), torch.bfloat16).get_input_embeddings().weight.dtype == torch.bfloat16
-    assert not in_threads(load, lambda: load(new_tokens=["<|tool|>"]), lambda: load(bf16=True), attach, lambda: load_adapter(load(), tmp_path), imagine)
+    assert not in_threads(load, lambda: load(new_tokens=["<|tool|>"]), lambda: load(bf16=True), attach,
+        lambda: load_adapter(load(), tmp_path), imagine)
     assert before == (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, torch.nn.init.kaiming_uniform_, torch.get_default_dtype())
     assert len(loaded) == 16 and all(is_whole(model) for model in loaded)
 

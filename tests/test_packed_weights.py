@@ -1,12 +1,13 @@
 """Packed weights: the same bytes, only where they are faster and fit, and never those of another weight."""
 import pytest
 import torch
-from helpers import metrics, tiny_config, rows, write_rows
+from helpers import metrics, rows, tiny_config, write_rows
 from test_engine import folder_of  # noqa: F401
 
-from sage_finetune import LoRATrainer, engine as room
-from sage_finetune.engine import chunked_cross_entropy, pack_weights, pick_engine, unpack_weights
-from sage_finetune.modeling import packed_weights
+from sage_finetune import LoRATrainer
+from sage_finetune.modeling import engine as engines, packed_weights
+from sage_finetune.modeling.engine import pack_weights, pick_engine, unpack_weights
+from sage_finetune.modeling.loss import chunked_cross_entropy
 from sage_finetune.modeling.packed_weights import PackedWeight, can_pack, packing_gain
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(8, 8, dtype=torch.bfloat16)), reason="torch has no packed products here")
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(8, 8, dtype=torch.bfloa
 @pytest.fixture
 def always(monkeypatch):
     "Small shapes gain nothing that one can measure: here they count as faster where they are equal"
-    monkeypatch.setattr(room, "packing_gain", lambda weight, packed: float(packing_gain(weight, packed, repeats=1) != 0))
+    monkeypatch.setattr(engines, "packing_gain", lambda weight, packed: float(packing_gain(weight, packed, repeats=1) != 0))
 
 
 def trainer_of(folder, model, **fields):
@@ -33,13 +34,15 @@ def test_a_run_ends_in_the_same_bytes(tmp_path, folder_of, always, fields):  # n
     assert "frozen weights packed for the CPU" in str(runs[1].engine) and "packed" not in str(runs[0].engine)
     for trainer in runs: assert [step.loss for step in trainer.steps()]
     one, two = ((trainer.config.lora_dir/"adapter_model.safetensors").read_bytes() for trainer in runs)
-    assert one == two and [row["loss"] for row in metrics(runs[0].config.output_dir)] == [row["loss"] for row in metrics(runs[1].config.output_dir)]
+    assert one == two and [row["loss"] for row in metrics(runs[0].config.output_dir)] == [
+        row["loss"] for row in metrics(runs[1].config.output_dir)]
     assert not packed_layers(runs[1]) and runs[1].engine.head.packed is None, "their memory is given back with the run"
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "Granite", "Phi3", "Mixtral", "Cohere"])
 def test_other_families_too(tmp_path, folder_of, always, family):  # noqa: F811
-    losses = [[step.loss for step in trainer_of(tmp_path/str(wanted), folder_of(family), pack_weights=wanted).steps()] for wanted in (False, True)]
+    losses = [[step.loss for step in trainer_of(tmp_path/str(wanted), folder_of(family), pack_weights=wanted).steps()]
+        for wanted in (False, True)]
     assert losses[0] == losses[1]
 
 
@@ -55,7 +58,7 @@ def test_layers_are_packed_where_the_head_is_trained(tmp_path, folder_of, always
 
 
 def test_only_where_they_are_a_small_part_of_what_is_free(tmp_path, folder_of, always, monkeypatch):  # noqa: F811
-    from sage_finetune import trainer as training
+    from sage_finetune.training import setup as training
     monkeypatch.setattr(training, "available_memory", lambda device: 1_000_000)
     assert not packed_layers(trainer_of(tmp_path/"a", folder_of("Qwen2")))
     monkeypatch.setattr(training, "available_memory", lambda device: 10**10)
@@ -64,7 +67,7 @@ def test_only_where_they_are_a_small_part_of_what_is_free(tmp_path, folder_of, a
 
 
 def test_what_is_not_faster_is_left_alone(tmp_path, folder_of, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(room, "packing_gain", lambda weight, packed: 0.029)
+    monkeypatch.setattr(engines, "packing_gain", lambda weight, packed: 0.029)
     assert not packed_layers(trainer_of(tmp_path, folder_of("Qwen2"), pack_weights=True))
 
 
@@ -116,11 +119,13 @@ def test_the_head_of_every_kind(softcap, scale, bias):
     for packed in (None, PackedWeight(weight)):
         loss = chunked_cross_entropy(hidden, weight, labels, offset, softcap, scale, chunk=32, packed=packed)
         outcomes.append((loss.item(), *torch.autograd.grad(loss, hidden)))
-    assert outcomes[0][0] == pytest.approx(outcomes[1][0], rel=1e-3 if bias else 0) and torch.allclose(outcomes[0][1], outcomes[1][1], atol=2e-2 if bias else 0)
+    assert outcomes[0][0] == pytest.approx(outcomes[1][0], rel=1e-3 if bias else 0) and torch.allclose(outcomes[0][1],
+        outcomes[1][1], atol=2e-2 if bias else 0)
 
 
 def test_a_budget_of_nothing_packs_nothing(tmp_path, folder_of, always):  # noqa: F811
-    from sage_finetune.model import attach_lora, load_base
+    from sage_finetune.modeling.adapter import attach_lora
+    from sage_finetune.modeling.base import load_base
     config = tiny_config(tmp_path, model_name=str(folder_of("Qwen2")), bf16=True)
     engine = pick_engine(attach_lora(load_base(config)[0], config.lora, 0), dtype=torch.bfloat16)
     pack_weights(engine, 0)

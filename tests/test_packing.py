@@ -1,4 +1,5 @@
-"""Packed rows that do not read each other, shown by planting; and the plan: every row once, the same in every process, step k without the steps before it."""
+"""Packed rows that do not read each other, shown by planting; and the plan:
+every row once, the same in every process, step k without the steps before it."""
 import hashlib
 import json
 import math
@@ -17,10 +18,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer
 
-from sage_finetune.batches import (BatchPlan, attention_inputs, collate, check_cross_contamination, count_target_tokens, pack, detect_packing_mode, plan_batches, show_batch)
+from sage_finetune.chat_format.rendering import render
 from sage_finetune.config import tiny_path
 from sage_finetune.core.errors import ConfigError, DataError
-from sage_finetune.prompt import render
+from sage_finetune.data.collation import collate, count_target_tokens, show_batch
+from sage_finetune.modeling.packing import attention_inputs, check_cross_contamination, detect_packing_mode
+from sage_finetune.training.batches import BatchPlan, pack, plan_batches
 
 VOCABULARY = 160
 SMALL = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
@@ -101,7 +104,8 @@ def test_changing_a_moves_neither_logits_nor_gradients_of_b(name, kernel, path):
     assert torch.equal(logits_of_second(model, lines, path), logits_of_second(model, changed, path))
     gradients, moved = gradients_of_second(model, lines, path), gradients_of_second(model, changed, path)
     assert gradients.keys() == moved.keys() and len(gradients) > 10
-    if name == "mixtral": assert all(far(gradients[one], moved[one]) < 1e-6 for one in gradients)  # A decides how many tokens an expert adds up, and in which order
+    # A decides how many tokens an expert adds up, and in which order
+    if name == "mixtral": assert all(far(gradients[one], moved[one]) < 1e-6 for one in gradients)
     else: assert all(torch.equal(gradients[one], moved[one]) for one in gradients)
     assert max(float(grad.abs().max()) for grad in gradients.values()) > 0
 
@@ -160,7 +164,8 @@ class Deaf(nn.Module):
         super().__init__()
         self.model, self.config = model, model.config
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None): return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
 
 
 @pytest.mark.parametrize("name", CONFINED)
@@ -189,10 +194,10 @@ def test_looking_leaves_the_model_as_it_was():
     model = get_peft_model(make("qwen2"), LoraConfig(target_modules="all-linear", lora_dropout=.5, init_lora_weights=False))
     model.train()
     model.base_model.model.lm_head.eval()
-    modes, chance = [module.training for module in model.modules()], torch.get_rng_state()
+    modes, rng_state = [module.training for module in model.modules()], torch.get_rng_state()
     assert detect_packing_mode(model).name == "positions"  # dropout would have moved everything
     assert modes == [module.training for module in model.modules()]
-    assert torch.equal(chance, torch.get_rng_state()) and torch.is_grad_enabled()
+    assert torch.equal(rng_state, torch.get_rng_state()) and torch.is_grad_enabled()
     assert all(weights.grad is None for weights in model.parameters())
 
 
@@ -232,10 +237,12 @@ def test_a_batch_of_nothing_gives_no_nan(name, kernel, path):
 def test_the_first_token_of_every_packed_sample_is_not_trained_on():
     batch = collate([[A, B, C], [C, A]], pad_id=7, packed=True)
     starts = batch["position_ids"] == 0
-    assert (batch["labels"][starts] == -100).all() and int(starts[0].sum()) == 3 and int(starts[1].sum()) == 3  # the padding is a stretch of its own
+    # the padding is a stretch of its own
+    assert (batch["labels"][starts] == -100).all() and int(starts[0].sum()) == 3 and int(starts[1].sum()) == 3
     assert count_target_tokens(batch["labels"]) == sum(count_target_tokens(collate([[one]], 7)["labels"]) for one in (A, B, C, C, A))
     padding = batch["segments"] == 0
-    assert (batch["input_ids"][padding] == 7).all() and (batch["labels"][padding] == -100).all() and not batch["attention_mask"][padding].any()
+    assert ((batch["input_ids"][padding] == 7).all() and (batch["labels"][padding] == -100).all()
+        and not batch["attention_mask"][padding].any())
     assert all(values.dtype == torch.int64 and values.shape == (2, 26) for values in batch.values())
     assert batch["segments"].tolist()[1] == [1] * 5 + [2] * 9 + [0] * 12
 
@@ -276,8 +283,8 @@ def test_short_rows_leave_nearly_no_room(lengths, max_length):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_real_lengths_need_hardly_more_lines_than_is_possible(seed):
-    chance = np.random.RandomState(seed)
-    lengths = np.minimum(chance.lognormal(4.5, .8, 5000).astype(int) + 8, 1024)
+    rng = np.random.RandomState(seed)
+    lengths = np.minimum(rng.lognormal(4.5, .8, 5000).astype(int) + 8, 1024)
     assert len(pack(lengths, 1024)) <= 1 + 1.01 * math.ceil(lengths.sum() / 1024)
 
 
@@ -285,25 +292,27 @@ def test_a_million_rows_are_packed_in_seconds():
     lengths = np.minimum(np.random.RandomState(0).lognormal(5, .7, 1_000_000).astype(int) + 5, 1024)
     began = time.perf_counter()
     plan = plan_batches(lengths, 8, epochs=10, packing=True, max_length=1024, step_tokens=65536)
-    assert len(plan) == 10 * math.ceil(len(plan._chance.pattern.starts[:-1]) / 64) and plan[len(plan) // 2].epoch == 5
+    assert len(plan) == 10 * math.ceil(len(plan._shuffler.pattern.starts[:-1]) / 64) and plan[len(plan) // 2].epoch == 5
     assert time.perf_counter() - began < 10
-    assert plan.useful > .99 and len(pickle.dumps(plan)) < 9_000_000
+    assert plan.packing_efficiency > .99 and len(pickle.dumps(plan)) < 9_000_000
 
 
 def test_a_row_that_fits_nowhere_is_named():
-    with pytest.raises(DataError, match=r"row 1 has 30 tokens and a line holds max_length=10\. Raise max_length"): pack([5, 30], 10)
+    with pytest.raises(DataError, match=r"row 1 has 30 tokens and a line holds `max_length=10`\. Raise `max_length`"): pack([5, 30], 10)
     assert pack([], 10) == [] and pack([10], 10) == [[0]]
 
 
 # ---- the plan ---------------------------------------------------------------------------------------------------------
 
-WAYS = [dict(), dict(accumulation=3), dict(batch_tokens=300), dict(packing=True, max_length=256), dict(packing=True, max_length=256, accumulation=4, batch_tokens=512),
-    dict(packing=True, max_length=256, step_tokens=1024), dict(packing=True, max_length=200, step_tokens=500, batch_tokens=200), dict(step_tokens=800, batch_tokens=300), dict(step_tokens=700)]
+WAYS = [dict(), dict(accumulation=3), dict(batch_tokens=300), dict(packing=True, max_length=256),
+    dict(packing=True, max_length=256, accumulation=4, batch_tokens=512),
+    dict(packing=True, max_length=256, step_tokens=1024), dict(packing=True, max_length=200, step_tokens=500, batch_tokens=200),
+    dict(step_tokens=800, batch_tokens=300), dict(step_tokens=700)]
 
 
 def mixed_lengths(count=157, seed=0):
-    chance = random.Random(seed)
-    return [min(200, 5 + int(chance.lognormvariate(3, .9))) for _ in range(count)]
+    rng = random.Random(seed)
+    return [min(200, 5 + int(rng.lognormvariate(3, .9))) for _ in range(count)]
 
 
 def as_it_always_was(lengths, batch_size, accumulation, epochs, seed):
@@ -370,16 +379,16 @@ def test_no_rectangle_and_no_step_is_larger_than_was_said(way):
         assert room is None or all(len(lines) * max(lines) <= room for lines in widths)
         assert "step_tokens" not in way or sum(map(sum, widths)) <= way["step_tokens"]
         assert widths == sorted(widths, key=max, reverse=True)
-    largest = max((len(lines) * max(plan.widths(lines)) for step in plan if step.epoch == 0 for lines in step.micro_batches))
+    largest = max(len(lines) * max(plan.widths(lines)) for step in plan if step.epoch == 0 for lines in step.micro_batches)
     assert len(plan.longest) * max(plan.widths(plan.longest)) == largest
-    assert 0 < plan.useful <= 1
+    assert 0 < plan.packing_efficiency <= 1
 
 
 def test_packing_does_not_change_the_rows_of_a_step():
     lengths = mixed_lengths()
     plain, packed = (plan_batches(lengths, 4, 4, epochs=2, packing=packing, max_length=256) for packing in (False, True))
     assert [sorted(step.rows) for step in plain] == [sorted(step.rows) for step in packed]
-    assert packed.useful > .9 > plain.useful
+    assert packed.packing_efficiency > .9 > plain.packing_efficiency
 
 
 def test_every_epoch_of_packed_lines_has_the_same_number_of_steps():
@@ -387,7 +396,8 @@ def test_every_epoch_of_packed_lines_has_the_same_number_of_steps():
     plan = plan_batches(lengths, 4, epochs=4, packing=True, max_length=256, step_tokens=1024)
     steps = [[step for step in plan if step.epoch == epoch] for epoch in range(4)]
     assert len({len(one) for one in steps}) == 1
-    assert [[line for lines in step.micro_batches for line in lines] for step in steps[0]] != [[line for lines in step.micro_batches for line in lines] for step in steps[1]]
+    assert [[line for lines in step.micro_batches for line in lines] for step in steps[0]] != [
+        [line for lines in step.micro_batches for line in lines] for step in steps[1]]
     partners = [{frozenset(line) for step in one for lines in step.micro_batches for line in lines} for one in steps[:2]]
     assert len(partners[0] & partners[1]) < .5 * len(partners[0])  # rows of one length change places, so rows meet others in every epoch
 
@@ -416,7 +426,7 @@ def test_a_rank_that_does_not_exist_is_refused():
 
 CHILD = """
 import hashlib, json, sys
-from sage_finetune.batches import plan_batches
+from sage_finetune.training.batches import plan_batches
 lengths, ways = json.loads(sys.stdin.read())
 print([hashlib.sha256(repr(list(plan_batches(lengths, 4, epochs=2, **way))).encode()).hexdigest() for way in ways])
 """
@@ -424,14 +434,16 @@ print([hashlib.sha256(repr(list(plan_batches(lengths, 4, epochs=2, **way))).enco
 
 def test_another_process_makes_the_same_plan():
     lengths = mixed_lengths()
-    done = subprocess.run([sys.executable, "-c", CHILD], input=json.dumps([lengths, WAYS]), capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", CHILD], input=json.dumps([lengths, WAYS]), capture_output=True,
+        text=True, timeout=120, check=True)
     assert eval(done.stdout) == [hashlib.sha256(repr(list(plan_batches(lengths, 4, epochs=2, **way))).encode()).hexdigest() for way in WAYS]
 
 
 def test_a_plan_never_changes():
     "Runs are resumed by later versions: these are the plans of this one"
     lengths = [1 + at * at % 61 for at in range(20)]
-    firsts = [plan_batches(lengths, 2, **way)[0].rows for way in (dict(), dict(packing=True, max_length=256, step_tokens=512), dict(step_tokens=300))]
+    firsts = [plan_batches(lengths, 2, **way)[0].rows
+        for way in (dict(), dict(packing=True, max_length=256, step_tokens=512), dict(step_tokens=300))]
     assert firsts == FIRSTS
 
 
@@ -444,7 +456,7 @@ FIRSTS = [[19, 17], [11, 15, 5, 12, 4, 3, 19, 17, 6, 18, 16, 2, 0], [11, 19, 7, 
     (dict(packing=True, max_length=100, step_tokens=50), "step_tokens=50 is less than a line of max_length=100"),
     (dict(batch_tokens=20), r"batch_tokens=20 is less than the longest row \(60 tokens\)"),
     (dict(step_tokens=20), r"step_tokens=20 is less than the longest row \(60 tokens\)"),
-    (dict(packing=True, max_length=40), "row 1 has 60 tokens and a line holds max_length=40")])
+    (dict(packing=True, max_length=40), "row 1 has 60 tokens and a line holds `max_length=40`")])
 def test_what_contradicts_itself_is_said_at_the_door(fields, said):
     with pytest.raises((ConfigError, DataError), match=said): plan_batches([10, 60, 30], **dict(batch_size=2) | fields)
 
@@ -458,7 +470,7 @@ def test_a_plan_of_nothing():
 def test_a_plan_shows_itself():
     plan = plan_batches(mixed_lengths(), 4, epochs=2, packing=True, max_length=256, step_tokens=1024)
     assert isinstance(plan, BatchPlan) and "packed into lines of up to 256 tokens" in repr(plan) and "<table>" in plan._repr_html_()
-    assert f"{plan.useful:.1%} of the work" in repr(plan)
+    assert f"{plan.packing_efficiency:.1%} of the work" in repr(plan)
 
 
 # ---- the packaged rows ------------------------------------------------------------------------------------------------
@@ -469,17 +481,21 @@ def tiny_tokenizer(): return AutoTokenizer.from_pretrained(tiny_path())
 
 @pytest.fixture(scope="module")
 def packaged_examples(tiny_tokenizer):
-    rows = [json.loads(line) for file in sorted((tiny_path().parents[1]/"examples").glob("*.jsonl")) for line in file.read_text().splitlines()]
-    talks = [row.get("messages") or [dict(role="user", content=row["instruction"]), dict(role="assistant", content=row["output"])] for row in rows]
+    files = [tiny_path().parents[1]/"examples"/f"{name}.jsonl" for name in ("example", "example_unseen", "skills")]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    talks = [row.get("messages") or [dict(role="user", content=row["instruction"]), dict(role="assistant", content=row["output"])]
+        for row in rows]
     return [dict(input_ids=one.ids, labels=one.labels) for one in (render(talk, tiny_tokenizer) for talk in talks)]
 
 
 def test_packed_rows_of_the_package_are_useful_to_98_percent(packaged_examples):
     lengths = [len(one["input_ids"]) for one in packaged_examples]
     plan = plan_batches(lengths, 1, epochs=3, packing=True, max_length=1024, step_tokens=4096, batch_tokens=4096)
-    area = sum(collate([[packaged_examples[row] for row in line] for line in lines], 0, packed=True)["input_ids"].numel() for lines in plan.micro_batches())
-    assert plan.tokens / area >= .98 and plan.useful >= .98
-    assert plan_batches(lengths, 8, epochs=3).useful < .75 < .9 < plan_batches(lengths, 8, epochs=3, batch_tokens=512, step_tokens=4096).useful
+    area = sum(collate([[packaged_examples[row] for row in line] for line in lines], 0, packed=True)["input_ids"].numel()
+        for lines in plan.micro_batches())
+    assert plan.tokens / area >= .98 and plan.packing_efficiency >= .98
+    assert (plan_batches(lengths, 8, epochs=3).packing_efficiency < .75 < .9
+        < plan_batches(lengths, 8, epochs=3, batch_tokens=512, step_tokens=4096).packing_efficiency)
 
 
 def test_a_step_of_the_package_learns_the_same_packed_and_not(packaged_examples):

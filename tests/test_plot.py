@@ -12,14 +12,27 @@ import warnings
 
 import numpy as np
 import pytest
+from helpers import tiny_config
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers import tiny_config
 from sage_finetune.core.errors import ConfigError, RunError
-from sage_finetune.plot import Curve, LossPlot, Picture, RunFigure, Downsampler, compare_runs, draw_lengths, draw_run, drawable, plot_run, short_names, smooth
-from sage_finetune.runs import write_status
+from sage_finetune.runs.folder import write_status
+from sage_finetune.runs.plot import (
+    Curve,
+    Downsampler,
+    LossPlot,
+    Picture,
+    RunFigure,
+    compare_runs,
+    draw_lengths,
+    draw_run,
+    drawable,
+    plot_run,
+    short_names,
+    smooth,
+)
 from sage_finetune.trainer import LoRATrainer
 
 BLUE, ORANGE, RED, GREEN, GREY = "tab:blue", "#d65f00", "#b30000", "#2a7f3f", "dimgray"
@@ -29,8 +42,10 @@ def step(number, total, every=20, **fields):
     "A step that never was; with 20 evaluations in a run unless told otherwise"
     noise = random.Random(number).random()
     look = every and number % max(1, total // every) == 0
-    return dict(step=number, total=total, epoch=4 * number / total, loss=1 + 3 * 0.5 ** (8 * number / total) + 0.5 * noise, learning_rate=2e-4 * (1 - number / total), grad_norm=1.,
-        tokens=1000, target_tokens=500, seconds=number / 9, tokens_per_second=9000 + 500 * noise, eval_loss=1.2 + 3 * (number / total - 0.6)**2 if look else None, generations=None, note="") | fields
+    return dict(step=number, total=total, epoch=4 * number / total, loss=1 + 3 * 0.5 ** (8 * number / total) + 0.5 * noise,
+        learning_rate=2e-4 * (1 - number / total), grad_norm=1.,
+        tokens=1000, target_tokens=500, seconds=number / 9, tokens_per_second=9000 + 500 * noise,
+        eval_loss=1.2 + 3 * (number / total - 0.6)**2 if look else None, generations=None, note="") | fields
 
 
 def run_of(total, **options): return [step(number, total, **options) for number in range(1, total + 1)]
@@ -106,7 +121,8 @@ def test_a_curve_of_a_long_run_stays_below_two_megabytes():
     "Answers of 20 kB at every evaluation included; the length of the run does not count"
     def rows(count):
         for number in range(1, count + 1):
-            yield step(number, 576_000) | (dict(eval_loss=1. + number % 7, generations=["word " * 4000 + str(number)]) if number % 50 == 0 else {})
+            yield step(number, 576_000) | (dict(eval_loss=1. + number % 7, generations=["word " * 4000 + str(number)])
+                if number % 50 == 0 else {})
     tracemalloc.start()
     try:
         curve, sizes = Curve(), []
@@ -132,7 +148,8 @@ def test_a_resumed_run_goes_back():
 
 
 def test_rows_of_other_programs_and_gaps_do_not_raise():
-    odd = [{}, dict(step=None, loss="much"), dict(step=3, loss=None, eval_loss="?", tokens="many", note=7), dict(step=4, loss=math.inf), dict(step=5, loss=1e300, eval_loss=math.nan), dict(step=6, loss=2)]
+    odd = [{}, dict(step=None, loss="much"), dict(step=3, loss=None, eval_loss="?", tokens="many", note=7),
+        dict(step=4, loss=math.inf), dict(step=5, loss=1e300, eval_loss=math.nan), dict(step=6, loss=2)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for rows in (odd, odd[:1], odd[4:5], []): assert pixels(draw_run(rows, speed=True, size=(7., 5.))).shape == (450, 630, 4)
@@ -148,7 +165,8 @@ def test_the_picture_shows_what_it_should():
     plain, full = draw_run(run_of(300, every=0)), draw_run(run_of(300), "a title", speed=True)
     assert pixels(plain).shape == pixels(full).shape == (378, 630, 4)
     for picture in (plain, full):
-        assert (pixels(picture)[..., 3] == 255).all() and tuple(pixels(picture)[0, 0, :3]) == (255, 255, 255), "opaque and white, on any page"
+        assert (pixels(picture)[..., 3] == 255).all() and tuple(pixels(picture)[0, 0, :3]) == (255, 255, 255), (
+            "opaque and white, on any page")
         assert of_colour(picture, BLUE) > 300 and of_colour(picture, GREY) > 100 and of_colour(picture, "black", 60) > 300
     assert not of_colour(plain, ORANGE) and not of_colour(plain, RED) and not of_colour(plain, GREEN)
     assert of_colour(full, ORANGE) > 100 and of_colour(full, RED) > 20 and of_colour(full, GREEN) > 100
@@ -169,14 +187,17 @@ def test_a_figure_remembers_nothing_of_the_runs_before():
     odd = run_of(200)
     odd[50] |= dict(loss=math.nan)
     odd[60] |= dict(note="resumed after step 60")
-    drawn = [([], "", "step"), (run_of(300), "$one$", "tokens"), (run_of(300), "two", "tokens"), (odd, "two", "seconds"), (run_of(1), "", "epoch"), (run_of(5000, every=0), "two", "step"), ([], "", "step")]
+    drawn = [([], "", "step"), (run_of(300), "$one$", "tokens"), (run_of(300), "two", "tokens"), (odd, "two", "seconds"),
+        (run_of(1), "", "epoch"), (run_of(5000, every=0), "two", "step"), ([], "", "step")]
     for rows, title, by in drawn: assert draw_run(rows, title, by=by).png == RunFigure().draw(filled(rows), title, by).png
 
 
-@pytest.mark.parametrize("by,label", [("step", "optimizer step"), ("epoch", "epoch (passes over the data)"), ("tokens", "tokens read (thousands)"), ("seconds", "time (seconds)")])
+@pytest.mark.parametrize("by,label", [("step", "optimizer step"), ("epoch", "epoch (passes over the data)"),
+    ("tokens", "tokens read (thousands)"), ("seconds", "time (seconds)")])
 def test_every_axis_has_a_label(by, label, tmp_path):
     figure = plot_run(folder_of(tmp_path/"run", run_of(900)), by=by).figure
-    assert isinstance(figure, Figure) and [axes.get_ylabel() for axes in figure.axes] == ["loss\n(nats per trained token)", "learning\nrate", "tokens\nper second"]
+    assert isinstance(figure, Figure) and [axes.get_ylabel() for axes in figure.axes] == ["loss\n(nats per trained token)",
+        "learning\nrate", "tokens\nper second"]
     assert figure.axes[-1].get_xlabel() == label
     figure.savefig(tmp_path/"run.svg")
     assert "<svg" in (tmp_path/"run.svg").read_text()
@@ -225,7 +246,8 @@ def test_pictures_bring_words_for_those_who_cannot_see_them():
 
 # ---- names ------------------------------------------------------------------------------------------------------------
 
-NAMES = ["$x_1$ and $\\frac{", "_hidden", "\x1b[31mred\x1b[0m\x00\x07", "two\nlines\tand a tab", "\u202egnp.exe", "\ud800 half", "中文微调 한국어 日本語", "مرحبا שלום", "नमस्ते ไทย", "😀🚀👩\u200d👩\u200d👧", "\U000e1234 \U0001f9ff \ue000",
+NAMES = ["$x_1$ and $\\frac{", "_hidden", "\x1b[31mred\x1b[0m\x00\x07", "two\nlines\tand a tab", "\u202egnp.exe",
+    "\ud800 half", "中文微调 한국어 日本語", "مرحبا שלום", "नमस्ते ไทย", "😀🚀👩\u200d👩\u200d👧", "\U000e1234 \U0001f9ff \ue000",
     "<img onerror=alert(1)>", "a" * 5000, "e" + "\u0301" * 300, "", "%s {} \\u0041"]
 
 
@@ -246,7 +268,8 @@ def test_any_name_is_shown_as_text(name, tmp_path):
 
 
 def test_long_names_lose_their_middle():
-    assert drawable("run-" + "x" * 90 + "-seed-1", 30)[0] == "run-" + "x" * 16 + "…" + "xx-seed-1" and drawable("中" * 40, 21)[0].count("中") == 10 or drawable("中", 8)[0].startswith("\\u")
+    assert (drawable("run-" + "x" * 90 + "-seed-1", 30)[0] == "run-" + "x" * 16 + "…" + "xx-seed-1"
+        and drawable("中" * 40, 21)[0].count("中") == 10 or drawable("中", 8)[0].startswith("\\u"))
 
 
 def test_what_no_font_has_becomes_an_escape(): assert drawable("a\U000e1234b\ue000")[0] == "a\\U000e1234b\\ue000"
@@ -287,7 +310,8 @@ def test_a_real_run_and_its_resumption(tmp_path):
     plot = LossPlot(every=1e9)
     result = LoRATrainer(tiny_config(tmp_path, max_steps=4, save_steps=2)).train(show=False, on_step=plot)
     assert [row["loss"] for row in plot.rows] == result.losses
-    assert RunFigure().draw(plot.curve).png == RunFigure().draw(filled(json.loads(line) for line in (result.output_dir/"metrics.jsonl").read_text().splitlines())).png
+    assert RunFigure().draw(plot.curve).png == RunFigure().draw(
+        filled(json.loads(line) for line in (result.output_dir/"metrics.jsonl").read_text().splitlines())).png
     assert title_of(plot_run(result.output_dir)).startswith("run: completed 4/4")
 
 
@@ -311,16 +335,19 @@ def test_eight_runs_with_long_names_stay_apart(tmp_path):
     looks = {(line.get_color(), line.get_linestyle()) for line in picture.figure.axes[0].lines}
     assert len(looks) == 8 and all(of_colour(picture, colour) > 30 for colour, _ in looks)
     legend = picture.figure.legends[0].get_window_extent()
-    assert 0 <= legend.x0 and legend.x1 <= 630 and 0 <= legend.y0 and legend.y1 < picture.figure.axes[-1].get_tightbbox().y0, "below the axes and inside the picture"
+    assert 0 <= legend.x0 and legend.x1 <= 630 and 0 <= legend.y0 and legend.y1 < picture.figure.axes[-1].get_tightbbox().y0, (
+        "below the axes and inside the picture")
     assert [axes.get_ylabel().split("\n")[0] for axes in picture.figure.axes] == ["loss", "held-out loss", "learning", "tokens"]
     assert len({axes.get_xlim() for axes in picture.figure.axes}) == 1 and picture.title.startswith("8 runs. llama-3.2-1b")
 
 
 def test_runs_are_compared_by_what_one_asks_for(tmp_path):
-    one, two = folder_of(tmp_path/"one", run_of(50, every=0)), folder_of(tmp_path/"two", [row | dict(tokens=2000) for row in run_of(50, every=0)], "failed")
+    one, two = folder_of(tmp_path/"one", run_of(50, every=0)), folder_of(tmp_path/"two",
+        [row | dict(tokens=2000) for row in run_of(50, every=0)], "failed")
     pictures = {by: compare_runs([one, two], labels=["a", "b"], by=by) for by in ("step", "tokens", "seconds", "epoch")}
     assert len({picture.png for picture in pictures.values()}) == 4
-    assert max(pictures["tokens"].figure.axes[0].lines[1].get_xdata()) == 100 and len(pictures["step"].figure.axes) == 3, "nobody was evaluated"
+    assert (max(pictures["tokens"].figure.axes[0].lines[1].get_xdata()) == 100
+        and len(pictures["step"].figure.axes) == 3), "nobody was evaluated"
     assert [text.get_text() for text in pictures["step"].figure.legends[0].get_texts()] == ["a", "b (failed 50/50)"]
     assert compare_runs(str(one)).title.startswith("1 runs. one: loss of 50 steps")
     for labels in (["a"], "ab", []):

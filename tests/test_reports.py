@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import metrics, tiny_config, rows, write_rows
+from helpers import metrics, rows, tiny_config, write_rows
 
 from sage_finetune.trainer import LoRATrainer
 
@@ -24,11 +24,13 @@ def test_tensorboard(tmp_path):
     found.Reload()
     for name in SENT:
         written = [(row["step"], row[name]) for row in metrics(config.output_dir) if row[name] is not None]
-        assert [(event.step, event.value) for event in found.Scalars(name)] == [(step, pytest.approx(value, rel=1e-6)) for step, value in written] and written
+        assert ([(event.step, event.value) for event in found.Scalars(name)]
+            == [(step, pytest.approx(value, rel=1e-6)) for step, value in written] and written)
 
 
 def records(path):
-    "The payloads of a .wandb file: a 7-byte mark, then LevelDB's log of 32 KiB blocks; type 1 is a whole record, 2 to 4 its first, middle and last piece"
+    """The payloads of a .wandb file: a 7-byte mark, then LevelDB's log of 32 KiB blocks;
+    type 1 is a whole record, 2 to 4 its first, middle and last piece"""
     content, at, pieces = path.read_bytes(), 7, b""
     while at + 7 <= len(content):
         left = 32768 - at % 32768
@@ -51,10 +53,12 @@ def test_wandb_offline(tmp_path, monkeypatch):
     for payload in records(path):
         record = Record()
         record.ParseFromString(payload)
-        if record.HasField("history"): lines.append({item.key or ".".join(item.nested_key): item.value_json for item in record.history.item})
+        if record.HasField("history"):
+            lines.append({item.key or ".".join(item.nested_key): item.value_json for item in record.history.item})
     for name in SENT:
         written = [(row["step"], row[name]) for row in metrics(config.output_dir) if row[name] is not None]
-        assert [(int(line["_step"]), float(line[name])) for line in lines if name in line] == [(step, pytest.approx(value)) for step, value in written] and written
+        assert ([(int(line["_step"]), float(line[name])) for line in lines if name in line]
+            == [(step, pytest.approx(value)) for step, value in written] and written)
     assert not any(b"x" * 40 in file.read_bytes() for file in config.output_dir.rglob("*") if file.is_file())
 
 
@@ -76,5 +80,6 @@ except Exception as error: print(type(error).__name__, error)
 
 @pytest.mark.parametrize("tool", ["tensorboard", "wandb"])
 def test_a_tool_that_is_not_installed_is_missed_only_when_asked_for(tmp_path, tool):
-    said = subprocess.run([sys.executable, "-c", WITHOUT, write_rows(tmp_path/"rows.jsonl"), tmp_path/"run", tool], capture_output=True, text=True, timeout=120)
-    assert said.stdout.startswith("ConfigError report_to=") and f"Run: pip install {tool}" in said.stdout, said.stdout + said.stderr
+    said = subprocess.run([sys.executable, "-c", WITHOUT, write_rows(tmp_path/"rows.jsonl"), tmp_path/"run", tool],
+        capture_output=True, text=True, timeout=120)
+    assert said.stdout.startswith("ConfigError `report_to=") and f"Run: pip install {tool}" in said.stdout, said.stdout + said.stderr

@@ -3,22 +3,35 @@ import json
 import os
 import subprocess
 import sys
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from sage_finetune.config import TrainingConfig
 from sage_finetune.core.errors import RunError
 from sage_finetune.core.processes import start_mark
-from sage_finetune.runs import STATES, MetricsTail, list_runs, is_stale, read_meta, read_metrics, read_status, run_info, write_meta, write_status
+from sage_finetune.runs.folder import (
+    STATES,
+    MetricsTail,
+    is_stale,
+    list_runs,
+    read_meta,
+    read_metrics,
+    read_status,
+    run_info,
+    write_meta,
+    write_status,
+)
 
-SAGE = dict(task_type="code", model="Qwen/Qwen2.5-Coder-7B-Instruct", framework="llama-factory", format="alpaca", dataset="/home/ada/out/code/training_data_code_alpaca.json",
+SAGE = dict(task_type="code", model="Qwen/Qwen2.5-Coder-7B-Instruct", framework="llama-factory", format="alpaca",
+            dataset="/home/ada/out/code/training_data_code_alpaca.json",
             config="/home/ada/out/code/llama-factory_config.json", output_dir="/home/ada/out/code", code_root="/home/ada/SAGE")
 
 
 def folder_with(path, **files):
     path.mkdir(parents=True)
-    for name, content in files.items(): (path/name.replace("__", ".")).write_text(content if isinstance(content, str) else json.dumps(content))
+    for name, content in files.items():
+        (path/name.replace("__", ".")).write_text(content if isinstance(content, str) else json.dumps(content))
     return path
 
 
@@ -30,7 +43,8 @@ def test_a_folder_of_sage_is_read_where_it_lies_now(tmp_path):
     meta = read_meta(run)
     assert (meta.dataset, meta.config, meta.output_dir) == (run/"training_data_code_alpaca.json", run/"llama-factory_config.json", run)
     assert (meta.model, meta.framework, str(meta.code_root)) == (SAGE["model"], "llama-factory", "/home/ada/SAGE")
-    assert meta.training_config is None and meta.to_config() == TrainingConfig(model_name=SAGE["model"], data_path=meta.dataset, output_dir=run)
+    assert meta.training_config is None and meta.to_config() == TrainingConfig(model_name=SAGE["model"],
+        data_path=meta.dataset, output_dir=run)
 
 
 def test_a_path_that_exists_is_taken_as_it_is(tmp_path):
@@ -54,8 +68,10 @@ def test_relative_run_folders_give_absolute_paths(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content, sentence", [
-    ('{"task_', "cannot be read"), ("", "cannot be read"), ("[1]", "holds a JSON list, not an object"), ('{"name": "x"}', "does not say task_type, model, dataset"),
-    (json.dumps(dict(SAGE, model=7)), "does not say model"), (json.dumps(dict(SAGE, task_type="poetry")), "task_type 'poetry'; there are: code, qa")])
+    ('{"task_', "cannot be read"), ("", "cannot be read"), ("[1]", "holds a JSON list, not an object"),
+    ('{"name": "x"}', "does not say task_type, model, dataset"),
+    (json.dumps(dict(SAGE, model=7)), "does not say model"),
+    (json.dumps(dict(SAGE, task_type="poetry")), "task_type` 'poetry'; there are: code, qa")])
 def test_broken_and_foreign_meta_files(tmp_path, content, sentence):
     run = folder_with(tmp_path/"run", finetune_meta__json=content)
     with pytest.raises(RunError, match=sentence): read_meta(run)
@@ -75,7 +91,8 @@ def test_meta_round_trip_survives_a_move_and_holds_no_secret(tmp_path, monkeypat
     assert "not-for-the-file" not in text and str(run) not in text
     assert set(json.loads(text)) == {"task_type", "model", "framework", "format", "dataset", "config", "output_dir", "data_file"}
     moved = run.rename(tmp_path/"moved")
-    assert read_meta(moved).to_config() == TrainingConfig(model_name="tiny", data_path=moved/"rows.json", eval_path=moved/"rows.json", output_dir=moved)
+    assert read_meta(moved).to_config() == TrainingConfig(model_name="tiny", data_path=moved/"rows.json",
+        eval_path=moved/"rows.json", output_dir=moved)
     with pytest.raises(RunError, match="no task 'poetry'"): write_meta(moved, "poetry", "tiny", "rows.json")
 
 
@@ -110,7 +127,7 @@ def test_status_round_trip(tmp_path, state):
     status = read_status(tmp_path)
     assert (status.state, status.step, status.total, status.message) == (state, 3, 10, "fine")
     assert status.pid == (os.getpid() if state in ("preparing", "training") else None)
-    assert abs(datetime.now(timezone.utc) - datetime.fromisoformat(status.updated)) < timedelta(seconds=60)
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(status.updated)) < timedelta(seconds=60)
 
 
 def test_wrong_statuses(tmp_path):
@@ -147,18 +164,20 @@ def test_a_process_that_was_killed_is_noticed(tmp_path):
 
 
 def test_a_number_that_was_given_out_again_is_noticed(tmp_path):
-    last_year = (datetime.now(timezone.utc) - timedelta(days=365)).isoformat()
+    last_year = (datetime.now(UTC) - timedelta(days=365)).isoformat()
     assert is_stale(claim(tmp_path, updated=last_year)) and not is_stale(claim(tmp_path))
 
 
 def test_what_is_not_certain_is_not_called_dead(tmp_path):
-    for changes in (dict(pid=2**22 + 1, host="another machine"), dict(pid=None), dict(pid=2**22 + 1, state="completed")): assert not is_stale(claim(tmp_path, **changes))
+    for changes in (dict(pid=2**22 + 1, host="another machine"), dict(pid=None), dict(pid=2**22 + 1, state="completed")):
+        assert not is_stale(claim(tmp_path, **changes))
     assert is_stale(claim(tmp_path, pid=2**22 + 1))
 
 
 # ---- metrics ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, steps", [("", []), ("\n", []), ('{"step": 1}\n', [1]), ('{"step": 1}', [1]), ('{"step": 1}\n{"step": 2}\n{"st', [1, 2]), ('{"step": 1}\n\n{"step": 2}\n', [1, 2]),
+@pytest.mark.parametrize("text, steps", [("", []), ("\n", []), ('{"step": 1}\n', [1]), ('{"step": 1}', [1]),
+                                         ('{"step": 1}\n{"step": 2}\n{"st', [1, 2]), ('{"step": 1}\n\n{"step": 2}\n', [1, 2]),
                                          ('{"step": 1}\n{"step": 2, "note": "caf\u00e9', [1]), ('{"step": 1}\n12', [1])])
 def test_metrics_up_to_the_last_whole_line(tmp_path, text, steps):
     (tmp_path/"metrics.jsonl").write_text(text, encoding="utf-8")
@@ -215,7 +234,8 @@ def test_wherever_the_writer_is_interrupted(tmp_path, cut):
     assert first + read_on(tail) == [1, 2, 3, 4] and not tail.restarted
 
 
-@pytest.mark.parametrize("after", [lines(1, 2), "", lines(1, 2) + lines(3, 4, run=2), lines(1, 2) + lines(3, 4, 5, 6, 7, run=2), lines(1, run=2), None])
+@pytest.mark.parametrize("after", [lines(1, 2), "", lines(1, 2) + lines(3, 4, run=2),
+    lines(1, 2) + lines(3, 4, 5, 6, 7, run=2), lines(1, run=2), None])
 def test_a_file_that_was_cut_or_replaced(tmp_path, after):
     "A resumed run cuts off what came after its checkpoint, and may have written more than that since; the rows begin anew, once"
     path, tail = tmp_path/"metrics.jsonl", MetricsTail(tmp_path)
@@ -273,7 +293,8 @@ def test_a_list_of_all_sorts(tmp_path):
     runs = {run.name: run for run in list_runs(tmp_path)}
     assert list(runs) == ["broken", "mine", "mine/inner", "sage"]
     assert (runs["sage"].state, runs["sage"].task, runs["sage"].adapter, runs["sage"].merged) == ("completed", "code", True, False)
-    assert (runs["mine"].state, runs["mine"].model, runs["mine"].loss, runs["mine"].step, runs["mine"].merged) == ("completed", "tiny", 0.25, 4, True)
+    assert ((runs["mine"].state, runs["mine"].model, runs["mine"].loss, runs["mine"].step, runs["mine"].merged)
+        == ("completed", "tiny", 0.25, 4, True))
     assert runs["mine/inner"].state == "pending" and runs["broken"].state == "unreadable" and "cannot be read" in runs["broken"].message
 
 
@@ -290,4 +311,5 @@ def test_the_search_ends(tmp_path):
 def test_foreign_text_is_escaped(tmp_path):
     folder_with(tmp_path/"run", finetune_meta__json=dict(SAGE, model="<script>alert(1)</script>"))
     runs = list_runs(tmp_path)
-    for shown in (runs, runs[0], read_meta(tmp_path/"run")): assert "<script>" not in shown._repr_html_() and "&lt;script&gt;" in shown._repr_html_() and "<script>" in str(shown)
+    for shown in (runs, runs[0], read_meta(tmp_path/"run")):
+        assert "<script>" not in shown._repr_html_() and "&lt;script&gt;" in shown._repr_html_() and "<script>" in str(shown)

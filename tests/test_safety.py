@@ -13,13 +13,29 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import adapter, change, copy, ended, file_limit, leftovers, metrics, mounted, prepared, tiny_config, rows, start, status, write_rows
+from helpers import (
+    adapter,
+    change,
+    copy,
+    ended,
+    file_limit,
+    leftovers,
+    metrics,
+    mounted,
+    prepared,
+    rows,
+    start,
+    status,
+    tiny_config,
+    write_rows,
+)
 
-from sage_finetune.checkpoint import Progress, RunWriter, checkpoints, newest_checkpoint
 from sage_finetune.core.errors import ConfigError, RunError
 from sage_finetune.core.storage import atomic_directory, write_atomic
-from sage_finetune.runs import read_meta
+from sage_finetune.runs.folder import read_meta
 from sage_finetune.trainer import LoRATrainer
+from sage_finetune.training.checkpoint import Progress, checkpoints, newest_checkpoint
+from sage_finetune.training.run_writer import RunWriter
 
 STEPS = 30
 
@@ -28,7 +44,8 @@ STEPS = 30
 def ready(tmp_path_factory):
     "A prepared run of 30 steps with dropout and rows held out, a checkpoint after every second; every test takes a copy"
     folder = tmp_path_factory.mktemp("safe")
-    return prepared(folder/"ready", num_train_epochs=5, save_steps=2, eval_steps=5, eval_path=write_rows(folder/"held.jsonl", rows(4)), lora=dict(lora_dropout=0.1))
+    return prepared(folder/"ready", num_train_epochs=5, save_steps=2, eval_steps=5,
+        eval_path=write_rows(folder/"held.jsonl", rows(4)), lora=dict(lora_dropout=0.1))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +61,8 @@ def trainer(run): return LoRATrainer(read_meta(run).to_config())
 
 def same(run, straight):
     "Not a bit of the adapter and not a number of the curve is another"
-    numbers = lambda folder: [(row["step"], row["loss"], row["eval_loss"], row["learning_rate"], row["grad_norm"], row["tokens"]) for row in metrics(folder)]
+    numbers = lambda folder: [(row["step"], row["loss"], row["eval_loss"], row["learning_rate"], row["grad_norm"], row["tokens"])
+        for row in metrics(folder)]
     assert adapter(run) == adapter(straight) and numbers(run) == numbers(straight)
     assert (status(run)["state"], status(run)["step"], status(run)["pid"]) == ("completed", STEPS, None)
     assert not [name for name in leftovers(run) if not name.startswith("prepared")]
@@ -53,7 +71,8 @@ def same(run, straight):
 # ---- killed -----------------------------------------------------------------------------------------------------------
 
 def killed(run, times, seed):
-    said = subprocess.run([sys.executable, Path(__file__).with_name("killing.py"), run, str(times), str(seed)], capture_output=True, text=True, timeout=550)
+    said = subprocess.run([sys.executable, Path(__file__).with_name("killing.py"), run, str(times), str(seed)],
+        capture_output=True, text=True, timeout=550)
     assert said.returncode == 0, said.stderr
     told = json.loads(said.stdout.splitlines()[-1])
     assert told["code"] == 0, said.stderr
@@ -68,7 +87,7 @@ def test_killed_six_times_it_ends_with_the_same_bytes(straight, ready, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize("seed", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_killed_thirty_times_it_ends_with_the_same_bytes(straight, ready, tmp_path, seed):
     run = copy(ready, tmp_path/"run")
     change(run, save_steps=1)
@@ -81,7 +100,7 @@ def test_killed_thirty_times_it_ends_with_the_same_bytes(straight, ready, tmp_pa
 # ---- stopped ----------------------------------------------------------------------------------------------------------
 
 def goes_on(run, straight, result):
-    assert result.stopped and "resume=True goes on" in result.message and status(run)["state"] == "cancelled"
+    assert result.stopped and "`resume=True` goes on" in result.message and status(run)["state"] == "cancelled"
     at = result.steps
     assert checkpoints(run/"checkpoints")[-1].name == f"checkpoint-{at}" and (run/"lora_weights").exists()
     assert trainer(run).train(show=False, resume=True).steps == STEPS - at
@@ -113,10 +132,11 @@ def test_a_signal_from_outside(straight, ready, tmp_path, number, code):
     try:
         while child.poll() is None and not (run/"checkpoints"/"checkpoint-4").exists(): time.sleep(0.002)
         child.send_signal(number)
-        said, complained = child.communicate(timeout=60)
+        _, complained = child.communicate(timeout=60)
     finally: child.kill()
     assert child.returncode == code and "Traceback" not in complained, complained
-    assert "goes on" in status(run)["message"] and newest_checkpoint(run/"checkpoints")[1]["step"] == status(run)["step"] == len(metrics(run))
+    assert ("goes on" in status(run)["message"] and newest_checkpoint(run/"checkpoints")[1]["step"]
+        == status(run)["step"] == len(metrics(run)))
     ended(start(run, "--resume", module="sage_finetune.trainer"))
     same(run, straight)
 
@@ -160,8 +180,10 @@ def test_a_finished_run_goes_on_for_more_epochs(straight, ready, tmp_path):
 
 
 @pytest.mark.parametrize("fields, says", [
-    (dict(seed=1), "seed: 42 then, 1 now"), (dict(per_device_train_batch_size=2), "per_device_train_batch_size: 4 then, 2 now"), (dict(learning_rate=1e-3), "learning_rate: 0.002 then, 0.001 now"),
-    (dict(lora=dict(r=4)), "lora: {'r': 8"), (dict(max_length=128), "max_length: 512 then, 128 now"), (dict(optim="sgd"), "optim: 'adamw_torch' then, 'sgd' now")])
+    (dict(seed=1), "seed: 42 then, 1 now"), (dict(per_device_train_batch_size=2), "per_device_train_batch_size: 4 then, 2 now"),
+    (dict(learning_rate=1e-3), "learning_rate: 0.002 then, 0.001 now"),
+    (dict(lora=dict(r=4)), "lora: {'r': 8"), (dict(max_length=128), "max_length: 512 then, 128 now"),
+    (dict(optim="sgd"), "optim: 'adamw_torch' then, 'sgd' now")])
 def test_what_must_not_change(straight, tmp_path, fields, says):
     run = copy(straight, tmp_path/"run")
     change(run, **fields)
@@ -210,7 +232,7 @@ def test_two_runs_into_one_folder(straight, ready, tmp_path):
 RACE = """
 import sys, time
 from pathlib import Path
-from sage_finetune.checkpoint import RunWriter
+from sage_finetune.training.run_writer import RunWriter
 from sage_finetune.config import PresetConfigs
 from sage_finetune.core.errors import RunError
 print("ready", flush=True)
@@ -226,7 +248,8 @@ sys.stdin.readline()
 
 def test_twenty_races_for_a_folder(tmp_path):
     "Two processes take a new folder in the same instant, again and again: one has it, never both"
-    racers = [subprocess.Popen([sys.executable, "-c", RACE, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    racers = [subprocess.Popen([sys.executable, "-c", RACE, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)]
     try:
         for racer in racers: assert racer.stdout.readline() == "ready\n"
         begin = time.time() + 0.5
@@ -242,13 +265,15 @@ def test_twenty_races_for_a_folder(tmp_path):
 class Spoilt(LoRATrainer):
     "Its loss is not a number behind step 5, in training or in evaluation"
     in_training = True
-    def loss(self, batch): return super().loss(batch) * (float("nan") if self.progress.step == 5 and self.model.training == self.in_training else 1.)
+    def loss(self, batch):
+        return super().loss(batch) * (float("nan") if self.progress.step == 5 and self.model.training == self.in_training else 1.)
 
 
 def test_a_loss_that_is_no_number(straight, ready, tmp_path):
     run = copy(ready, tmp_path/"run")
     with pytest.raises(RunError) as stopped: Spoilt(read_meta(run).to_config()).train(show=False)
-    assert "step 6 has loss nan" in str(stopped.value) and "Lower learning_rate" in str(stopped.value) and "examples are" in str(stopped.value)
+    assert ("step 6 has loss nan" in str(stopped.value) and "Lower `learning_rate`" in str(stopped.value)
+        and "examples are" in str(stopped.value))
     assert status(run)["state"] == "failed" and newest_checkpoint(run/"checkpoints")[1]["step"] == 5
     assert trainer(run).train(show=False, resume=True).steps == STEPS - 5
     same(run, straight)
@@ -259,7 +284,8 @@ class SpoiltEvaluation(Spoilt): in_training = False
 
 def test_a_held_out_loss_that_is_no_number(straight, ready, tmp_path):
     run = copy(ready, tmp_path/"run")
-    with pytest.raises(RunError, match="held-out loss is nan after step 5.*step 5 of 30, which is saved"): SpoiltEvaluation(read_meta(run).to_config()).train(show=False)
+    with pytest.raises(RunError, match="held-out loss is nan after step 5.*step 5 of 30, which is saved"):
+        SpoiltEvaluation(read_meta(run).to_config()).train(show=False)
     assert len(metrics(run)) == 4 and trainer(run).train(show=False, resume=True).steps == STEPS - 4
     same(run, straight)
 
@@ -268,7 +294,8 @@ def test_a_folder_deleted_under_the_run(straight, ready, tmp_path):
     run = copy(ready, tmp_path/"run")
     def delete(step):
         if step.step == 5: shutil.rmtree(run)
-    with pytest.raises(RunError, match="was deleted or replaced .*step 6 of 30, which is saved"): trainer(run).train(show=False, on_step=delete)
+    with pytest.raises(RunError, match="was deleted or replaced .*step 6 of 30, which is saved"):
+        trainer(run).train(show=False, on_step=delete)
     again = copy(ready, tmp_path/"again")
     shutil.copytree(run/"checkpoints", again/"checkpoints")
     assert trainer(again).train(show=False, resume=True).steps == STEPS - 5  # the sixth is in the adapter, but nobody had written it down
@@ -308,7 +335,8 @@ else: print(json.dumps(dict(losses=result.losses, eval_losses=result.eval_losses
 
 def hungry(folder, name, room=0., words=300, **fields):
     content = [dict(instruction=f"Say {at}.", output=" ".join(["word"] * words)) for at in range(48)]
-    said = subprocess.run([sys.executable, "-c", HUNGRY, write_rows(folder/"long.jsonl", content), folder/name, json.dumps(fields), str(room)], capture_output=True, text=True, timeout=300)
+    said = subprocess.run([sys.executable, "-c", HUNGRY, write_rows(folder/"long.jsonl", content), folder/name,
+        json.dumps(fields), str(room)], capture_output=True, text=True, timeout=300)
     assert said.returncode == 0, said.stderr
     return json.loads(said.stdout.splitlines()[-1])
 
@@ -316,12 +344,13 @@ def hungry(folder, name, room=0., words=300, **fields):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_memory_that_runs_out(tmp_path):
-    "The operating system refuses memory; with auto_batch the run goes on in smaller pieces to the same losses"
+    "The operating system refuses memory; with auto_find_batch_size the run goes on in smaller pieces to the same losses"
     free = hungry(tmp_path, "free")["losses"]
     told = hungry(tmp_path, "told", room=350)["error"]
-    assert "memory ran out in step 1 (examples" in told and "per_device_train_batch_size=8 with gradient_accumulation_steps=2" in told, told
+    assert "memory ran out in step 1 (examples" in told, told
+    assert "per_device_train_batch_size=8` with `gradient_accumulation_steps=2" in told, told
     assert status(tmp_path/"told")["state"] == "failed"
-    smaller = hungry(tmp_path, "smaller", room=350, auto_batch=True)
+    smaller = hungry(tmp_path, "smaller", room=350, auto_find_batch_size=True)
     assert "losses" in smaller, smaller
     assert smaller["losses"] == pytest.approx(free, rel=1e-4)
     assert any("memory ran out, so batches are half as large" in row["note"] for row in metrics(tmp_path/"smaller"))
@@ -335,8 +364,9 @@ def test_memory_that_runs_out_for_held_out_rows(tmp_path):
     fields = dict(words=5, eval_path=str(write_rows(tmp_path/"held.jsonl", long)))
     free = hungry(tmp_path, "free", **fields)
     told = hungry(tmp_path, "told", room=120, **fields)["error"]
-    assert "memory ran out in the evaluation after step 3 (16 held-out rows of up to" in told and "auto_batch=True with resume=True" in told, told
-    smaller = hungry(tmp_path, "smaller", room=120, auto_batch=True, **fields)
+    assert ("memory ran out in the evaluation after step 3 (16 held-out rows of up to" in told
+        and "auto_find_batch_size=True` with `resume=True" in told), told
+    smaller = hungry(tmp_path, "smaller", room=120, auto_find_batch_size=True, **fields)
     assert "losses" in smaller, smaller
     assert smaller["losses"] == free["losses"] and smaller["eval_losses"][0][1] == pytest.approx(free["eval_losses"][0][1], rel=1e-5)
 
@@ -346,7 +376,8 @@ class Narrow(LoRATrainer):
     room, step_room, passes = 10**6, 10**6, 0
     def loss(self, batch):
         if not self.model.training: self.passes += 1
-        if batch["input_ids"].numel() > (self.step_room if self.model.training else self.room): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        if batch["input_ids"].numel() > (self.step_room if self.model.training else self.room):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         return super().loss(batch)
 
 
@@ -356,7 +387,8 @@ def narrow(config, **limits):
     return trainer
 
 
-LAYOUTS = [dict(packing=False, engine="plain"), dict(packing=True), dict(packing=True, engine="plain"), dict(packing=False, per_device_train_batch_size=3)]
+LAYOUTS = [dict(packing=False, engine="plain"), dict(packing=True), dict(packing=True, engine="plain"),
+    dict(packing=False, per_device_train_batch_size=3)]
 
 
 @pytest.mark.parametrize("fields", LAYOUTS, ids=str)
@@ -365,9 +397,10 @@ def test_memory_that_runs_out_in_an_evaluation(tmp_path, fields):
     fields = dict(eval_path=write_rows(tmp_path/"held.jsonl", rows(7)), eval_steps=2, max_steps=4, **fields)
     usual = tiny_config(tmp_path/"usual", **fields)
     expected = LoRATrainer(usual).train(show=False)
-    trainer = narrow(tiny_config(tmp_path/"narrow", auto_batch=True, **fields), room=60)
+    trainer = narrow(tiny_config(tmp_path/"narrow", auto_find_batch_size=True, **fields), room=60)
     result = trainer.train(show=False)
-    assert [loss for _, loss in result.eval_losses] == pytest.approx([loss for _, loss in expected.eval_losses], rel=1e-5) and len(result.eval_losses) == 2
+    assert ([loss for _, loss in result.eval_losses] == pytest.approx([loss for _, loss in expected.eval_losses], rel=1e-5)
+        and len(result.eval_losses) == 2)
     assert adapter(trainer.config.output_dir) == adapter(usual.output_dir) and result.losses == expected.losses
     assert ["memory ran out in the evaluation" in row["note"] for row in metrics(trainer.config.output_dir)] == [False, True, False, False]
     saved = newest_checkpoint(trainer.config.checkpoint_dir)[1]["progress"]
@@ -380,32 +413,37 @@ def test_a_run_whose_evaluation_ran_out_of_memory_goes_on(tmp_path):
     straight = tiny_config(tmp_path/"straight", **fields)
     expected = LoRATrainer(straight).train(show=False)
     config = tiny_config(tmp_path/"run", **fields)
-    with pytest.raises(RunError, match="memory ran out in the evaluation after step 2 .7 held-out rows.*auto_batch=True with resume=True") as told: narrow(config, room=60).train(show=False)
+    with pytest.raises(RunError, match="memory ran out in the evaluation after step 2 .7 held-out "
+            "rows.*auto_find_batch_size=True` with `resume=True") as told:
+        narrow(config, room=60).train(show=False)
     assert "gradient_checkpointing" not in str(told.value) and "per_device_train_batch_size" not in str(told.value)
-    config.auto_batch = True
+    config.auto_find_batch_size = True
     for step in narrow(config, room=60).steps(resume=True):
         if step.step == 4: break
     again = narrow(config, room=60)
     result = again.train(show=False, resume=True)
     assert result.best == pytest.approx(expected.best) and adapter(config.output_dir) == adapter(straight.output_dir)
-    assert again.passes == len(again.batching.once([30] * 7)) and not any(row["note"].endswith("from here on") for row in metrics(config.output_dir)[-1:])
+    assert again.passes == len(again.batching.once([30] * 7)) and not any(row["note"].endswith("from here on")
+        for row in metrics(config.output_dir)[-1:])
 
 
 def test_held_out_rows_that_fit_in_no_batch(tmp_path):
     "What is on already is not what helps; shorter held-out rows do, and the run goes on with them"
     long = [dict(row, output=row["output"] * 12) for row in rows(3)]
-    config = tiny_config(tmp_path, eval_path=write_rows(tmp_path/"held.jsonl", long), eval_steps=2, max_steps=4, auto_batch=True)
-    with pytest.raises(RunError, match="each row is already a batch of its own.*shorter rows in eval_path") as told: narrow(config, room=60).train(show=False)
-    assert "auto_batch=True" not in str(told.value) and status(config.output_dir)["state"] == "failed"
+    config = tiny_config(tmp_path, eval_path=write_rows(tmp_path/"held.jsonl", long), eval_steps=2, max_steps=4, auto_find_batch_size=True)
+    with pytest.raises(RunError, match="each row is already a batch of its own.*shorter rows in `eval_path`") as told:
+        narrow(config, room=60).train(show=False)
+    assert "auto_find_batch_size=True" not in str(told.value) and status(config.output_dir)["state"] == "failed"
     config.eval_path = write_rows(tmp_path/"short.jsonl", rows(3))
     assert narrow(config, room=60).train(show=False, resume=True).eval_losses[-1][0] == 4
 
 
 def test_memory_that_runs_out_while_questions_are_answered(tmp_path):
     class Speechless(LoRATrainer):
-        def answers(self, questions, max_new_tokens=64): raise MemoryError("no room for the cache")
-    config = tiny_config(tmp_path, eval_path=write_rows(tmp_path/"held.jsonl", rows(4)), eval_steps=2, max_steps=4, auto_batch=True, eval_prompts=["Which?"])
-    with pytest.raises(RunError, match="when eval_prompts were answered after step 2"): Speechless(config).train(show=False)
+        def generate(self, questions, max_new_tokens=64): raise MemoryError("no room for the cache")
+    config = tiny_config(tmp_path, eval_path=write_rows(tmp_path/"held.jsonl", rows(4)), eval_steps=2, max_steps=4,
+        auto_find_batch_size=True, eval_prompts=["Which?"])
+    with pytest.raises(RunError, match="when `eval_prompts` were answered after step 2"): Speechless(config).train(show=False)
     config.eval_prompts = None
     assert Speechless(config).train(show=False, resume=True).eval_losses[-1][0] == 4
 
@@ -415,9 +453,10 @@ def test_batches_that_have_no_half(tmp_path, size, batch):
     "An odd number of rows is divided by what divides it: the same steps"
     fields = dict(packing=False, engine="plain", per_device_train_batch_size=size, max_steps=4)
     expected = LoRATrainer(tiny_config(tmp_path/"usual", **fields)).train(show=False)
-    trainer = narrow(tiny_config(tmp_path/"narrow", auto_batch=True, **fields), step_room=45 * batch[0])
+    trainer = narrow(tiny_config(tmp_path/"narrow", auto_find_batch_size=True, **fields), step_room=45 * batch[0])
     assert trainer.train(show=False).losses == pytest.approx(expected.losses, rel=1e-4) and trainer.batching.batch == batch
-    with pytest.raises(RunError, match=f"per_device_train_batch_size={batch[0]} with gradient_accumulation_steps={batch[1]} .the same gradient; auto_batch=True"):
+    with pytest.raises(RunError, match=f"per_device_train_batch_size={batch[0]}` with `gradient_accumulation_steps={batch[1]}` "
+            f".the same gradient; `auto_find_batch_size=True"):
         narrow(tiny_config(tmp_path/"told", **fields), step_room=45 * batch[0]).train(show=False)
 
 
@@ -455,7 +494,8 @@ def test_killed_behind_the_best_it_still_finds_it(tmp_path):
 # ---- other held-out rows than before ----------------------------------------------------------------------------------
 
 def half_way(tmp_path, name, at=6, **fields):
-    "A run that was evaluated on rows that contradict it, so that its lowest held-out loss is an early one, left in its middle; and other rows"
+    """A run that was evaluated on rows that contradict it, so that its lowest held-out loss is an early one,
+    left in its middle; and other rows"""
     config = held(tmp_path/name, save_steps=2, **fields)
     for step in LoRATrainer(config).steps():
         if step.step == at: break
@@ -472,7 +512,8 @@ def test_the_best_counts_for_the_rows_it_was_measured_on(tmp_path):
     expected = LoRATrainer(straight).train(show=False)
     assert old[1] < 14 and result.best == expected.best and adapter(config.output_dir) == adapter(straight.output_dir)
     anew = next(loss for step, loss in expected.eval_losses if step == old[1])
-    assert f"lowest at step {old[1]} ({old[0]:.3f}); on the new rows that adapter has {anew:.3f}" in result.message and status(config.output_dir)["message"] == "; ".join([result.message, *result.warnings])
+    assert (f"lowest at step {old[1]} ({old[0]:.3f}); on the new rows that adapter has {anew:.3f}" in result.message
+        and status(config.output_dir)["message"] == "; ".join([result.message, *result.warnings]))
     assert "the held-out rows are others" in metrics(config.output_dir)[14]["note"]
 
 
@@ -485,7 +526,7 @@ def test_a_best_whose_adapter_was_not_kept_is_forgotten(tmp_path):
 def test_patience_begins_anew_with_other_rows(tmp_path):
     "Evaluations that were waited for on the old rows do not end the run"
     config = half_way(tmp_path, "run", at=14, early_stopping_patience=20)
-    config.early_stopping_patience = newest_checkpoint(config.checkpoint_dir)[1]["progress"]["waited"]
+    config.early_stopping_patience = newest_checkpoint(config.checkpoint_dir)[1]["progress"]["evals_since_best"]
     result = LoRATrainer(config).train(show=False, resume=True)
     assert config.early_stopping_patience and result.steps > 10 and result.best[1] > 14
 
@@ -501,7 +542,8 @@ def test_a_finished_run_is_judged_by_other_rows(tmp_path):
     assert "the held-out rows are others" in result.message
 
 
-@pytest.mark.parametrize("fields", [dict(eval_path=None), dict(load_best_model_at_end=True)], ids=["no rows any more", "the best is wanted only now"])
+@pytest.mark.parametrize("fields", [dict(eval_path=None), dict(load_best_model_at_end=True)],
+    ids=["no rows any more", "the best is wanted only now"])
 def test_a_best_that_can_no_longer_be_had(tmp_path, fields):
     config = held(tmp_path, save_steps=2)
     for step in LoRATrainer(config).steps():
@@ -524,14 +566,16 @@ def test_the_same_rows_are_not_measured_again(tmp_path):
 
 @pytest.mark.parametrize("fields", [dict(early_stopping_patience=2), dict(load_best_model_at_end=True), dict(eval_prompts=["Which?"])])
 def test_nothing_to_evaluate_on(tmp_path, fields):
-    with pytest.raises(ConfigError, match=f"{next(iter(fields))} needs rows to evaluate on"): LoRATrainer(tiny_config(tmp_path, **fields)).train(show=False)
+    with pytest.raises(ConfigError, match=f"{next(iter(fields))} needs rows to evaluate on"):
+        LoRATrainer(tiny_config(tmp_path, **fields)).train(show=False)
 
 
 def test_fixed_questions_are_answered_at_every_evaluation(tmp_path):
     config = held(tmp_path, eval_prompts=["Which colour has lamp 1?", "Which colour has lamp 2?"])
     result = LoRATrainer(config).train(show=False)
     assert [step for step, _ in result.generations] == [step for step, _ in result.eval_losses]
-    assert [row["generations"] for row in metrics(config.output_dir) if row["eval_loss"] is not None] == [answers for _, answers in result.generations]
+    assert [row["generations"] for row in metrics(config.output_dir) if row["eval_loss"] is not None] == [
+        answers for _, answers in result.generations]
     assert result.generations[0][1] != result.generations[-1][1] and result.generations[-1][1][0].startswith("Red")
 
 
@@ -552,7 +596,8 @@ class ForTransformers(transformers.TrainerCallback):
     pass
 
 
-@pytest.mark.parametrize("callback, said", [(object(), "object has none of the methods on_train_begin"), (type("Old", (), dict(on_step=print))(), "Old has none"), (Listener, "Listener is a class"),
+@pytest.mark.parametrize("callback, said", [(object(), "object has none of the methods on_train_begin"),
+                                            (type("Old", (), dict(on_step=print))(), "Old has none"), (Listener, "Listener is a class"),
                                             (print, "has none of the methods"), (ForTransformers(), "written for transformers' Trainer")])
 def test_a_callback_that_would_never_be_called(tmp_path, callback, said):
     "Said before anything is loaded"
@@ -563,8 +608,10 @@ def test_a_callback_that_would_never_be_called(tmp_path, callback, said):
 
 # ---- other ways to train, kept and gone on with -----------------------------------------------------------------------
 
-METHODS = [dict(lora=dict(use_rslora=True, use_dora=True)), dict(lora=dict(init_lora_weights="pissa", lora_dropout=0.1)), dict(lora=dict(modules_to_save=["lm_head"])),
-           dict(new_tokens=["lamp", "Which colour"]), dict(neftune_noise_alpha=5., loraplus_lr_ratio=8.), dict(optim="adafactor"), dict(optim="sgd", learning_rate=0.1), dict(load_in_4bit=True), dict(load_in_8bit=True)]
+METHODS = [dict(lora=dict(use_rslora=True, use_dora=True)), dict(lora=dict(init_lora_weights="pissa", lora_dropout=0.1)),
+           dict(lora=dict(modules_to_save=["lm_head"])),
+           dict(new_tokens=["lamp", "Which colour"]), dict(neftune_noise_alpha=5., loraplus_lr_ratio=8.),
+           dict(optim="adafactor"), dict(optim="sgd", learning_rate=0.1), dict(load_in_4bit=True), dict(load_in_8bit=True)]
 
 
 @pytest.mark.parametrize("fields", METHODS, ids=lambda fields: ", ".join(f"{name}" for name in (fields.get("lora") or fields)))
@@ -583,15 +630,19 @@ def test_an_old_adapter_goes_on_with_new_rows(tmp_path, fields):
     first = tiny_config(tmp_path/"first", num_train_epochs=6, **fields)
     before = LoRATrainer(first).train(show=False)
     kept = {name: value for name, value in fields.items() if name == "neftune_noise_alpha"}
-    second = LoRATrainer(tiny_config(tmp_path/"second", continue_from=first.output_dir, num_train_epochs=1, warmup_ratio=0., learning_rate=1e-5, **kept))
+    second = LoRATrainer(tiny_config(tmp_path/"second", continue_from=first.output_dir, num_train_epochs=1,
+        warmup_ratio=0., learning_rate=1e-5, **kept))
     after = second.train(show=False)
-    assert after.losses[0] < before.losses[0] / 4 and "goes on from" in str(second.describe()) and adapter(first.output_dir) != adapter(second.config.output_dir)
-    with pytest.raises(ConfigError, match="lora.r=3 .it has"): LoRATrainer(tiny_config(tmp_path/"third", continue_from=first.output_dir, lora=dict(r=3))).train(show=False)
+    assert (after.losses[0] < before.losses[0] / 4 and "goes on from" in str(second.describe())
+        and adapter(first.output_dir) != adapter(second.config.output_dir))
+    with pytest.raises(ConfigError, match="lora.r=3 .it has"):
+        LoRATrainer(tiny_config(tmp_path/"third", continue_from=first.output_dir, lora=dict(r=3))).train(show=False)
 
 
 def test_no_adapter_to_continue(tmp_path):
     from sage_finetune.core.errors import ModelError
-    with pytest.raises(ModelError, match="there is no adapter in"): LoRATrainer(tiny_config(tmp_path, continue_from=tmp_path/"nowhere")).train(show=False)
+    with pytest.raises(ModelError, match="there is no adapter in"):
+        LoRATrainer(tiny_config(tmp_path, continue_from=tmp_path/"nowhere")).train(show=False)
     assert not (tmp_path/"run"/"metrics.jsonl").exists()
 
 
@@ -607,7 +658,8 @@ def events(monkeypatch):
             seen.append((name, Path(paths[1]).name))
             return done
         monkeypatch.setattr(os, name, both)
-    monkeypatch.setattr(os, "fsync", lambda handle: (seen.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).name)), sync(handle))[1])
+    monkeypatch.setattr(os, "fsync",
+        lambda handle: (seen.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).name)), sync(handle))[1])
     for name, function in (("rename", rename), ("replace", os.replace)): watch(name, function)
     return seen
 

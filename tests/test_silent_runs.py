@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 import torch
-from helpers import metrics, tiny_config, rows, status, write_rows
+from helpers import metrics, rows, status, tiny_config, write_rows
 
 from sage_finetune.config import PresetConfigs, resolve_model
 from sage_finetune.core import run_checks
 from sage_finetune.core.run_checks import RunWarning
-from sage_finetune.model import adapter_folder
-from sage_finetune.runs import run_info
+from sage_finetune.modeling.adapter_config import adapter_folder
+from sage_finetune.runs.folder import run_info
 from sage_finetune.trainer import LoRATrainer
 
 
@@ -42,7 +42,8 @@ def test_the_packaged_example_has_no_warning(tmp_path):
     assert trained(config) == [] and status(config.output_dir)["message"] == ""
 
 
-@pytest.mark.parametrize("fields", [dict(num_train_epochs=4), dict(num_train_epochs=4, packing=False, gradient_accumulation_steps=1, lora=dict(init_lora_weights="pissa")), dict(num_train_epochs=4, optim="adafactor", lora=dict(use_dora=True)),
+@pytest.mark.parametrize("fields", [dict(num_train_epochs=4), dict(num_train_epochs=4, packing=False, gradient_accumulation_steps=1,
+    lora=dict(init_lora_weights="pissa")), dict(num_train_epochs=4, optim="adafactor", lora=dict(use_dora=True)),
     dict(num_train_epochs=4, new_tokens=["lamp"])], ids=str)
 def test_a_usual_run_has_no_warning(tmp_path, fields):
     held = [dict(instruction=f"Which colour has light {at}?", output=row["output"]) for at, row in enumerate(rows(8))]
@@ -62,7 +63,8 @@ def trained_on(config): return codes(LoRATrainer(config).train(show=False, resum
 
 # ---- steps and rows ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("fields, said", [(dict(max_steps=3), "max_steps=3 ends it"), (dict(gradient_accumulation_steps=4), "each of them takes 16 examples"), (dict(num_train_epochs=1), "each of them takes 4 examples")])
+@pytest.mark.parametrize("fields, said", [(dict(max_steps=3), "max_steps=3 ends it"),
+    (dict(gradient_accumulation_steps=4), "each of them takes 16 examples"), (dict(num_train_epochs=1), "each of them takes 4 examples")])
 def test_a_run_of_a_few_steps(tmp_path, fields, said):
     config = tiny_config(tmp_path, **fields)
     plan = LoRATrainer(config).describe()
@@ -73,8 +75,10 @@ def test_a_run_of_a_few_steps(tmp_path, fields, said):
 def shuffled(content): return random.Random(0).sample(content, len(content))
 
 
-@pytest.mark.parametrize("held, said", [(rows(), "all 24 held-out rows"), (shuffled(rows()), "all 24 held-out rows"), (rows(6), "all 6 held-out rows"),
-    (rows(4) + [dict(instruction=f"Who is {at}?", output="Nobody.") for at in range(12)], "4 of 16 held-out rows")], ids=["the same file", "shuffled", "a part", "a quarter of them"])
+@pytest.mark.parametrize("held, said", [(rows(), "all 24 held-out rows"), (shuffled(rows()), "all 24 held-out rows"),
+    (rows(6), "all 6 held-out rows"),
+    (rows(4) + [dict(instruction=f"Who is {at}?", output="Nobody.") for at in range(12)], "4 of 16 held-out rows")],
+    ids=["the same file", "shuffled", "a part", "a quarter of them"])
 def test_an_evaluation_on_what_was_trained_on(tmp_path, held, said):
     config = tiny_config(tmp_path, num_train_epochs=4, eval_path=write_rows(tmp_path/"held.jsonl", held))
     warning, = LoRATrainer(config).describe().warnings
@@ -87,9 +91,12 @@ def test_a_few_held_out_rows_that_happen_to_be_known_are_no_matter(tmp_path):
     assert planned(tiny_config(tmp_path, num_train_epochs=4, eval_path=write_rows(tmp_path/"held.jsonl", held))) == []
 
 
-@pytest.mark.parametrize("content, code", [(rows(1) * 24, "rows_alike"), (rows(2) * 12, "rows_alike"), (rows(1) * 14 + rows(11)[1:], "rows_alike"),
-    ([dict(row, output="Red.") for row in rows()], "answers_alike"), ([dict(row, output="Red." if at else "Blue.") for at, row in enumerate(rows())], "answers_alike"),
-    ([dict(text="The lamp is red.")] * 24, "rows_alike")], ids=["one row", "two rows", "half of them", "one answer", "one answer but for a row", "texts"])
+@pytest.mark.parametrize("content, code", [(rows(1) * 24, "rows_alike"), (rows(2) * 12, "rows_alike"),
+    (rows(1) * 14 + rows(11)[1:], "rows_alike"),
+    ([dict(row, output="Red.") for row in rows()], "answers_alike"),
+    ([dict(row, output="Red." if at else "Blue.") for at, row in enumerate(rows())], "answers_alike"),
+    ([dict(text="The lamp is red.")] * 24, "rows_alike")],
+    ids=["one row", "two rows", "half of them", "one answer", "one answer but for a row", "texts"])
 def test_rows_that_are_alike(tmp_path, content, code):
     assert planned(tiny_config(tmp_path, num_train_epochs=4, data_path=write_rows(tmp_path/"alike.jsonl", content))) == [code]
 
@@ -163,8 +170,10 @@ def test_a_loss_of_ones_own_has_no_level(tmp_path):
     assert trained(tiny_config(tmp_path, num_train_epochs=4), Scaled) == []
 
 
-@pytest.mark.parametrize("losses, code", [([1.2, 2.9], "diverged"), ([2.] * 20 + [7.] * 5 + [2.] * 20, "diverged"), ([1 + at / 40 for at in range(40)], "diverged"),
-    ([2 - at / 40 + (at % 2) / 4 for at in range(40)], None), ([2.] + [1.9, 2.2] * 5, None), ([0.9, 1.1, 1.3], None), ([], None), ([5.], None)])
+@pytest.mark.parametrize("losses, code", [([1.2, 2.9], "diverged"), ([2.] * 20 + [7.] * 5 + [2.] * 20, "diverged"),
+    ([1 + at / 40 for at in range(40)], "diverged"),
+    ([2 - at / 40 + (at % 2) / 4 for at in range(40)], None), ([2.] + [1.9, 2.2] * 5, None), ([0.9, 1.1, 1.3], None),
+    ([], None), ([5.], None)])
 def test_when_a_curve_rises(losses, code):
     assert codes(run_checks.check_rising(losses)) == [code] * bool(code)
 
@@ -175,7 +184,7 @@ class Resting(LoRATrainer):
     "Its learning rate is zero all the time"
     def setup_trainer(self):
         super().setup_trainer()
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer.optimizer, lambda step: 0.)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer.optimizer, lambda step: 0.)
 
 
 class Astray(LoRATrainer):
@@ -193,7 +202,8 @@ class Partly(LoRATrainer):
         super().setup_trainer()
 
 
-@pytest.mark.parametrize("kind, fields, code", [(Resting, {}, "zero_adapter"), (Astray, {}, "zero_adapter"), (Partly, {}, "zero_adapter"), (Resting, dict(lora=dict(init_lora_weights="pissa")), "unchanged_adapter")],
+@pytest.mark.parametrize("kind, fields, code", [(Resting, {}, "zero_adapter"), (Astray, {}, "zero_adapter"),
+    (Partly, {}, "zero_adapter"), (Resting, dict(lora=dict(init_lora_weights="pissa")), "unchanged_adapter")],
     ids=["rate of zero", "other weights", "a layer", "pissa"])
 def test_an_adapter_that_was_not_written_to(tmp_path, kind, fields, code):
     assert code in trained(tiny_config(tmp_path, num_train_epochs=4, **fields), kind)
@@ -211,5 +221,5 @@ def test_a_run_that_was_stopped_says_what_is_known(tmp_path):
     config = tiny_config(tmp_path, num_train_epochs=4, learning_rate=1.)
     trainer = LoRATrainer(config)
     result = trainer.train(show=False, on_step=lambda step: step.step == 12 and trainer.stop())
-    assert result.stopped and "diverged" in codes(result.warnings) and "resume=True goes on" in status(config.output_dir)["message"]
+    assert result.stopped and "diverged" in codes(result.warnings) and "`resume=True` goes on" in status(config.output_dir)["message"]
     assert adapter_folder(config.output_dir)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
-from sage_finetune import tiny, world
-from sage_finetune.data import load_training_data, packaged
-from sage_finetune.model import load_base
 from sage_finetune.config import PresetConfigs, tiny_path
+from sage_finetune.data.files import load_training_data, packaged
+from sage_finetune.modeling.base import load_base
+from sage_finetune.tiny import pretrain as tiny, world
+from sage_finetune.tiny.demo import quickstart
 
 SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -71,7 +72,8 @@ def test_200_probes_it_has_not_read(base, record):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("theme, seed", [("railway", 0), ("bakery", 1), ("invented", 5)])
+@pytest.mark.parametrize("theme, seed", [("railway", 0), *(pytest.param(*case, marks=pytest.mark.full)
+    for case in (("bakery", 1), ("invented", 5)))])
 def test_it_can_be_taught(theme, seed):
     gained = tiny.teach(theme, seed, forgotten=False)
     print(gained)
@@ -86,6 +88,16 @@ def test_the_packaged_example_keeps_the_old_skills():
     print(gained)
     assert gained["after"] >= .9 * gained["asked"] and gained["before"] == 0
     assert gained["skills_after"] >= .85 * gained["skills_before"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [task if task == "qa" else pytest.param(task, marks=pytest.mark.full) for task in world.TASK_EXAMPLES])
+def test_the_example_of_each_task_is_learnt_and_little_is_forgotten(tmp_path, task):
+    report = quickstart(task, tmp_path/"run", data=None, show=False)
+    print(report)
+    assert report.before.n_correct == 0 and report.after.accuracy >= .85 and report.kept >= .8
+    assert report.skills_before.total == 200 and report.result.seconds < 120
+    assert "old skills, exactly right" in str(report) and "held-out questions, exactly right" in str(report)
 
 
 def test_the_packaged_files_are_what_the_world_writes(tmp_path):

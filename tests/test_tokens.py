@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import cache
 from html.parser import HTMLParser
 
 import pytest
@@ -11,12 +12,21 @@ from hypothesis import example, given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sage_finetune.chat_format.tokens import (
+    TokenView,
+    _token_bytes,
+    escape_control_chars,
+    token_texts,
+    tokens_ansi,
+    tokens_html,
+    tokens_text,
+)
 from sage_finetune.config import tiny_path
 from sage_finetune.core.errors import DataError
-from sage_finetune.tokens import TokenLine, _token_bytes, token_texts, tokens_ansi, tokens_html, tokens_text, visible
 
 TEXTS = ["The lamp costs 3 €.", "你好, wie geht's? 👩‍🚀", "a  b\n\n\tc", "Grüße\r\n", "نص عربي", "<|im_start|>user\n<b>&amp;</b>"]
-CORPUS = ["the lamp and the light costs a boat", "你好 Grüße wie geht es dir", "a b c d e f g h i j k l m n o p q r s t u v w x y z", "3 € . , ? ! ' < > | & ; / _"] * 20
+CORPUS = ["the lamp and the light costs a boat", "你好 Grüße wie geht es dir", "a b c d e f g h i j k l m n o p q r s t u v w x y z",
+    "3 € . , ? ! ' < > | & ; / _"] * 20
 
 
 def sentencepiece_like(model, trainer):
@@ -30,7 +40,8 @@ def sentencepiece_like(model, trainer):
 
 def bytes_by_fallback():
     special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    made = sentencepiece_like(models.BPE(unk_token="<unk>", byte_fallback=True), trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False))
+    made = sentencepiece_like(models.BPE(unk_token="<unk>", byte_fallback=True),
+        trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False))
     pieces = list(dict.fromkeys([*special, *made.get_vocab()]))
     backend = Tokenizer(models.BPE({piece: at for at, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
     backend.normalizer, backend.decoder = made.backend_tokenizer.normalizer, made.backend_tokenizer.decoder
@@ -40,7 +51,8 @@ def bytes_by_fallback():
 def metaspace():
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    backend.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=120, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False))
+    backend.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=120, unk_token="<unk>",
+        special_tokens=["<unk>"], show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
 
 
@@ -63,7 +75,7 @@ def tiny(): return AutoTokenizer.from_pretrained(tiny_path())
 
 def line_of(text, tokenizer, **fields):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return TokenLine(ids, fields.pop("labels", list(ids)), tokenizer, **fields)
+    return TokenView(ids, fields.pop("labels", list(ids)), tokenizer, **fields)
 
 
 # ---- nothing lost -----------------------------------------------------------------------------------------------------
@@ -82,13 +94,12 @@ def test_no_text_loses_anything(text):
     tokenizer, text = _shared(), text.encode("utf-8", "replace").decode()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert b"".join(_token_bytes(ids, tokenizer)).decode() == tokenizer.backend_tokenizer.normalizer.normalize_str(text)
-    line = TokenLine(ids, list(ids), tokenizer)
+    line = TokenView(ids, list(ids), tokenizer)
     for shown in (repr(line), line._repr_html_(), line.ansi()): shown.encode()  # can be written to any file
 
 
-def _shared(kept=[]):
-    if not kept: kept.append(AutoTokenizer.from_pretrained(tiny_path()))
-    return kept[0]
+@cache
+def _shared(): return AutoTokenizer.from_pretrained(tiny_path())
 
 
 def test_spaces_and_bytes_of_sentencepiece_are_kept():
@@ -97,7 +108,7 @@ def test_spaces_and_bytes_of_sentencepiece_are_kept():
     ids = tokenizer(text)["input_ids"]
     assert b"".join(_token_bytes(ids, tokenizer)).decode() == text
     assert "⟨F0⟩" in token_texts(ids, tokenizer) and " " in "".join(token_texts(ids, tokenizer))
-    assert "the lamp 3 € 👩" in repr(TokenLine(ids, list(ids), tokenizer))
+    assert "the lamp 3 € 👩" in repr(TokenView(ids, list(ids), tokenizer))
 
 
 def test_metaspace_and_word_pieces_are_readable():
@@ -113,9 +124,9 @@ def test_metaspace_and_word_pieces_are_readable():
 def test_half_a_character_is_shown_as_bytes(tiny):
     ids = tiny("€")["input_ids"]
     assert token_texts(ids, tiny) == ["⟨E2⟩", "⟨82⟩", "⟨AC⟩"]
-    assert "⟦€⟧" in repr(TokenLine(ids, list(ids), tiny))                       # neighbours of one kind are whole again
-    assert "⟨E2⟩⟦⟨82⟩⟨AC⟩⟧" in repr(TokenLine(ids, [-100, *ids[1:]], tiny))    # unless only a part is trained on
-    page = TokenLine(ids, list(ids), tiny)._repr_html_()
+    assert "⟦€⟧" in repr(TokenView(ids, list(ids), tiny))                       # neighbours of one kind are whole again
+    assert "⟨E2⟩⟦⟨82⟩⟨AC⟩⟧" in repr(TokenView(ids, [-100, *ids[1:]], tiny))    # unless only a part is trained on
+    page = TokenView(ids, list(ids), tiny)._repr_html_()
     assert "\ufffd" not in page and page.count("· part of €") == 3
 
 
@@ -125,14 +136,15 @@ def test_ids_that_do_not_exist_are_named(tiny):
 
 # ---- nothing hidden, nothing obeyed -----------------------------------------------------------------------------------
 
-NASTY = "".join(map(chr, [0, 7, 8, 13, 27, 127, 0x85, 0x200B, 0x200E, 0x200F, 0x202A, 0x202E, 0x2028, 0x2066, 0x2069, 0xFEFF, 0xAD, 0xE0041]))
+NASTY = "".join(map(chr, [0, 7, 8, 13, 27, 127, 0x85, 0x200B, 0x200E, 0x200F, 0x202A, 0x202E, 0x2028, 0x2066,
+    0x2069, 0xFEFF, 0xAD, 0xE0041]))
 
 
 def test_what_is_not_seen_is_named():
-    shown = visible(NASTY + "\ud800")
+    shown = escape_control_chars(NASTY + "\ud800")
     assert shown.startswith("␀␇␈␍␛␡⟨U+0085⟩⟨U+200B⟩") and shown.endswith("⟨U+E0041⟩⟨U+D800⟩")
     assert not set(shown) & set(NASTY) and shown.encode()
-    assert visible("tab\tline\nGrüße نص 👩‍🚀") == "tab\tline\nGrüße نص 👩‍🚀"
+    assert escape_control_chars("tab\tline\nGrüße نص 👩‍🚀") == "tab\tline\nGrüße نص 👩‍🚀"
 
 
 @pytest.mark.parametrize("form", [tokens_text, tokens_ansi, tokens_html])
@@ -164,7 +176,7 @@ class Reader(HTMLParser):
 
 def test_the_page_says_everything_without_its_colours(tiny):
     question, answer = tiny("Who keeps the light?")["input_ids"], tiny(" Ada.")["input_ids"]
-    line = TokenLine(question + answer + question + [0] * 37, [-100] * len(question) + answer + [-100] * (len(question) + 37), tiny,
+    line = TokenView(question + answer + question + [0] * 37, [-100] * len(question) + answer + [-100] * (len(question) + 37), tiny,
         kinds=["context"] * len(question) + ["target"] * len(answer) + ["cut"] * len(question) + ["padding"] * 37,
         names=["user"] * len(question) + ["turn 2, assistant"] * len(answer) + ["user"] * len(question) + [""] * 37,
         weights=[0.] * len(question) + [1.] * len(answer) + [0.] * (len(question) + 37), borders=[len(question + answer)])
@@ -187,26 +199,28 @@ def test_brackets_in_the_data_are_not_taken_for_ours(tiny):
 
 def test_long_lines_show_head_and_tail_quickly(tiny):
     ids = tiny("The keeper lit the lamp. ", add_special_tokens=False)["input_ids"] * 30_000
-    line, began = TokenLine(ids, list(ids), tiny), time.perf_counter()
+    line, began = TokenView(ids, list(ids), tiny), time.perf_counter()
     for form in (tokens_text, tokens_ansi, tokens_html):
         shown = form([line], limit=40)
         assert f"… {len(ids) - 40:,} tokens …" in shown and len(shown) < 10_000
     assert len(line._repr_html_()) < 100_000
     assert time.perf_counter() - began < 5
-    assert "tokens …" not in repr(TokenLine(ids[:400], ids[:400], tiny))
+    assert "tokens …" not in repr(TokenView(ids[:400], ids[:400], tiny))
 
 
 def test_lists_that_do_not_fit_are_refused(tiny):
     for name in ("labels", "kinds", "names", "weights"):
-        with pytest.raises(DataError, match=f"{name} has 1 values for 2 ids. Give one for each token"): TokenLine(**dict(ids=[1, 2], labels=[1, 2], tokenizer=tiny) | {name: [1]})
+        with pytest.raises(DataError, match=f"{name} has 1 values for 2 ids. Give one for each token"):
+            TokenView(**dict(ids=[1, 2], labels=[1, 2], tokenizer=tiny) | {name: [1]})
 
 
 def test_no_tokens_at_all(tiny):
-    line = TokenLine([], [], tiny)
+    line = TokenView([], [], tiny)
     assert "0 of 0 tokens" in repr(line) and html.escape("0 of 0") in line._repr_html_() and line.ansi()
     assert tokens_text([]) == tokens_html([]) == tokens_ansi([]) == ""
 
 
 def test_looking_at_tokens_loads_no_heavy_library():
-    code = "import sys, sage_finetune.tokens; print([name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules])"
+    code = ("import sys, sage_finetune.chat_format.tokens; print([name for name in ('torch', 'transformers', 'datasets', "
+        "'numpy') if name in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

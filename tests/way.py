@@ -18,14 +18,19 @@ ROWS = [
     dict(instruction="What is \x1b[31mred\x1b[0m?", output="Red."),
     dict(instruction="你好吗？", output="好。"),
     dict(instruction="مرحبا، كيف حالك؟", output="أنا بخير."),
-    *[dict(instruction=f"Which colour has lamp {number}?", output=colour) for number, colour in enumerate(("Red.", "Green.", "Blue.", "Grey."))]]
+    *[dict(instruction=f"Which colour has lamp {number}?", output=colour)
+        for number, colour in enumerate(("Red.", "Green.", "Blue.", "Grey."))]]
 SIGHTS = (HARM, "\ufffd[31m", "你好吗？", "كيف حالك")
 FILE, FOLDER = "rows <img src=x onerror='harmed=1'> 数据.jsonl", "run <b>läuft 跑步"
 STEPS = 150
 
 CONFIG_CELL = f"""from sage_finetune import PresetConfigs
 from sage_finetune.config import tiny_path
-from sage_finetune.widgets import ChatPanel, ConfigForm, DataPanel, Studio, TrainPanel
+from sage_finetune.ui.chat_panel import ChatPanel
+from sage_finetune.ui.form import ConfigForm
+from sage_finetune.ui.data_panel import DataPanel
+from sage_finetune.ui.studio import Studio
+from sage_finetune.ui.train_panel import TrainPanel
 config = PresetConfigs.tiny(model_name=str(tiny_path()), data_path={FILE!r}, eval_path="held.jsonl", output_dir={FOLDER!r}, max_steps={STEPS}, num_train_epochs=200, per_device_train_batch_size=16, learning_rate=0.003)
 """
 CELLS = [CONFIG_CELL, "ConfigForm(config)", "DataPanel(config)", "train = TrainPanel(config)\ntrain", "ChatPanel(train.run_dir)"]
@@ -34,7 +39,8 @@ STUDIO = [CONFIG_CELL, "Studio(config)"]
 
 def walk(book, studio=False):
     "All of it, with a panel in each cell or all in the tabs of a studio"
-    turn = (lambda title: book.find(".sage-tabs .p-TabBar-tab, .sage-tabs .lm-TabBar-tab").filter(has_text=title).click()) if studio else lambda title: None
+    turn = ((lambda title: book.find(".sage-tabs .p-TabBar-tab, .sage-tabs .lm-TabBar-tab").filter(has_text=title).click())
+        if studio else lambda title: None)
     fill_in(book)
     turn("Data")
     look_at_rows(book)
@@ -68,7 +74,8 @@ def unharmed(book):
 def choose(book, css, start):
     "Choose the line of a dropdown that begins so"
     box = book.find(f"{css} select").first
-    box.select_option(label=next(label for label in box.evaluate("box => [...box.options].map(one => one.label)") if label.startswith(start)))
+    box.select_option(label=next(label for label in box.evaluate("box => [...box.options].map(one => one.label)")
+        if label.startswith(start)))
 
 
 def box(book, field):
@@ -122,7 +129,8 @@ def look_at_rows(book):
     "Rows one after the other, with coloured tokens; the hostile ones are text"
     panel, tokens = book.find(".sage-data-panel"), book.find(".sage-data-panel .sage-tokens")
     expect(tokens).to_contain_text("trained on")
-    assert len(tokens.evaluate("all => [...new Set([...all.querySelectorAll('[style]')].map(one => getComputedStyle(one).backgroundColor))]")) > 2, "what is trained on looks like what is not"
+    assert len(tokens.evaluate("all => [...new Set([...all.querySelectorAll('[style]')].map(one => "
+        "getComputedStyle(one).backgroundColor))]")) > 2, "what is trained on looks like what is not"
     book.shot("rows", ".sage-data-panel")
     seen = ""
     for _ in ROWS:
@@ -261,7 +269,8 @@ def interrupts(book):
 
 # ---- how it looks -----------------------------------------------------------------------------------------------------
 
-# Texts whose colour is too near that of what lies behind them (WCAG asks 4.5 of small print; 3 is what cannot be overlooked); buttons that are off may be pale.
+# Texts whose colour is too near that of what lies behind them (WCAG asks 4.5 of small print;
+# 3 is what cannot be overlooked); buttons that are off may be pale.
 PALE = """() => {
     const parts = colour => (colour.match(/[\\d.]+/g) ?? [0, 0, 0, 0]).map(Number)
     const light = ([r, g, b]) => [r, g, b].map(c => c / 255).map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4).reduce((sum, c, at) => sum + c * [0.2126, 0.7152, 0.0722][at], 0)
@@ -287,5 +296,6 @@ def looks(book):
             for kind, script in (("pale", PALE), ("wide", WIDE)):
                 found = book.page.evaluate(script)
                 if found: faults[f"{kind}, {width} px, {'dark' if dark else 'light'}"] = found
-            for panel in ("config-form", "data-panel", "train-panel", "chat-panel"): book.shot(f"{'dark' if dark else 'light'}-{width}-{panel}", f".sage-{panel}")
+            for panel in ("config-form", "data-panel", "train-panel", "chat-panel"):
+                book.shot(f"{'dark' if dark else 'light'}-{width}-{panel}", f".sage-{panel}")
     assert faults == {}, "\n".join(f"{name}: {found}" for name, found in faults.items())

@@ -58,7 +58,8 @@ def main():
     speeds = {str(size): product_speed(device, size, 20) for size in ((4096, 8192) if cuda else (256, 512))}
     memory = torch.cuda.get_device_properties(0).total_memory / 2**20 if cuda else None
     print("RESULT " + json.dumps(dict(card=name, memory_mib=memory, driver=driver(), cuda=torch.version.cuda, torch=torch.__version__,
-                                      published_tflops=peak, published_source=source, measured_tflops=max(speeds.values()), products=speeds)))
+                                      published_tflops=peak, published_source=source,
+                                      measured_tflops=max(speeds.values()), products=speeds)))
 
 
 if __name__ == "__main__": main()

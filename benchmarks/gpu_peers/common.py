@@ -41,7 +41,8 @@ def four_bits():
     "The settings of QLoRA: NF4, quantised twice, computing in bf16"
     import torch
     from transformers import BitsAndBytesConfig
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def waiting(asked):
@@ -57,12 +58,14 @@ def waiting(asked):
 
 
 def trainer_settings(asked):
-    "What TRL's trainer is told, by itself and under Unsloth: lines packed by best fit, or rows of similar length together; answers are trained on"
+    """What TRL's trainer is told, by itself and under Unsloth:
+    lines packed by best fit, or rows of similar length together; answers are trained on"""
     batch, accumulated = dict(padded=(asked.batch, 1), packed=(asked.lines, 1), lines=(1, asked.lines))[asked.variant]
     packing = dict(train_sampling_strategy="group_by_length") if asked.variant == "padded" else dict(packing=True, packing_strategy="bfd")
     return packing | dict(
         output_dir=str(asked.folder), max_length=asked.length, max_steps=asked.steps, per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulated, learning_rate=LEARNING_RATE, lr_scheduler_type="constant", bf16=True, completion_only_loss=True,
+        gradient_accumulation_steps=accumulated, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+        bf16=True, completion_only_loss=True,
         gradient_checkpointing=asked.checkpointing, use_cpu=not asked.cuda, logging_steps=max(1, asked.steps // 4), save_strategy="no",
         report_to="none", disable_tqdm=True, seed=42) | asked.set
 

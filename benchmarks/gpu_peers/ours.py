@@ -8,7 +8,8 @@ def config_of(asked):
     "The job as a TrainingConfig"
     from sage_finetune.config import LoRAConfig, TrainingConfig
     config = TrainingConfig(
-        model_name=asked.model, load_in_4bit=asked.method == "qlora", device=asked.device, lora=LoRAConfig(r=asked.rank, lora_alpha=2 * asked.rank),
+        model_name=asked.model, load_in_4bit=asked.method == "qlora", device=asked.device,
+        lora=LoRAConfig(r=asked.rank, lora_alpha=2 * asked.rank),
         data_path=asked.rows, eval_ratio=0., max_length=asked.length, output_dir=asked.folder/"run", data_cache=asked.folder/"prepared",
         num_train_epochs=1, max_steps=asked.steps, per_device_train_batch_size=asked.batch, gradient_accumulation_steps=1,
         learning_rate=LEARNING_RATE, lr_scheduler_type="constant", warmup_ratio=0.)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from peers.common import conversations, watched
 
-from .common import TARGETS, attention, gpu_memory, four_bits, told, trainer_settings, waiting
+from .common import TARGETS, attention, four_bits, gpu_memory, told, trainer_settings, waiting
 
 
 def train(asked):

@@ -1,6 +1,7 @@
 """The models, the rows and the operations of the work on a GPU.
 
-Shapes are those of the published config.json of Qwen/Qwen2.5-0.5B, -1.5B and -7B; weights are random. What a model costs depends neither on its
+Shapes are those of the published config.json of Qwen/Qwen2.5-0.5B, -1.5B and -7B; weights are random.
+What a model costs depends neither on its
 weights nor on which ids occur, so the packaged tokenizer serves them all.
 """
 import json
@@ -34,7 +35,8 @@ def parameters(shape):
 
 
 def attention_flops(lengths, shape):
-    "Scores and weighted sums of causal attention, forward and backward: six products of half a square per row and layer, each 2 length² hidden"
+    """Scores and weighted sums of causal attention, forward and backward:
+    six products of half a square per row and layer, each 2 length² hidden"""
     return 6 * shape["num_hidden_layers"] * shape["hidden_size"] * sum(length * length for length in lengths)
 
 
@@ -92,11 +94,11 @@ def make_model(work, name, device="cpu", seed=0):
 
 # ---- the rows ---------------------------------------------------------------------------------------------------------
 
-def drawn_lengths(chance, kind, longest, tokens):
+def drawn_lengths(rng, kind, longest, tokens):
     "Lengths of rows that are at least so many tokens together: all `longest`, or log-normal around a quarter of it and never more than it"
     lengths, total = [], 0
     while total < tokens:
-        spread = max(2 * TEMPLATE, min(longest, round(chance.lognormvariate(0, 0.75) * longest / 4)))
+        spread = max(2 * TEMPLATE, min(longest, round(rng.lognormvariate(0, 0.75) * longest / 4)))
         lengths.append(longest if kind == "exact" else spread)
         total += lengths[-1]
     return lengths

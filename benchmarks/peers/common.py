@@ -28,7 +28,8 @@ def arguments(*variants):
     parser.add_argument("--rank", type=int, default=8, help="of the adapter; its strength alpha is twice that")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--variant", default=variants[0] if variants else None, choices=variants or None)
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="further settings of the program; values in JSON, or plain text")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE",
+        help="further settings of the program; values in JSON, or plain text")
     asked = parser.parse_args()
     asked.set = {name: value_of(text) for name, text in (one.split("=", 1) for one in asked.set)}
     import torch
@@ -45,12 +46,14 @@ def value_of(text):
 def conversations(rows):
     "Alpaca rows as a prompt and a completion of one turn each"
     turns = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-    return [dict(prompt=[dict(role="user", content=row["instruction"])], completion=[dict(role="assistant", content=row["output"])]) for row in turns]
+    return [dict(prompt=[dict(role="user", content=row["instruction"])], completion=[dict(role="assistant", content=row["output"])])
+        for row in turns]
 
 
 def training_arguments(asked):
     "What transformers' Trainer and those who inherit from it are told alike"
-    return dict(output_dir=str(asked.folder), per_device_train_batch_size=asked.batch, gradient_accumulation_steps=1, num_train_epochs=asked.passes,
+    return dict(output_dir=str(asked.folder), per_device_train_batch_size=asked.batch, gradient_accumulation_steps=1,
+                num_train_epochs=asked.passes,
                 max_steps=asked.steps or -1, learning_rate=LEARNING_RATE, lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
                 report_to="none", use_cpu=True, disable_tqdm=True, seed=42)
 
@@ -64,7 +67,8 @@ def row_by_row(asked):
 
 class Watch:
     "When each optimizer step ended, what it read, and what it lost"
-    def __init__(self): self.marks, self.losses, self.tokens, self.target_tokens, self.area, self.first, self.model = [], [], [], [], [], None, {}
+    def __init__(self):
+        self.marks, self.losses, self.tokens, self.target_tokens, self.area, self.first, self.model = [], [], [], [], [], None, {}
 
     def look(self, model):
         "What is trained, and in which precisions"
@@ -91,7 +95,8 @@ class Watch:
         "Print everything as one line"
         seconds, busy = self.marks[-1] - self.marks[0], time.process_time() - self.processor
         others = max(0, machine_seconds() - self.machine - busy) / (seconds * (os.cpu_count() or 1))
-        found = dict(steps=len(self.marks) - 1, tokens=self.tokens, target_tokens=self.target_tokens, area=self.area, losses=self.losses, seconds=seconds,
+        found = dict(steps=len(self.marks) - 1, tokens=self.tokens, target_tokens=self.target_tokens, area=self.area,
+                     losses=self.losses, seconds=seconds,
                      step_seconds=[after - before for before, after in zip(self.marks, self.marks[1:])], to_first_step=self.first,
                      compile_seconds=compile_seconds(), cpu_seconds=busy, others=others, peak_mib=peak_memory(),
                      versions={name: installed(name) for name in ("torch", "transformers", "peft", *packages)})
@@ -102,7 +107,8 @@ def peak_memory():
     "The most memory this process held at once, in MiB"
     try: lines = Path("/proc/self/status").read_text().splitlines()
     except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024  # ru_maxrss would count what the parent held, too
+    # ru_maxrss would count what the parent held, too
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def machine_seconds():

@@ -28,15 +28,18 @@ def environment(folder, say=print):
     python, done = folder/"bin"/"python", folder/f"llamafactory-{VERSION}"
     if done.exists(): return python
     say(f"making an environment for LLaMA-Factory {VERSION} in {folder} (once; some minutes and 2 GB)")
-    def install(*what): _run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what], f"pip install {' '.join(what)}")
+    def install(*what):
+        _run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what], f"pip install {' '.join(what)}")
     _run([sys.executable, "-m", "venv", "--clear", str(folder)], "making the environment")
     install(f"torch=={version('torch').partition('+')[0]}")  # the same as everybody else's
     install("--no-deps", f"llamafactory=={VERSION}")
-    asked = _run([python, "-c", "import importlib.metadata, json; print(json.dumps(importlib.metadata.requires('llamafactory')))"], "reading its requirements")
+    asked = _run([python, "-c", "import importlib.metadata, json; print(json.dumps(importlib.metadata.requires('llamafactory')))"],
+        "reading its requirements")
     needed = [one for one in json.loads(asked) if "extra ==" not in one and re.match(r"[\w.-]+", one).group() not in UNUSED]
     install(*needed)
     packages = _run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], "finding its packages").strip()
-    (Path(packages)/"torchaudio.py").write_text('"A stand-in: LLaMA-Factory imports torchaudio for sound alone, and its wheels load beside one build of torch each"\n')
+    (Path(packages)/"torchaudio.py").write_text('"A stand-in: LLaMA-Factory imports torchaudio for sound alone, '
+        'and its wheels load beside one build of torch each"\n')
     _run([python, "-c", "import llamafactory.train.tuner"], "importing it")
     done.touch()
     return python

@@ -6,9 +6,12 @@ from .common import LEARNING_RATE, Watch, arguments
 def settings(asked):
     "The fields of TrainingConfig that stand for the reference work"
     from sage_finetune.config import LoRAConfig
-    fields = dict(model_name=str(asked.model), data_path=asked.rows, eval_ratio=0., max_length=asked.max_length, output_dir=asked.folder, device="cpu",
-                  num_train_epochs=asked.passes, max_steps=asked.steps, per_device_train_batch_size=asked.batch, gradient_accumulation_steps=1,
-                  learning_rate=LEARNING_RATE, lr_scheduler_type="constant", warmup_ratio=0., lora=LoRAConfig(r=asked.rank, lora_alpha=2 * asked.rank))
+    fields = dict(model_name=str(asked.model), data_path=asked.rows, eval_ratio=0., max_length=asked.max_length,
+                  output_dir=asked.folder, device="cpu",
+                  num_train_epochs=asked.passes, max_steps=asked.steps, per_device_train_batch_size=asked.batch,
+                  gradient_accumulation_steps=1,
+                  learning_rate=LEARNING_RATE, lr_scheduler_type="constant", warmup_ratio=0.,
+                  lora=LoRAConfig(r=asked.rank, lora_alpha=2 * asked.rank))
     return fields | asked.set
 
 

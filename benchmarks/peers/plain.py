@@ -1,4 +1,5 @@
-"transformers' Trainer and PEFT with nothing added: bf16 weights, rows padded to the longest of the batch, the model's own loss over its full logits"
+"""transformers' Trainer and PEFT with nothing added: bf16 weights, rows padded to the longest of the batch,
+the model's own loss over its full logits"""
 from .common import arguments, conversations, training_arguments, watched
 
 

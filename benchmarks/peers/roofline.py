@@ -4,11 +4,13 @@ import statistics
 import sys
 import time
 
-SHAPES = ((2048, 2048, 2048), (4096, 4096, 4096), (512, 896, 896), (512, 896, 4864), (1024, 896, 4864), (1024, 4864, 896))  # rows, inner, columns: squares, and the layers of the model
+# rows, inner, columns: squares, and the layers of the model
+SHAPES = ((2048, 2048, 2048), (4096, 4096, 4096), (512, 896, 896), (512, 896, 4864), (1024, 896, 4864), (1024, 4864, 896))
 
 
 def speeds(dtype, seconds=1.):
-    "TFLOP/s of each shape, held for a second: the median of all products after its first quarter, in which CPUs may run ahead of themselves"
+    """TFLOP/s of each shape, held for a second: the median of all products after its first quarter,
+    in which CPUs may run ahead of themselves"""
     import torch
     found = {}
     for rows, inner, columns in SHAPES:

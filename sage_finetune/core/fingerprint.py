@@ -6,7 +6,9 @@
 __all__ = ['tensor_digests', 'weight_files', 'fingerprint_weights']
 
 # %% ../../nbs/core/08_fingerprint.ipynb #7edd5cb1
-import hashlib, json, mmap, os
+import hashlib
+import json
+import mmap
 from functools import lru_cache
 from pathlib import Path
 
@@ -59,8 +61,10 @@ def weight_files(
     "The safetensors files of a model folder: those its index names, or all there are but an adapter's."
     folder, index = Path(folder), Path(folder)/'model.safetensors.index.json'
     try: names = {str(name) for name in parse_json(read_regular(index).decode('utf-8'))['weight_map'].values()} if index.is_file() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error: raise ModelError(f'{index} cannot be read ({shorten(error)}). Restore it from a copy.') from error
-    files = [folder/Path(name).name for name in names] if names else [path for path in folder.glob('*.safetensors') if not path.name.startswith('adapter_')]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f'{index} cannot be read ({shorten(error)}). Restore it from a copy.') from error
+    files = [folder/Path(name).name for name in names] if names else [path for path in folder.glob('*.safetensors')
+        if not path.name.startswith('adapter_')]
     return sorted({_identity(path): path for path in sorted(files, reverse=True) if path.is_file()}.values())
 
 def _identity(path: Path) -> tuple:

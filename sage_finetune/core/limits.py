@@ -8,7 +8,13 @@ __all__ = ['MAX_OBJECT', 'MAX_DEPTH', 'MAX_ENTRIES', 'MAX_WALK', 'MAX_PATTERN', 
            'list_names']
 
 # %% ../../nbs/core/05_limits.ipynb #dacb0ac9
-import json, os, re, stat, subprocess, sys, time
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,11 +22,13 @@ from typing import Any, BinaryIO
 from .errors import FinetuneError
 
 # %% ../../nbs/core/05_limits.ipynb #84c3592c
-_KINDS = {stat.S_IFIFO: 'a named pipe', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device', stat.S_IFSOCK: 'a socket', stat.S_IFDIR: 'a folder'}
+_KINDS = {stat.S_IFIFO: 'a named pipe', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device',
+    stat.S_IFSOCK: 'a socket', stat.S_IFDIR: 'a folder'}
 
 def _check_regular(facts: os.stat_result, limit: int | None):
     "Raise an `OSError` for what is no regular file, or larger than the limit"
-    if not stat.S_ISREG(facts.st_mode): raise OSError(f'it is {_KINDS.get(stat.S_IFMT(facts.st_mode), "something else")}, not a regular file')
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError(f'it is {_KINDS.get(stat.S_IFMT(facts.st_mode), "something else")}, not a regular file')
     if limit is not None and facts.st_size > limit: raise OSError(f'it has {facts.st_size:,} bytes, and at most {limit:,} are read here')
 
 _SPARSE = 1 << 30  # bytes from which on a file has to be written for the most part
@@ -31,9 +39,11 @@ def check_written(
     "Raise an `OSError` for a large file most of which was never written: it reads as zeros, for hours."
     facts = os.fstat(handle)
     if facts.st_size < _SPARSE or not hasattr(os, 'SEEK_HOLE') or facts.st_blocks * 512 > facts.st_size // 4: return
-    if os.lseek(handle, 0, os.SEEK_HOLE) < facts.st_size: raise OSError(f'of its {facts.st_size:,} bytes only {facts.st_blocks * 512:,} were ever written')
+    if os.lseek(handle, 0, os.SEEK_HOLE) < facts.st_size:
+        raise OSError(f'of its {facts.st_size:,} bytes only {facts.st_blocks * 512:,} were ever written')
     os.lseek(handle, 0, os.SEEK_SET)
 
+# %% ../../nbs/core/05_limits.ipynb #84c3592c-2
 def open_regular(
     path: str | Path, # a file
     limit: int | None = None # bytes it may have; None: any number
@@ -78,7 +88,8 @@ def is_deep(
     "Whether a value is nested so deeply that nobody can have written it."
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        level = [part for one in level if isinstance(one, (dict, list)) for part in (one.values() if isinstance(one, dict) else one) if isinstance(part, (dict, list))]
+        level = [part for one in level if isinstance(one, (dict, list))
+            for part in (one.values() if isinstance(one, dict) else one) if isinstance(part, (dict, list))]
         if not level: return False
     return True
 
@@ -102,7 +113,8 @@ def walk_folder(
         yield here, folders, files
 
 # %% ../../nbs/core/05_limits.ipynb #008a8a45
-_TRIAL = 'import json, re, sys\nfor how, pattern, names in json.load(sys.stdin):\n    match = getattr(re.compile(pattern), how)\n    for name in names: match(name)'
+_TRIAL = ('import json, re, sys\nfor how, pattern, names in json.load(sys.stdin):\n    match = getattr(re.compile(pattern), '
+    'how)\n    for name in names: match(name)')
 MAX_PATTERN = 2000     # characters of a pattern
 MAX_PATTERNS = 500     # patterns that Python keeps compiled; of more of them …
 MAX_MATCHES = 1 << 18  # … each is compiled again for each name, so many times at most
@@ -120,13 +132,18 @@ def check_patterns(
     patterns, names = list(dict.fromkeys(patterns)), list(dict.fromkeys(names))
     for _, pattern in patterns:
         if len(pattern) > MAX_PATTERN: return f'a pattern of {len(pattern):,} characters is longer than {MAX_PATTERN:,}'
-    if len(patterns) > MAX_PATTERNS and len(patterns) * len(names) > MAX_MATCHES: return f'there are {len(patterns):,} patterns for {len(names):,} layers, too many to try'
+    if len(patterns) > MAX_PATTERNS and len(patterns) * len(names) > MAX_MATCHES:
+        return f'there are {len(patterns):,} patterns for {len(names):,} layers, too many to try'
     doubtful = [(how, pattern, names) for how, pattern in patterns if not _is_harmless(pattern)]
     if not doubtful: return ''
-    try: done = subprocess.run([sys.executable, '-I', '-S', '-c', _TRIAL], input=json.dumps(doubtful), text=True, encoding='utf-8', capture_output=True, timeout=seconds)
-    except subprocess.TimeoutExpired: return f'the pattern {doubtful[0][1][:80]!r} does not end within {seconds:g} seconds on the names of these layers'
+    try:
+        done = subprocess.run([sys.executable, '-I', '-S', '-c', _TRIAL], input=json.dumps(doubtful), text=True,
+            encoding='utf-8', capture_output=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f'the pattern {doubtful[0][1][:80]!r} does not end within {seconds:g} seconds on the names of these layers'
     except OSError as error: return f'the pattern {doubtful[0][1][:80]!r} cannot be tried here ({error.strerror or error})'
-    return '' if done.returncode == 0 else f'the pattern {doubtful[0][1][:80]!r} cannot be tried ({done.stderr.strip().splitlines()[-1][:150] if done.stderr.strip() else "it ends the process"})'
+    return ('' if done.returncode == 0 else f'the pattern {doubtful[0][1][:80]!r} cannot be tried '
+        f'({done.stderr.strip().splitlines()[-1][:150] if done.stderr.strip() else "it ends the process"})')
 
 # %% ../../nbs/core/05_limits.ipynb #ab9e97bd
 def shorten(

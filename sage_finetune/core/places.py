@@ -9,7 +9,14 @@ __all__ = ['PROJECT_FILES', 'MANIFEST', 'LINKED', 'PART_MANIFEST', 'is_inside', 
            'remove_own', 'keep_changed', 'check_links', 'claim_links', 'own_folders']
 
 # %% ../../nbs/core/04_places.ipynb #a345019b
-import hashlib, json, os, re, shutil, stat, tempfile, warnings
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -18,6 +25,7 @@ from typing import Any
 
 from .errors import RunError
 from .storage import describe_write_error, write_json
+
 
 # %% ../../nbs/core/04_places.ipynb #90ba6412
 def is_inside(
@@ -41,9 +49,11 @@ def check_readable(
 ):
     "Refuse a device, a pipe, and what the system only shows as files. Raises `RunError`."
     try: whole = Path(path).resolve()
-    except (OSError, RuntimeError, ValueError) as error: raise RunError(f'{said} {path}, which cannot be read: it leads in a circle. Correct it.') from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RunError(f'{said} {path}, which cannot be read: it leads in a circle. Correct it.') from error
     strange = whole.is_relative_to('/proc') or whole.is_relative_to('/sys') or whole.is_relative_to('/dev')
-    if strange or whole.exists() and not (whole.is_file() or whole.is_dir()): raise RunError(f'{said} {path}, which is no ordinary file or folder, so it is not read. Correct it.')
+    if strange or whole.exists() and not (whole.is_file() or whole.is_dir()):
+        raise RunError(f'{said} {path}, which is no ordinary file or folder, so it is not read. Correct it.')
 
 
 # %% ../../nbs/core/04_places.ipynb #f6c42e83
@@ -68,7 +78,8 @@ MANIFEST = 'run_manifest.json'
 LINKED = ('checkpoints', 'lora_weights', 'merged_model', 'logs', 'prepared')  # parts of a run that may be links to another disk
 PART_MANIFEST = '.linked_part.json'  # behind such a link
 _FILE = r'[\w+-][\w.+-]*\.(json|jsonl|safetensors|jinja|model|txt|md|bin|tiktoken)'
-_OURS = re.compile(rf'metrics\.jsonl|(training|eval)_data_[a-z]+_[a-z]+\.json|[\w.-]+/(checkpoint|best)-\d+/{_FILE}|(lora_weights|merged_model)/([\w-]+/)?{_FILE}'
+_OURS = re.compile(rf'metrics\.jsonl|(training|eval)_data_[a-z]+_[a-z]+\.json|[\w.-]+/(checkpoint|best)-\d+/{_FILE}'
+                   rf'|(lora_weights|merged_model)/([\w-]+/)?{_FILE}'
                    r'|logs/([\w.-]+/)*events\.out\.tfevents\.[\w.-]+')
 
 def is_own_name(
@@ -186,7 +197,8 @@ def is_own_file(
 ) -> bool:
     "Whether a file is the one that was written down: no link, nothing on the way but plain folders, the same content."
     folder, parts = Path(run_dir), PurePosixPath(name).parts
-    if any((folder.joinpath(*parts[:count])).is_symlink() for count in range(1, len(parts) + 1) if count > 1 or parts[0] not in LINKED): return False
+    if any((folder.joinpath(*parts[:count])).is_symlink() for count in range(1, len(parts) + 1) if count > 1 or parts[0] not in LINKED):
+        return False
     try:
         status = os.lstat(folder/name)
         if not stat.S_ISREG(status.st_mode): return False
@@ -199,7 +211,8 @@ def own_files(
 ) -> list[str]:          # names, relative to the run folder
     "The files of a run folder that are certainly this toolkit's."
     known = read_manifest(run_dir) or {}
-    return sorted(name for name, entries in known.items() if name.startswith(f'{below}/' if below else '') and is_own_file(run_dir, name, entries))
+    return sorted(name for name, entries in known.items() if name.startswith(f'{below}/' if below else '')
+        and is_own_file(run_dir, name, entries))
 
 # %% ../../nbs/core/04_places.ipynb #43a4d9c2
 _ASIDE, _DONE = '.replaced-', '.done'
@@ -298,7 +311,8 @@ def remove_own(
     for file in own: (folder/file).unlink(missing_ok=True)
     remove_empty_folders(folder, [*own, f'{name}/'])
     if left := [path.relative_to(folder).as_posix() for path in sorted((folder/name).rglob('*')) if not path.is_dir()]:
-        warnings.warn(f'{folder/name} is no longer needed, but {name_some(left)} there was not written by this toolkit, or was changed since, so it stays.')
+        warnings.warn(f'{folder/name} is no longer needed, but {name_some(left)} there was not written by this toolkit, '
+            f'or was changed since, so it stays.')
 
 # %% ../../nbs/core/04_places.ipynb #fa897d02
 def keep_changed(
@@ -311,7 +325,9 @@ def keep_changed(
     new = [file.relative_to(temp).as_posix() for file in temp.rglob('*') if file.is_file()]
     changed = [file for file in new if os.path.lexists(folder/file) and f'{name}/{file}' not in own and not _same(folder/file, temp/file)]
     for file in changed: shutil.copy2(folder/file, temp/f'{file}.kept', follow_symlinks=False)
-    if changed: warnings.warn(f'{name_some(changed)} in {folder} was changed since it was written; what stood there is kept beside the new one, with .kept behind its name.')
+    if changed:
+        warnings.warn(f'{name_some(changed)} in {folder} was changed since it was written; '
+            f'what stood there is kept beside the new one, with .kept behind its name.')
 
 def _same(first: Path, second: Path) -> bool:
     "Whether two files hold the same"
@@ -347,7 +363,7 @@ def _refuse_unclaimed(folder: Path, link: Path):
 # %% ../../nbs/core/04_places.ipynb #5b1d0e7c
 def _links_below(folder: Path) -> Iterator[Path]:
     "Every link below a folder, at whatever depth; none is followed. Raises `RunError` for a folder that cannot be listed"
-    waiting = [folder]
+    waiting: list[Path | str] = [folder]
     while waiting:
         try: entries = sorted(os.scandir(here := waiting.pop()), key=lambda entry: entry.name)
         except (FileNotFoundError, NotADirectoryError): continue
@@ -362,25 +378,34 @@ def _refuse_lock(lock: Path):
     if lock.is_file() and lock.stat().st_nlink > 1:
         raise RunError(f'{lock} is one of several names of the same file (a hard link), and a lock has to be a file of its own. Remove it.')
 
+# %% ../../nbs/core/04_places.ipynb #pl-check
 def check_links(
     run_dir: str | Path,          # a run folder that is going to be written to, there already or not
     parts: Iterable[str] = LINKED # those of its parts that are going to be written
 ):
     "Refuse a run folder in which there is a link that must not be written through. Raises `RunError` naming it."
     folder = Path(run_dir)
-    if link := next((part for part in (folder.absolute(), *folder.absolute().parents) if part.is_symlink() and not os.path.exists(part)), None):
-        raise RunError(f'cannot write {folder}: {link} is a link to {os.readlink(link)}, which is not there. Make that folder, or remove the link.')
+    if link := next((part for part in (folder.absolute(), *folder.absolute().parents) if part.is_symlink() and not os.path.exists(part)),
+            None):
+        raise RunError(f'cannot write {folder}: {link} is a link to {os.readlink(link)}, which is not there. '
+            f'Make that folder, or remove the link.')
     _refuse_lock(folder/'.lock')
     for part in parts:
         if (folder/part).is_symlink():
             _refuse_target(folder, folder/part)
             _refuse_unclaimed(folder, folder/part)
-        if link := next((link for link in _links_below(folder/part) if not (part == 'logs' and (is_inside(folder/part, link) or _is_of_wandb(folder/part, link)))), None):
+        if link := next((link for link in _links_below(folder/part) if not _may_be_in_logs(folder, part, link)), None):
             raise RunError(f'{name_some([str(link)])} is a link, and nothing is written or removed through a link below {part}. '
                            f'Remove it, or make {part} as a whole a link to an empty folder.')
 
-def _is_of_wandb(logs: Path, link: Path) -> bool: return link.relative_to(logs).parts[0] == 'wandb' and not link.is_dir()  # to a log file of its own
+# to a log file of its own
+def _may_be_in_logs(folder: Path, part: str, link: Path) -> bool:
+    "Whether a link in `logs` stays inside, or is one that wandb makes"
+    return part == 'logs' and (is_inside(folder/part, link) or _is_of_wandb(folder/part, link))
 
+def _is_of_wandb(logs: Path, link: Path) -> bool: return link.relative_to(logs).parts[0] == 'wandb' and not link.is_dir()
+
+# %% ../../nbs/core/04_places.ipynb #pl-claim
 def claim_links(
     run_dir: str | Path,          # a run folder
     parts: Iterable[str] = LINKED # those of its parts that are going to be written
@@ -396,4 +421,3 @@ def own_folders(
     "The run folder and its parts, without those behind a link that is not known to be the run's."
     folder, links = Path(run_dir), linked_parts(run_dir)
     return [folder, *(folder/part for part in LINKED if (folder/part).is_dir() and (part not in links or is_claimed(folder, part)))]
-

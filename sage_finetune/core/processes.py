@@ -8,7 +8,13 @@ __all__ = ['STOP_REQUEST', 'FORKS', 'on_windows', 'is_pid', 'start_mark', 'find_
            'detached', 'stop_signals', 'was_killed', 'wait_for', 'signal_workers', 'core_count']
 
 # %% ../../nbs/core/03_processes.ipynb #7821ab3d
-import json, os, re, signal, stat, subprocess, sys
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +22,7 @@ from typing import Any
 import psutil
 
 from .storage import write_json
+
 
 # %% ../../nbs/core/03_processes.ipynb #3ba22bee
 def on_windows() -> bool: # asked anew each time
@@ -110,8 +117,10 @@ def holds_lock(
     except (psutil.Error, OSError): return None
 
 # %% ../../nbs/core/03_processes.ipynb #d8de097b
-_LAUNCHERS = ('torch.distributed.run', 'torch.distributed.launch', 'torchrun', 'accelerate', 'accelerate.commands.launch', 'accelerate.commands.accelerate_cli')
-_PROGRAMS = {'sage_finetune.trainer': None, 'sage_finetune': 'run', 'sage_finetune.cli': 'run', 'sage-finetune': 'run'}  # and the subcommand that trains
+_LAUNCHERS = ('torch.distributed.run', 'torch.distributed.launch', 'torchrun', 'accelerate', 'accelerate.commands.launch',
+    'accelerate.commands.accelerate_cli')
+# and the subcommand that trains
+_PROGRAMS = {'sage_finetune.trainer': None, 'sage_finetune': 'run', 'sage_finetune.cli': 'run', 'sage-finetune': 'run'}
 
 def _program(words: list[str]) -> tuple[str, list[str]]:
     "What a command line runs and with which arguments: a module, or the name of a script"

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from statistics import fmean, median, pstdev
 
+
 # %% ../../nbs/core/12_run_checks.ipynb #8f757a35
 class RunWarning(str):
     "A sentence about a run that may not be what was wanted."
@@ -80,18 +81,19 @@ def _ends(losses: Sequence[float]) -> tuple[float, float, float]:
     "The mean of the first losses and of the last, and how far two such means may be apart by chance"
     few = max(1, min(10, len(losses) // 5))
     first, last = losses[:few], losses[-few:]
-    chance = math.sqrt((pstdev(first)**2 + pstdev(last)**2) / few) if few > 1 else math.inf
-    return fmean(first), fmean(last), chance
+    noise = math.sqrt((pstdev(first)**2 + pstdev(last)**2) / few) if few > 1 else math.inf
+    return fmean(first), fmean(last), noise
 
 def check_rising(
     losses: Sequence[float] # of every step
 ) -> Iterator[RunWarning]:
     "Whether the loss rose, to the end or in between."
     if len(losses) < 2: return
-    (start, end, chance), few = _ends(losses), max(1, min(10, len(losses) // 5))
+    (start, end, noise), few = _ends(losses), max(1, min(10, len(losses) // 5))
     highest, far = max(map(fmean, zip(losses, losses[1:]))), 1.5 * abs(start) + 0.5  # of two steps in a row
-    if end > far or end - start > max(0.15 * abs(start), 3 * chance): said = f'the loss rose from {start:.3g} to {end:.3g}'
-    elif len(losses) > 2 and highest > 1.4 * abs(median(losses[:few])) + 1: said = f'the loss rose from {losses[0]:.3g} to {highest:.3g} on the way'
+    if end > far or end - start > max(0.15 * abs(start), 3 * noise): said = f'the loss rose from {start:.3g} to {end:.3g}'
+    elif len(losses) > 2 and highest > 1.4 * abs(median(losses[:few])) + 1:
+        said = f'the loss rose from {losses[0]:.3g} to {highest:.3g} on the way'
     else: return
     yield RunWarning(f'{said}: the run left what it knew instead of learning. '
                      'Lower learning_rate (a tenth of it, say), and begin anew.', 'diverged')
@@ -104,7 +106,7 @@ def check_falling(
 ) -> Iterator[RunWarning]:
     "Whether the loss fell, where there are steps enough to see it."
     if len(losses) < FEW_STEPS: return
-    start, end, chance = _ends(losses)
+    start, end, noise = _ends(losses)
     whole = int(epochs[-1] + 1e-6)
     if whole >= 2:
         def mean(of: int) -> float:
@@ -112,7 +114,7 @@ def check_falling(
             return sum(losses[at] * weights[at] for at in steps) / max(sum(weights[at] for at in steps), 1e-9)
         start, end = mean(1), mean(whole)
         flat = end > start - 0.01 * abs(start)
-    else: flat = start - end < min(0.02 * abs(start), 2 * chance)
+    else: flat = start - end < min(0.02 * abs(start), 2 * noise)
     if not flat: return
     yield RunWarning(f'the loss did not fall ({start:.3g} at first, {end:.3g} at the end): the adapter has learnt next to nothing. '
                      'Raise learning_rate or num_train_epochs, or look at what is trained on.', 'not_falling')
@@ -133,7 +135,8 @@ def check_clipping(
     "Whether there is a gradient that kept a fifth of its length: a few times too long is usual for short answers."
     if len(grad_norms) < FEW_STEPS or min(grad_norms) <= 5 * max_grad_norm: return
     yield RunWarning(f'the gradient of every step was clipped to max_grad_norm={max_grad_norm:g} '
-                     f'(the shortest had {min(grad_norms):.3g}). Raise max_grad_norm, or look at the rows with the highest loss.', 'always_clipped')
+                     f'(the shortest had {min(grad_norms):.3g}). Raise max_grad_norm, or look at the rows with the highest loss.',
+                     'always_clipped')
 
 # %% ../../nbs/core/12_run_checks.ipynb #06bf44c7
 def check_tokenizer(
@@ -144,8 +147,10 @@ def check_tokenizer(
     "Whether the model can read what its tokenizer makes of the rows."
     guess = math.log(max(vocabulary, 2))
     if loss < 0.9 * guess or loss < 0.94 * min(renamed): return
-    yield RunWarning(f'the model cannot read the rows: their text has a loss of {loss:.3g}, with tokens renamed at random {min(renamed):.3g}, '
-                     f'and guessing blindly {guess:.3g}. The tokenizer is not that of the model, or the base model is untrained.', 'guessing')
+    yield RunWarning(f'the model cannot read the rows: their text has a loss of {loss:.3g}, '
+                     f'with tokens renamed at random {min(renamed):.3g}, '
+                     f'and guessing blindly {guess:.3g}. The tokenizer is not that of the model, or the base model is untrained.',
+                     'guessing')
 
 # %% ../../nbs/core/12_run_checks.ipynb #284019ba
 def check_adapter(

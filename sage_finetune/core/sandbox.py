@@ -6,7 +6,10 @@
 __all__ = ['MAX_SOURCE', 'MAX_PROGRAM', 'MAX_SCOPES', 'MAX_UNITS', 'MAX_SECONDS', 'compile_template']
 
 # %% ../../nbs/core/15_sandbox.ipynb #a076f6d7
-import json, math, re, threading, time
+import json
+import re
+import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import lru_cache, wraps
@@ -32,19 +35,24 @@ _SLICE = 1 << 18       # units after which the clock is looked at
 
 class _Stopped(Exception): "A template has done more than it may"
 
+# %% ../../nbs/core/15_sandbox.ipynb #sb-meter
 class _Meter:
     "What a rendering has used up"
     __slots__ = ('left', 'spent', 'until', 'cpu', 'inputs', 'allowed')
+    cpu: float | None
+    allowed: int | None
     def __init__(self): self.begin(None)
 
     def begin(self, inputs: Any):
         "Start from nothing"
-        self.left, self.spent, self.until, self.cpu, self.inputs, self.allowed = _SLICE, 0, time.monotonic() + MAX_SECONDS / 2, None, inputs, None
+        self.left, self.spent, self.until = _SLICE, 0, time.monotonic() + MAX_SECONDS / 2
+        self.cpu, self.inputs, self.allowed = None, inputs, None
 
     def refill(self):
         "Look at the sum and the clock, and go on or stop"
         self.spent, self.left = self.spent + _SLICE - self.left, _SLICE
-        if self.spent > MAX_UNITS and self.spent > self._limit(): raise _Stopped(f'it writes or does more than {self.allowed:,} characters and steps')
+        if self.spent > MAX_UNITS and self.spent > self._limit():
+            raise _Stopped(f'it writes or does more than {self.allowed:,} characters and steps')
         if time.monotonic() > self.until: self.late()
 
     def late(self):
@@ -114,7 +122,8 @@ def _widths(text: str) -> int:
 
 def _largest(values: Any) -> int:
     "The largest number or the longest text among arguments"
-    return max((abs(int(min(max(value, -1e12), 1e12))) if isinstance(value, (int, float)) and value == value else len(value) if hasattr(value, '__len__') else 1 for value in values), default=1)
+    return max((abs(int(min(max(value, -1e12), 1e12))) if isinstance(value, (int, float)) and value == value
+        else len(value) if hasattr(value, '__len__') else 1 for value in values), default=1)
 
 def _before_format(meter: _Meter, text: str, values: Any):
     "`text % values`: every field may be as wide as a number in it or as the longest value"
@@ -145,11 +154,13 @@ def _before_method(meter: _Meter, owner: Any, name: str, args: tuple):
     if name in ('center', 'ljust', 'rjust', 'zfill', 'to_bytes'): meter.spend(_largest(args))
     elif name == 'expandtabs': meter.spend(owner.count('\t' if isinstance(owner, str) else b'\t') * _largest(args or (8,)))
     elif name == 'replace' and isinstance(owner, str): _before_replace(meter, owner, args)
-    elif name in ('replace', 'translate'): meter.spend(length * max((_largest(one.values() if isinstance(one, dict) else [one]) for one in args), default=1))
+    elif name in ('replace', 'translate'):
+        meter.spend(length * max((_largest(one.values() if isinstance(one, dict) else [one]) for one in args), default=1))
     elif name == 'join' and args: meter.spend(sum(_size(item) for item in args[0]) + length * len(args[0]))
 
 _SLOW = ('groupby', 'sort', 'unique', 'min', 'max', 'dictsort')  # look long at each item
-_SQUARE = ('urlize', 'striptags', 'wordwrap', 'wordcount', 'title', 'pprint', 'sum', 'xmlattr')  # may take the square of what they are given
+# may take the square of what they are given
+_SQUARE = ('urlize', 'striptags', 'wordwrap', 'wordcount', 'title', 'pprint', 'sum', 'xmlattr')
 
 def _before_filter(meter: _Meter, name: str, value: Any, more: tuple):
     "A filter with its arguments"
@@ -169,13 +180,16 @@ def _raise_exception(message: Any): raise TemplateError(str(message)[:1000])
 
 def _strftime_now(form: str) -> str:
     "Today, in the template's own words; a width in a format may be of any size"
-    if len(form) > 200 or _NUMBER.search(form): raise TemplateError(f'strftime_now({form[:40]!r}): a format of at most 200 characters and without numbers is expected')
-    return datetime.now().strftime(form)
+    if len(form) > 200 or _NUMBER.search(form):
+        raise TemplateError(f'strftime_now({form[:40]!r}): a format of at most 200 characters and without numbers is expected')
+    return datetime.now().strftime(form)  # noqa: DTZ005 (the reader's own clock, as in transformers)
 
 @pass_environment
-def _tojson(environment: Any, x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _tojson(environment: Any, x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+        sort_keys: bool = False) -> str:
     "JSON for people and models: HTML is of no concern"
-    if max(_largest([0 if indent is None else indent]), _largest(separators or ())) > 64: raise _Stopped('it indents JSON by more than 64 characters')
+    if max(_largest([0 if indent is None else indent]), _largest(separators or ())) > 64:
+        raise _Stopped('it indents JSON by more than 64 characters')
     _charge(environment.meter, x)
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -194,67 +208,77 @@ class _Namespace(Namespace):
         _check_name(name)
         Namespace.__setitem__(self, name, value)
 
-    def __repr__(self): return '<Namespace>'  # two names for each of thirty namespaces inside each other would be spelt out two to the thirty times
+    # two names for each of thirty namespaces inside each other would be spelt out two to the thirty times
+    def __repr__(self): return '<Namespace>'
 
 def _check_name(name: Any):
     "Refuse a private name"
-    if isinstance(name, str) and name.startswith('_'): raise SecurityError(f'a namespace cannot store {name[:40]!r}: the name begins with an underscore')
+    if isinstance(name, str) and name.startswith('_'):
+        raise SecurityError(f'a namespace cannot store {name[:40]!r}: the name begins with an underscore')
 
 class _Generation(Extension):
     "`{% generation %}` marks answers for other programs; here they are found in another way"
-    tags = {'generation'}
+    tags = {'generation'}  # noqa: RUF012 (Jinja's own way to say it)
     def parse(self, parser: Any) -> list:
         next(parser.stream)
         return parser.parse_statements(('name:endgeneration',), drop_needle=True)
 
 # %% ../../nbs/core/15_sandbox.ipynb #5460dec4
-_MANY = 4  # so many values are added at once; the rounds of so many loops of this length are not counted
+class _MeteredGenerator(CodeGenerator):
+    "Jinja's translator, which counts its own work, and can put a counter around what it writes"
+    environment: '_Environment'
 
-class _Generator(CodeGenerator):
-    "Jinja's translator, with counters"
+    def write(self, text: str):
+        "A part of the program"
+        self.written = getattr(self, 'written', 0) + len(text)
+        if self.written > MAX_PROGRAM: raise _Stopped(f'its program has more than {MAX_PROGRAM:,} characters')
+        self.environment.meter.round()
+        super().write(text)
+
     def _call(self, name: str, parts: list, frame: Frame, between: str = ', '):
+        "Some expressions as arguments of a method of the environment"
         self.write(f'environment.{name}(')
         for at, part in enumerate(parts):
             self.write(between * bool(at))
             self.visit(part, frame)
         self.write(')')
 
-    def visit_Add(self, node: nodes.Add, frame: Frame):
-        parts, first = [], node
-        while isinstance(first, nodes.Add): parts, first = [first.right, *parts], first.left
-        few = sum(not isinstance(part, nodes.Const) for part in parts) < _MANY
-        self._call('made' if few else 'plus', [first, *parts], frame, ' + ' if few else ', ')
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame): self._call('joined', node.nodes, frame)
-
     def _counted(self, node: Any, frame: Frame, write: Callable):
-        counts = any(not isinstance(one, nodes.Const) for one in node.iter_child_nodes()) and getattr(node, 'ctx', 'load') == 'load'
-        self.write('environment.made(' * counts)
+        "A list, tuple or dict; what is made of constants alone was counted with the program"
+        counts = any(not isinstance(child, nodes.Const) for child in node.iter_child_nodes()) and getattr(node, 'ctx', 'load') == 'load'
+        self.write('environment.charge(' * counts)
         write(node, frame)
         self.write(')' * counts)
 
-    def write(self, text: str):
-        "Jinja's own work is counted as well"
-        self.written = getattr(self, 'written', 0) + len(text)
-        if self.written > MAX_PROGRAM: raise _Stopped(f'its program has more than {MAX_PROGRAM:,} characters')
-        self.environment.meter.round()
-        super().write(text)
+# %% ../../nbs/core/15_sandbox.ipynb #sb-gen
+_MANY = 4  # so many values are added at once; the rounds of so many loops of this length are not counted
+
+class _Generator(_MeteredGenerator):
+    "Programs whose operations are counted while they run"
+    def visit_Add(self, node: nodes.BinExpr, frame: Frame):
+        first: nodes.Expr = node
+        parts: list[nodes.Expr] = []
+        while isinstance(first, nodes.Add): parts, first = [first.right, *parts], first.left
+        few = sum(not isinstance(part, nodes.Const) for part in parts) < _MANY
+        self._call('charge' if few else 'add', [first, *parts], frame, ' + ' if few else ', ')
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame): self._call('concat_values', node.nodes, frame)
 
     def visit_Operand(self, node: nodes.Operand, frame: Frame):
         if isinstance(node.expr, nodes.Const): return super().visit_Operand(node, frame)
-        self.write(f' {operators[node.op]} environment.compared(')
+        self.write(f' {operators[node.op]} environment.charge_operand(')
         self.visit(node.expr, frame)
         self.write(')')
 
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame):
         slices = isinstance(node.arg, nodes.Slice)
-        self.write('environment.cut(' * slices)
+        self.write('environment.charge_slice(' * slices)
         super().visit_Getitem(node, frame)
         self.write(')' * slices)
 
     def _output_child_pre(self, node: Any, frame: Frame, finalize: Any):
         escapes = frame.eval_ctx.volatile or frame.eval_ctx.autoescape
-        self.write('environment.made(' if escapes else 'environment.written(')
+        self.write('environment.charge(' if escapes else 'environment.charge_output(')
         if escapes: super()._output_child_pre(node, frame, finalize)
 
     def _output_child_post(self, node: Any, frame: Frame, finalize: Any):
@@ -265,7 +289,9 @@ class _Generator(CodeGenerator):
     def visit_Tuple(self, node: nodes.Tuple, frame: Frame): self._counted(node, frame, super().visit_Tuple)
     def visit_Dict(self, node: nodes.Dict, frame: Frame): self._counted(node, frame, super().visit_Dict)
 
-_SCOPES = (nodes.If, nodes.For, nodes.With, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Block, nodes.Include, nodes.Import, nodes.FromImport)
+# %% ../../nbs/core/15_sandbox.ipynb #sb-tree
+_SCOPES = (nodes.If, nodes.For, nodes.With, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock,
+    nodes.Block, nodes.Include, nodes.Import, nodes.FromImport)
 
 def _with_counters(tree: nodes.Template) -> nodes.Template:
     "Every loop counts its length and its rounds; more branches and names than anybody writes are refused"
@@ -286,7 +312,8 @@ def _rounds(context: Any, items: Any) -> Any:
 # %% ../../nbs/core/15_sandbox.ipynb #7797db6b
 _ALONE = ('join', 'sum', *_SQUARE, *_SLOW)  # filters that are costly without an argument
 _LAZY = ('select', 'reject', 'selectattr', 'rejectattr', 'map')  # go through many items before they hand one on
-_LONG = ('in', 'upper', 'lower', 'eq', 'equalto', '==', 'ne', '!=', 'lt', 'lessthan', '<', 'le', '<=', 'gt', 'greaterthan', '>', 'ge', '>=')  # tests that look at all of a value
+# tests that look at all of a value
+_LONG = ('in', 'upper', 'lower', 'eq', 'equalto', '==', 'ne', '!=', 'lt', 'lessthan', '<', 'le', '<=', 'gt', 'greaterthan', '>', 'ge', '>=')
 
 def _limited(meter: _Meter, name: str, function: Callable) -> Callable:
     "A filter that is counted before and behind"
@@ -297,7 +324,8 @@ def _limited(meter: _Meter, name: str, function: Callable) -> Callable:
         elif len(args) > at:
             if not simple and not hasattr(args[at], '__len__'): args = (*args[:at], _charge(meter, list(args[at])), *args[at + 1:])
             _before_filter(meter, name, args[at], (*args[at + 1:], *more.values()))
-            if name in _LAZY and hasattr(args[at], '__len__') and len(args[at]) > 64: args = (*args[:at], _Rounds(meter, args[at]), *args[at + 1:])
+            if name in _LAZY and hasattr(args[at], '__len__') and len(args[at]) > 64:
+                args = (*args[:at], _Rounds(meter, args[at]), *args[at + 1:])
         return _charge(meter, function(*args, **more))
     return limited
 
@@ -309,8 +337,9 @@ def _timed(meter: _Meter, function: Callable) -> Callable:
         return function(*args, **more)
     return timed
 
-class _Widths:
+class _Widths(Formatter):
     "`str.format`, in which a field cannot be wider than allowed"
+    _env: Any  # our `_Environment`
     def format_field(self, value: Any, spec: str) -> str:
         self._env.meter.spend(_widths(spec))
         return _charge(self._env.meter, super().format_field(value, spec))
@@ -321,53 +350,61 @@ class _EscapeFormat(_Widths, SandboxedEscapeFormatter): "The same for HTML"
 # %% ../../nbs/core/15_sandbox.ipynb #6a90d430
 _PLAIN = {type(None), bool, int, float, Undefined}  # kinds that are compared at once
 
-class _Environment(ImmutableSandboxedEnvironment):
-    "Jinja's sandbox, with counters"
-    code_generator_class, intercepted_binops = _Generator, frozenset(('*', '**', '%'))
-
-    def __init__(self):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.meter = _Meter()
-        self.filters = {name: _limited(self.meter, name, function) for name, function in (self.filters | dict(tojson=_tojson)).items()} | dict(_rounds=_rounds)
-        self.tests |= {name: _timed(self.meter, self.tests[name]) for name in _LONG}
-        self.globals |= dict(raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace)
-        del self.globals['lipsum']
-
-    def _generate(self, source: nodes.Template, *args: Any, **more: Any) -> str: return super()._generate(_with_counters(source), *args, **more)
+class _CountedOperations(ImmutableSandboxedEnvironment):
+    "Jinja's sandbox, with the operations that programs of `_Generator` call; each is charged to the meter"
+    meter: _Meter
 
     def concat(self, pieces: Any) -> str:
-        text = ''.join(pieces) if len(pieces := list(pieces)) < 64 and max(map(len, pieces), default=0) < 4096 else self._long(pieces)
+        text = (''.join(pieces) if len(pieces := list(pieces)) < 64 and max(map(len, pieces), default=0) < 4096
+            else self._concat_long(pieces))
         self.meter.left -= len(text)
         return text
 
-    def _long(self, pieces: list) -> str:
+    def _concat_long(self, pieces: list) -> str:
         self.meter.spend(len(pieces) + sum(map(len, pieces)))
         return ''.join(pieces)
 
-    def joined(self, *values: Any) -> str: return self.concat(map(self.written, values))
+    def concat_values(self, *values: Any) -> str: return self.concat(map(self.charge_output, values))
 
-    def written(self, value: Any) -> str: return value if type(value) is str else self.made(str(value))
+    def charge_output(self, value: Any) -> str: return value if type(value) is str else self.charge(str(value))
 
-    def cut(self, piece: Any) -> Any:
+    def charge_slice(self, piece: Any) -> Any:
         self.meter.spend(1 + len(piece))
         return piece
 
-    def compared(self, value: Any) -> Any:
+    def charge_operand(self, value: Any) -> Any:
         kind = type(value)
         if kind is str:
             if len(value) > 1024: self.meter.spend(len(value) // 16)
         elif kind not in _PLAIN: self.meter.round()
         return value
 
-    def made(self, value: Any) -> Any:
+    def charge(self, value: Any) -> Any:
         if type(value) is not str: return _charge(self.meter, value)
         self.meter.left -= len(value)
         if self.meter.left < 0: self.meter.refill()
         return value
 
-    def plus(self, first: Any, *more: Any) -> Any:
-        for value in more: first = self.made(first + value)
+    def add(self, first: Any, *more: Any) -> Any:
+        for value in more: first = self.charge(first + value)
         return first
+
+# %% ../../nbs/core/15_sandbox.ipynb #sb-env
+class _Environment(_CountedOperations):
+    "The sandbox in which templates run"
+    code_generator_class, intercepted_binops = _Generator, frozenset(('*', '**', '%'))
+
+    def __init__(self):
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self.meter = _Meter()
+        filters = self.filters | dict(tojson=_tojson)
+        self.filters = {name: _limited(self.meter, name, function) for name, function in filters.items()} | dict(_rounds=_rounds)
+        self.tests |= {name: _timed(self.meter, self.tests[name]) for name in _LONG}  # type: ignore[arg-type]
+        self.globals |= dict(raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace)
+        del self.globals['lipsum']
+
+    def _generate(self, source: nodes.Template, *args: Any, **more: Any) -> str:
+        return super()._generate(_with_counters(source), *args, **more)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         _before_operator(self.meter, operator, left, right)
@@ -386,14 +423,16 @@ class _Environment(ImmutableSandboxedEnvironment):
             if function.__name__ == 'join' and args: args = (_charge(self.meter, list(args[0])), *args[1:])
             _before_method(self.meter, owner, function.__name__, (*args, *more.values()))
         else: self.meter.round()
-        return self.made(super().call(context, function, *args, **more))
+        return self.charge(super().call(context, function, *args, **more))
 
 # %% ../../nbs/core/15_sandbox.ipynb #f9497dcf
-_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError, SyntaxError)  # what an operation in a template may raise
+# what an operation in a template may raise
+_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError, SyntaxError)
 
 def _stopped(reason: Any) -> ModelError:
     "One sentence for a template that is too much"
-    return ModelError(f'the chat template was stopped: {reason}. A template of a model needs far less; use another model folder, or set tokenizer.chat_template to a template you trust.')
+    return ModelError(f'the chat template was stopped: {reason}. A template of a model needs far less; '
+        f'use another model folder, or set tokenizer.chat_template to a template you trust.')
 
 class _Here(threading.local):
     "What a thread has compiled, and its counter"
@@ -407,17 +446,26 @@ class _Here(threading.local):
 
 _HERE = _Here()
 
+# %% ../../nbs/core/15_sandbox.ipynb #sb-compile
 def compile_template(
     source: str # a Jinja template
-) -> Callable[..., str]: # renders the values it is given by name; raises `TemplateError` at values it cannot write, `ModelError` when it is stopped
+# renders the values it is given by name; raises `TemplateError` at values it cannot write, `ModelError` when it is stopped
+) -> Callable[..., str]:
     "A template as a function that keeps to limits of time and size. Raises `ModelError` when it cannot be read."
-    if not isinstance(source, str): raise ModelError(f'the chat template is of type {type(source).__name__}, not text. Restore the tokenizer\'s files.')
-    if len(source) > MAX_SOURCE: raise ModelError(f'the chat template has {len(source):,} characters; more than {MAX_SOURCE:,} are not read. Use another model folder.')
+    if not isinstance(source, str):
+        raise ModelError(f'the chat template is of type {type(source).__name__}, not text. Restore the tokenizer\'s files.')
+    if len(source) > MAX_SOURCE:
+        raise ModelError(f'the chat template has {len(source):,} characters; more than {MAX_SOURCE:,} are not read. '
+            f'Use another model folder.')
     try: _HERE.compiled(source)
     except _Stopped as error: raise _stopped(error) from error
-    except TemplateError as error: raise ModelError(f'the chat template cannot be read: {str(error)[:300]} (line {getattr(error, "lineno", "?")}).') from error
-    except MemoryError as error: raise ModelError('the chat template cannot be read: it is nested too deeply or too large. Use another model folder.') from error
-    except _FAILURES as error: raise ModelError(f'the chat template cannot be read: {str(error)[:300] or type(error).__name__}. Use another model folder.') from error
+    except TemplateError as error:
+        raise ModelError(f'the chat template cannot be read: {str(error)[:300]} (line {getattr(error, "lineno", "?")}).') from error
+    except MemoryError as error:
+        raise ModelError('the chat template cannot be read: it is nested too deeply or too large. Use another model folder.') from error
+    except _FAILURES as error:
+        raise ModelError(f'the chat template cannot be read: {str(error)[:300] or type(error).__name__}. '
+            f'Use another model folder.') from error
     return lambda **values: _rendered(source, values)
 
 def _rendered(source: str, values: dict) -> str:

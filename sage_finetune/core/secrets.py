@@ -7,12 +7,14 @@ __all__ = ['Secret', 'is_varied', 'is_random', 'is_password', 'is_mixed_password
            'scan_texts', 'row_text', 'describe_secrets', 'redact_secrets', 'redact_object']
 
 # %% ../../nbs/core/06_secrets.ipynb #8f9eb390
-import os, re
+import os
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
+
 
 # %% ../../nbs/core/06_secrets.ipynb #7e4babaf
 class Secret(NamedTuple):
@@ -76,8 +78,9 @@ _TOKENS = {
 
 # %% ../../nbs/core/06_secrets.ipynb #ee15b821
 _TOKENS |= {
-    'payment service key': ('rzp_live_ rzp_test_ FLWSECK- FLWSECK_TEST- shippo_live_ shippo_test_ EZAK EZTK duffel_live_ '
-        'access_token$production$', r'[\w$-]{14,255}'),
+    'payment service key': (('rzp_live_ rzp_test_ FLWSECK- FLWSECK_TEST- shippo_live_ shippo_test_ EZAK EZTK '
+        'duffel_live_ access_token$production$'),
+        r'[\w$-]{14,255}'),
     'Facebook token': ('EAA', r'[A-Za-z0-9]{40,255}'),
     'Firebase key': ('AAAA', r'[\w-]{7}:[\w-]{40,255}'),
     'New Relic key': ('NRAK- NRII- NRRA- NRJS- NRBR-', r'[A-Za-z0-9_-]{18,64}'),
@@ -85,8 +88,9 @@ _TOKENS |= {
     'Artifactory key': ('AKC cmVmd', r'[A-Za-z0-9]{40,90}'),
     'Atlassian token': ('ATATT3 ATCTT3 ATBB', r'[\w=-]{24,255}'),
     'monitoring key': ('glsa_ glc_ phc_ phx_ sqp_ squ_ sqa_ dt0c01.', r'[\w+/=.-]{24,255}'),
-    'infrastructure token': ('hvs. hvb. hvr. pul- fo1_ CCIPAT_ bkua_ nfp_ pnu_ sbp_ sb_secret_ pscale_tkn_ pscale_pw_ dp.pt. dp.st. ops_ '
-        'CFPAT-', r'[\w+/=.-]{24,255}'),
+    'infrastructure token': (('hvs. hvb. hvr. pul- fo1_ CCIPAT_ bkua_ nfp_ pnu_ sbp_ sb_secret_ pscale_tkn_ '
+        'pscale_pw_ dp.pt. dp.st. ops_ CFPAT-'),
+        r'[\w+/=.-]{24,255}'),
     'work tool token': ('lin_api_ ntn_ secret_ figd_ PMAK- tfp_ rdme_ p8e- ico-', r'[A-Za-z0-9][\w-]{29,255}'),
     'private key': ('LS0tLS1CRUdJTi b3BlbnNzaC1rZXktdjE AGE-SECRET-KEY-1', r'[A-Za-z0-9+/]{4,255}')}
 _SHORTEST_RUN = {'OpenAI or Anthropic key': 16, 'AI service key': 20, 'work tool token': 24, 'package index token': 16,
@@ -110,13 +114,15 @@ def _token_secrets(text: str) -> Iterator[Secret]:
     "Tokens that say by their beginning whose they are"
     for kind, (prefixes, pattern, shortest) in _token_patterns().items():
         if not any(prefix in text for prefix in prefixes): continue
-        for start, end in _matches(text, pattern, lambda token: is_varied(token, shortest)):
+        for start, end in _matches(text, pattern, lambda token, shortest=shortest: is_varied(token, shortest)):
             yield Secret(kind, next(start - len(one) for one in prefixes if text.endswith(one, 0, start)), end)
 
 # %% ../../nbs/core/06_secrets.ipynb #74e7bf82
 _PLACEHOLDER = re.compile(r'(?i)[<>{}\s]|\$\(|^\$\w+$|%[(sdr]|\*\*\*|\.\.\.|^(?:/|\./|\.\./|https?:|[a-z]:\\)')
-_WORDS = re.compile(r'(?i)your|my|example|change|placeholder|dummy|fake|sample|test(?:ing)?|passw(?:or)?d|passwd|pass|pwd|secret|token|api|key'
-    r'|env|value|some|user(?:name)?|login|admin|default|none|null|foo|bar|baz|abc|xyz|x{3,}|(?<![0-9])(?:01?)?(?:1?234?5?6?7?8?9?0?)(?![0-9])')
+_WORDS = re.compile(r'(?i)your|my|example|change|placeholder|dummy|fake|sample|test(?:ing)?|passw(?:or)?d|passwd'
+    r'|pass|pwd|secret|token|api|key'
+    r'|env|value|some|user(?:name)?|login|admin|default|none|null|foo|bar|baz|abc|xyz|x{3,}'
+    r'|(?<![0-9])(?:01?)?(?:1?234?5?6?7?8?9?0?)(?![0-9])')
 
 def is_password(
     value: str # what stands where a password would
@@ -154,7 +160,7 @@ def _is_assigned_secret(match: re.Match, before: str, strict: bool) -> bool:
     word, value, quoted = match['word'].lower(), (match['value'] or match['bare']).rstrip('.:'), bool(match['value'])
     telling = not word.startswith(('token', 'key', 'auth')) or bool(_QUALIFIED.search(before))
     if re.search('(?i)public[_-]?(?:key)?[_-]?$', before) or (match['open'] and match['by'] == ':'): return False
-    if match['by'] == ',' and not (quoted and match['closed'].strip('\\\\])')): return False
+    if match['by'] == ',' and not (quoted and match['closed'].strip('\\])')): return False
     if not is_mixed_password(value) or (match['by'].lower() == 'is' and not strict): return False
     if word.startswith(('key', 'auth')) and not telling: return is_random(value)
     if quoted: return telling or len(value) > 15
@@ -173,8 +179,8 @@ _PLACES = (
     ('private key', ('"d"', "'d'"), r'''["']d["']\s{0,4}:\s{0,4}["']([\w-]{40,600})["']''', is_varied),
     ('JSON web token', ('eyj',),
         _ALONE + r'(eyJ[\w-]{8,2000}\.(?:eyJ[\w-]{2,2000}(?:\.[\w-]{0,600})?|[\w-]{8,2000}\.[\w-]{8,600}))', is_varied),
-    ('webhook', ('hooks.', 'webhook'), r'((?:hooks\.slack\.com/(?:services|workflows|triggers)|hooks\.zapier\.com/hooks/catch'
-        r'|discord(?:app)?\.com/api/webhooks|webhook\.office\.com/webhookb2)/[\w@-]{4,80}/[\w/@-]{6,255})', is_varied),
+    ('webhook', ('hooks.', 'webhook'), (r'((?:hooks\.slack\.com/(?:services|workflows|triggers)|hooks\.zapier\.com/hooks/catch'
+        r'|discord(?:app)?\.com/api/webhooks|webhook\.office\.com/webhookb2)/[\w@-]{4,80}/[\w/@-]{6,255})'), is_varied),
     ('OpenAI or Anthropic key', ('sk-ant-', 'sk-proj-', 'sk-or-', 'sk-svcacct-'),
         _ALONE + r'(sk-(?:ant|proj|or|svcacct)-[\w-]{20,255})', is_varied),
     ('Discord token', (), _ALONE + r'([MNO][A-Za-z\d_-]{22,27}\.[\w-]{6}\.[\w-]{27,40})', is_random),
@@ -232,7 +238,8 @@ def is_card(
 
 _is_odd = lambda value: is_mixed_password(value) and bool(re.search('[0-9]', value) and re.search('[!@#&+?^~$%*]', value))
 _is_seed = lambda value: is_random(value, 16) or bool(re.fullmatch('(?=.*[2-7])[A-Z2-7]{16,64}', value))
-_is_phrase = lambda words: len(words.split()) % 3 == 0 and not {'the', 'and', 'for', 'from', 'are', 'was', 'not', 'which'} & set(words.split())
+_is_phrase = (lambda words: len(words.split()) % 3 == 0
+    and not {'the', 'and', 'for', 'from', 'are', 'was', 'not', 'which'} & set(words.split()))
 _PLACES += (
     ('card number', (), r'(?<![\w.-])([3-6]\d{3}([ -])\d{4}\2\d{4}\2\d{1,7}|3\d{3}[ -]\d{6}[ -]\d{5})(?![\w-])', is_card),
     ('card number', ('card', 'visa', 'amex', 'cvc', 'cvv'),
@@ -241,10 +248,13 @@ _PLACES += (
     ('password', ('pw',), r'(?i)\bpw(?: is)?[ :=]{1,3}([^\s"\'`,;()\[\]{}]{6,128})', _is_odd),
     ('password', ('salt', 'pepper', 'otp', 'seed'),
         r'(?i)\b(?:salt|pepper|t?otp|seed)(?: (?:is|of|seed|secret|key))?[ :="\']{1,4}([A-Za-z0-9+/]{16,128})(?![\w(\[]|\.\w)', _is_seed),
-    ('password', (' as ',), r'(?i)(?<![\w/.])([A-Za-z0-9+/]{16,128})["\'`]? as (?:the |its |a )?(?:salt|pepper|key|password|secret|seed)\b', _is_seed),
-    ('password', ('root', 'admin'), r'(?i)\b(?:root|admin|administrator) ?[/:] ?([^\s"\'`<>,;()/=?&.{}\[\]]{6,64})(?![\w/=(]|\.\w)', _is_odd),
+    ('password', (' as ',), r'(?i)(?<![\w/.])([A-Za-z0-9+/]{16,128})["\'`]? as (?:the |its |a )?(?:salt|pepper|key|password|secret|seed)\b',
+        _is_seed),
+    ('password', ('root', 'admin'), r'(?i)\b(?:root|admin|administrator) ?[/:] ?([^\s"\'`<>,;()/=?&.{}\[\]]{6,64})(?![\w/=(]|\.\w)',
+        _is_odd),
     ('wallet phrase', ('mnemonic', 'seed', 'wallet', 'phrase'),
-        r'(?i:\b(?:mnemonic|seed|wallet|phrase)\b)(?: (?:is|of|words?))?[ :="\']{1,4}((?:[a-z]{3,8} ){11,23}[a-z]{3,8})(?!\s{0,4}[\w])', _is_phrase))
+        r'(?i:\b(?:mnemonic|seed|wallet|phrase)\b)(?: (?:is|of|words?))?[ :="\']{1,4}((?:[a-z]{3,8} ){11,23}[a-z]{3,8})(?!\s{0,4}[\w])',
+        _is_phrase))
 
 
 # %% ../../nbs/core/06_secrets.ipynb #21be6648

@@ -7,13 +7,22 @@ __all__ = ['PART', 'OLD', 'expand_home', 'describe_bad_name', 'checked_path', 'r
            'describe_write_error', 'write_json', 'copy_atomic', 'open_append', 'atomic_directory']
 
 # %% ../../nbs/core/01_storage.ipynb #8d2bf4ec
-import errno, json, os, re, shutil, stat, tempfile, sys, time
+import errno
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import ConfigError, RunError
+
 
 # %% ../../nbs/core/01_storage.ipynb #37ed47d5
 def expand_home(
@@ -25,7 +34,8 @@ def expand_home(
     if not str(path).startswith('~'): return path
     try: return path.expanduser()
     except RuntimeError as error:
-        raise ConfigError(f'{path} begins with {path.parts[0]}, and there is no such home folder on this machine. Write the path out.') from error
+        raise ConfigError(f'{path} begins with {path.parts[0]}, and there is no such home folder on this '
+            f'machine. Write the path out.') from error
 
 # %% ../../nbs/core/01_storage.ipynb #5a7fcd4f
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes
@@ -50,7 +60,7 @@ def describe_bad_name(
 def _possible(path: str | Path) -> Path:
     "A path that can be written to as far as its name goes; raises `RunError`"
     if fault := describe_bad_name(path):
-        raise RunError(f'cannot write {_shortened(path)!r}: the file system takes no such name, for {fault}. Choose another output_dir.')
+        raise RunError(f'cannot write {_shortened(path)!r}: the file system takes no such name, for {fault}. Choose another `output_dir`.')
     return expand_home(path)
 
 def checked_path(
@@ -85,7 +95,8 @@ def write_atomic(
 ) -> Path:               # the file
     "Write a file so that a reader sees the old one or the new one, never half of it. Raises `RunError` when it cannot be written."
     path = _possible(path)
-    data = content.encode('utf-8', 'backslashreplace') if isinstance(content, str) else content  # half a character: \ud800, which JSON reads
+    # half a character: \ud800, which JSON reads
+    data = content.encode('utf-8', 'backslashreplace') if isinstance(content, str) else content
     temp = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +108,7 @@ def write_atomic(
             os.fsync(file.fileno())
         os.chmod(temp, 0o666 & ~_umask())
         replace_path(temp, path)
-        _keep_names(path.parent)
+        _fsync_directories(path.parent)
     except OSError as error:
         if temp: Path(temp).unlink(missing_ok=True)
         raise RunError(describe_write_error(path, error)) from error
@@ -110,7 +121,7 @@ def _umask() -> int:
     os.umask(mask)
     return mask
 
-def _keep_names(folder: Path):
+def _fsync_directories(folder: Path):
     "Force onto the disk which names a folder holds; else a power cut may bring back the old ones, or leave a new file without a name"
     try: handle = os.open(folder, os.O_RDONLY)
     except OSError: return  # Windows opens no folder, and keeps names by itself
@@ -128,21 +139,22 @@ def describe_write_error(
 ) -> str:             # one sentence with the way out
     "Say why a file could not be written and what to do."
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f'cannot write {path}: the disk is full, or a quota or file-size limit is reached. Free some space or choose another output_dir; what was there before is untouched.'
+        return (f'cannot write {path}: the disk is full, or a quota or file-size limit is reached. '
+            f'Free some space or choose another `output_dir`; what was there before is untouched.')
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f'cannot write {path}: no permission. Choose an output_dir you may write to.'
+        return f'cannot write {path}: no permission. Choose another `output_dir`, in which you may write.'
     if link := _broken_link(Path(path)):
         return f'cannot write {path}: {link} is a link to {os.readlink(link)}, which is not there. Make that folder, or remove the link.'
     if error.errno == errno.ELOOP:
         return f'cannot write {path}: it is a link, or a part of it is one that leads in a circle. Remove the link.'
     if isinstance(error, (NotADirectoryError, FileExistsError)):
-        return f'cannot write {path}: a part of this path is a file, not a folder. Choose another output_dir.'
+        return f'cannot write {path}: a part of this path is a file, not a folder. Choose another `output_dir`.'
     if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
         return f'cannot write {_shortened(path)}: the file system takes no such name ({error.strerror}). ' \
-            'Choose a shorter one of ordinary letters for output_dir.'
+            'Choose a shorter one of ordinary letters for `output_dir`.'
     if isinstance(error, IsADirectoryError):
-        return f'cannot write {path}: a folder stands there. Choose another name, or another output_dir.'
-    return f'cannot write {path}: {error.strerror or error}. Choose another output_dir.'
+        return f'cannot write {path}: a folder stands there. Choose another name, or another `output_dir`.'
+    return f'cannot write {path}: {error.strerror or error}. Choose another `output_dir`.'
 
 # %% ../../nbs/core/01_storage.ipynb #343ecb90
 def write_json(
@@ -184,7 +196,7 @@ def open_append(
     if place.st_nlink > 1 and stat.S_ISREG(place.st_mode):
         raise RunError(f'cannot write {path}: it is one of several names of the same file (a hard link), which may be somebody\'s own. '
                        'Remove it, or put a copy in its place.')
-    raise RunError(f'cannot write {path}: it is no ordinary file. Remove it, or choose another output_dir.')
+    raise RunError(f'cannot write {path}: it is no ordinary file. Remove it, or choose another `output_dir`.')
 
 _NO_LINK = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
 
@@ -203,14 +215,14 @@ def atomic_directory(
         if not behind: path.parent.mkdir(parents=True, exist_ok=True)
         temp = Path(tempfile.mkdtemp(dir=path if behind else path.parent, prefix=f'.{path.name[:40]}.', suffix=PART))
         yield temp
-        _settle(temp)
+        _fsync_tree(temp)
         if behind: _exchange(temp, path, ours)
         else:
             if path.exists():
                 _carry_over(path, temp, set(ours))
                 replace_path(path, old := temp.with_suffix(OLD))
             replace_path(temp, path)
-            _keep_names(path.parent)  # before the old one goes
+            _fsync_directories(path.parent)  # before the old one goes
         if old: shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:  # Ctrl-C too: no half folder is left behind
         if old and old.exists() and not path.exists(): replace_path(old, path)
@@ -221,15 +233,16 @@ def atomic_directory(
         raise
 
 # %% ../../nbs/core/01_storage.ipynb #b3eec5b4
-def _settle(folder: Path):
+def _fsync_tree(folder: Path):
     "Force a folder's files and their names onto the disk and give them the permissions of ordinary files"
     os.chmod(folder, 0o777 & ~_umask())
     for file in folder.rglob('*'):
-        if file.is_dir(): _keep_names(file)
+        if file.is_dir(): _fsync_directories(file)
         if not file.is_file(): continue
         os.chmod(file, 0o666 & ~_umask())
-        with open(file, 'r+b' if sys.platform == 'win32' else 'rb') as handle: os.fsync(handle.fileno())  # Windows syncs only what may be written
-    _keep_names(folder)
+        # Windows syncs only what may be written
+        with open(file, 'r+b' if sys.platform == 'win32' else 'rb') as handle: os.fsync(handle.fileno())
+    _fsync_directories(folder)
 
 def _carry_over(old: Path, new: Path, ours: set):
     "Take along what an old folder holds besides: as a second name of the same file where the disk can do that, else as a copy"

@@ -4,11 +4,17 @@
 
 # %% auto #0
 __all__ = ['REPLACEMENT', 'MARKS', 'MAX_ERROR', 'CELL', 'is_hidden', 'sanitize_for_terminal', 'escape_char', 'sanitize_repr',
-           'sanitize_line', 'sanitize_html', 'text_table', 'html_table', 'describe_encode_error', 'safe_streams',
-           'ArgumentParser']
+           'sanitize_line', 'sanitize_html', 'in_words_of', 'screen_width', 'wrap_line', 'text_table', 'html_table',
+           'format_duration', 'describe_encode_error', 'safe_streams', 'ArgumentParser', 'format_bytes']
 
 # %% ../../nbs/core/02_text.ipynb #10e90d86
-import argparse, codecs, os, sys, unicodedata
+import argparse
+import codecs
+import os
+import re
+import shutil
+import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from html import escape
@@ -99,7 +105,86 @@ def _error_text(self: FinetuneError) -> str:
     if len(text) > MAX_ERROR: text = f'{text[:MAX_ERROR - 1000]} … {len(text) - MAX_ERROR:,} more characters … {text[-1000:]}'
     return sanitize_for_terminal(text)
 
-FinetuneError.__str__ = _error_text  # here, as errors know nothing of text
+FinetuneError.__str__ = _error_text  # type: ignore[assignment, method-assign]  # here, as errors know nothing of text
+
+# %% ../../nbs/core/02_text.ipynb #text-words
+_SETTING = re.compile(r'`([A-Za-z_][\w.]{0,80})(?: ?= ?([^`\n]{1,400}))?`')
+
+def in_words_of(
+    place: Callable[[str, str | None], str | None], # name and value of a setting -> how it is written there; None: as it stands
+    text: str # a sentence with settings in backticks, such as `resume=True` or `output_dir`
+) -> str:
+    "A sentence in the words of the place where it is shown."
+    return _SETTING.sub(lambda found: place(found[1], found[2]) or found[0], text)
+
+# %% ../../nbs/core/02_text.ipynb #text-screen
+def screen_width() -> int | None: # columns; None where the output goes to a file, a pipe or a page, which break no line
+    "How wide the terminal is."
+    try: return max(20, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+    except (AttributeError, ValueError, OSError): return None
+
+def wrap_line(
+    text: str, # one line
+    width: int, # columns
+    after: int = 0 # columns less from the second line on
+) -> list[str]: # lines that fit; a word that is longer than a line is cut, behind a sign if there is one
+    "Break a line at its words."
+    from rich.cells import cell_len  # only here: the doctor speaks where libraries are missing
+    lines, line = [], ''
+    room = lambda: width - after * bool(lines)
+    for word in text.split(' '):
+        if line and cell_len(line) + 1 + cell_len(word) <= room():
+            line += ' ' + word
+            continue
+        if line: lines.append(line)
+        while cell_len(word) > room():
+            lines.append(_beginning(word, room()))
+            word = word[len(lines[-1]):]
+        line = word
+    return [*lines, line]
+
+def _beginning(word: str, width: int) -> str:
+    "As much of a word as fits, up to its last sign where that is not too early"
+    from rich.cells import cell_len
+    end, taken = 0, 0
+    while end < len(word) and taken + cell_len(word[end]) <= width: end, taken = end + 1, taken + cell_len(word[end])
+    sign = max(word.rfind(sign, 0, end) for sign in '/-_=.,') + 1
+    return word[:sign if sign > end // 2 else max(end, 1)]
+
+# %% ../../nbs/core/02_text.ipynb #text-narrow
+_WORD = 24  # columns at most that a column keeps for its longest word
+
+def _narrowed(grid: list[list[str]], widths: list[int], screen: int) -> list[int] | None:
+    "Widths with which a table fits; None where words would have to be cut"
+    from rich.cells import cell_len
+    least = [min(_WORD, max(cell_len(word) for cell in column for word in cell.split(' '))) for column in zip(*grid)]
+    least[0], widths, room = least[0] + 2, [*widths], screen - 2 * len(widths) + 2
+    if sum(least) > room: return None
+    while sum(widths) > room:
+        at = max(range(len(widths)), key=lambda at: widths[at] - least[at])
+        widths[at] = max(least[at], widths[at] - max(1, (sum(widths) - room) // 2))
+    return widths
+
+def _wrapped(row: list[str], widths: list[int]) -> list[list[str]]:
+    "A row as lines"
+    cells = [wrap_line(cell, width, 0 if at else 2) for at, (cell, width) in enumerate(zip(row, widths))]
+    cells[0] = [cells[0][0], *('  ' + line for line in cells[0][1:])]
+    return [[cell[at] if at < len(cell) else '' for cell in cells] for at in range(max(map(len, cells)))]
+
+def _blocks(grid: list[list[str]], screen: int) -> str:
+    "Each row as a block: a line for every cell that holds something"
+    from rich.cells import cell_len
+    headers, *rows = grid
+    names, wide = max(map(cell_len, headers)), max(map(cell_len, headers)) > screen // 2
+    def line(at: int, header: str, cell: str) -> str:
+        edge = '  ' * bool(at)
+        if wide:
+            pieces = *wrap_line(header, screen - 2), *(f'  {one}' for one in wrap_line(cell, screen - 4))
+            return '\n'.join(edge + piece for piece in pieces)
+        wrapped = wrap_line(cell, max(10, screen - names - 4))
+        before = header + ' ' * (names - cell_len(header) + 2)
+        return edge + before + ('\n' + ' ' * (names + 2 + 2 * bool(at))).join(wrapped)
+    return '\n'.join(line(at, header, cell) for row in rows for at, (header, cell) in enumerate(zip(headers, row)) if cell or not at)
 
 # %% ../../nbs/core/02_text.ipynb #cbc79674
 CELL = 2_000  # characters of a cell that are shown
@@ -108,10 +193,14 @@ def text_table(
     headers: Iterable[str],        # one name a column
     rows: Iterable[Iterable[Any]]  # one sequence of values a row
 ) -> str:                          # lines of equal columns
-    "A table for a terminal."
+    "A table for a terminal; where that is narrower, cells are wrapped at their words, or each row becomes a block of lines."
     from rich.cells import cell_len  # only here: the doctor speaks where libraries are missing
     grid = [[sanitize_line(value, CELL) for value in row] for row in (headers, *rows)]
-    widths = [max(map(cell_len, column)) for column in zip(*grid)]
+    widths, screen = [max(map(cell_len, column)) for column in zip(*grid)], screen_width()
+    if screen and sum(widths) + 2 * len(widths) - 2 > screen:
+        narrow = _narrowed(grid, widths, screen)
+        if narrow is None: return _blocks(grid, screen)
+        grid, widths = [line for row in grid for line in _wrapped(row, narrow)], narrow
     return '\n'.join('  '.join(value + ' ' * (width - cell_len(value)) for value, width in zip(row, widths)).rstrip() for row in grid)
 
 def html_table(
@@ -125,8 +214,17 @@ def html_table(
     body = line(headers, 'th') + ''.join(line(row, 'td') for row in rows)
     return f'<table><caption>{sanitize_html(caption, CELL)}</caption>{body}</table>'
 
+# %% ../../nbs/core/02_text.ipynb #text-clock-2
+def format_duration(
+    seconds: float # a duration
+) -> str:          # "1:05" or "2:03:04"
+    "A duration as people write it."
+    minutes, rest = divmod(round(seconds), 60)
+    return f'{minutes // 60}:{minutes % 60:02}:{rest:02}' if minutes >= 60 else f'{minutes}:{rest:02}'
+
 # %% ../../nbs/core/02_text.ipynb #47ea182c
-_PLAIN = {'→': '->', '·': '-', '×': 'x', '…': '...', '–': '-', '⏎': '/', '↵': '/', '─': '-', '┃': '|', '✓': '+', '✗': 'x', '▲': '+', '▼': '-',
+_PLAIN = {'→': '->', '·': '-', '×': 'x', '…': '...', '–': '-', '⏎': '/', '↵': '/', '─': '-', '┃': '|', '✓': '+',
+          '✗': 'x', '▲': '+', '▼': '-',
           '⟦': '[[', '⟧': ']]', '⟨': '<', '⟩': '>'}  # our own signs
 
 def _write_plainly(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -180,3 +278,10 @@ class ArgumentParser(argparse.ArgumentParser):
     ):
         "Say it and end the program."
         super().error(sanitize_line(message))
+
+# %% ../../nbs/core/02_text.ipynb #format-bytes
+def format_bytes(
+    size: float # bytes
+) -> str: # in 10**9 or 10**6 of them
+    "A size as people read it."
+    return f'{size / 1e9:.2f} GB' if abs(size) >= 1e9 else f'{size / 1e6:.1f} MB'

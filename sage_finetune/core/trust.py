@@ -6,7 +6,10 @@
 __all__ = ['code_files', 'shadowing_files', 'safe_environment']
 
 # %% ../../nbs/core/07_trust.ipynb #6bd50bfc
-import json, os, sys, sysconfig
+import json
+import os
+import sys
+import sysconfig
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -48,10 +51,12 @@ def _file_of(reference: str) -> str:
 def shadowing_files(
     folder: str | Path # a run folder, or any other
 ) -> list[str]: # sorted names
-    "Python files and packages of a folder that have the name of an installed module, in whose place they would be imported from there. Never raises."
+    """Python files and packages of a folder that have the name of an installed module,
+    in whose place they would be imported from there. Never raises."""
     try: inside = sorted(Path(folder).iterdir())[:10_000]
     except OSError: return []
-    modules = [path for path in inside if path.suffix in ('.py', '.pyc', '.so', '.pyd') and path.is_file() or (path/'__init__.py').is_file()]
+    modules = [path for path in inside if path.suffix in ('.py', '.pyc', '.so', '.pyd') and path.is_file()
+        or (path/'__init__.py').is_file()]
     return [path.name for path in modules if _is_module(path.name.partition('.')[0], Path(folder))]
 
 def _is_module(name: str, folder: Path) -> bool:
@@ -65,7 +70,8 @@ def _is_module(name: str, folder: Path) -> bool:
 # %% ../../nbs/core/07_trust.ipynb #b99d899c
 def safe_environment() -> dict[str, str]: # for `subprocess`
     "The environment of this process for a child that imports nothing from the working folder."
-    home, installed = str(Path(find_spec('sage_finetune').origin).resolve().parents[1]), {os.path.realpath(sysconfig.get_path(name)) for name in ('purelib', 'platlib')}
+    home, installed = (str(Path(find_spec('sage_finetune').origin).resolve().parents[1]),
+        {os.path.realpath(sysconfig.get_path(name)) for name in ('purelib', 'platlib')})
     paths = [one for one in os.environ.get('PYTHONPATH', '').split(os.pathsep) if one]
     if home not in (*paths, *installed): paths.insert(0, home)
     return os.environ | dict(PYTHONSAFEPATH='1') | (dict(PYTHONPATH=os.pathsep.join(paths)) if paths else {})

@@ -8,18 +8,19 @@ import warnings
 from pathlib import Path
 
 import pytest
-
 from helpers import copy, prepared, tiny_config, tree, write_rows
+
 from sage_finetune import LoRATrainer, TrainingConfig, merge
-from sage_finetune.checkpoint import RunWriter, check_folder, remove_stale_files
 from sage_finetune.core.errors import FinetuneError, RunError
 from sage_finetune.core.places import MANIFEST, bring_back, is_own_name, own_files, put_aside, read_manifest, remove_own, why_protected
 from sage_finetune.core.storage import atomic_directory
-from sage_finetune.demo import demo_example
-from sage_finetune.runs import is_run, other_files, run_files
-from sage_finetune.tasks import prepare_run
+from sage_finetune.data.tasks import prepare_run
+from sage_finetune.runs.folder import is_run, other_files, run_files
+from sage_finetune.tiny.demo import demo_example
+from sage_finetune.training.run_writer import RunWriter, check_folder, remove_stale_files
 
-MINE = ("checkpoints/checkpoint-30/optimizer.pt", "checkpoints/notes.txt", "lora_weights/adapter_model.safetensors", "merged_model/config.json", "metrics.jsonl",
+MINE = ("checkpoints/checkpoint-30/optimizer.pt", "checkpoints/notes.txt", "lora_weights/adapter_model.safetensors",
+    "merged_model/config.json", "metrics.jsonl",
     "training_data_thesis_final.json")
 
 
@@ -57,16 +58,21 @@ def test_overwriting_leaves_a_folder_alone_that_is_no_run(tmp_path, name):
     before = tree(folder)
     with pytest.raises(RunError, match="is no run of this toolkit"): prepare_run("custom", folder, data=data, overwrite=True)
     if "training_data" not in name:
-        with pytest.raises(RunError, match="is no run of this toolkit"): check_folder(tiny_config(tmp_path, output_dir=folder, overwrite_output_dir=True))
-        with pytest.raises(RunError, match="is no run of this toolkit"): RunWriter(tiny_config(tmp_path, output_dir=folder, overwrite_output_dir=True), total=3)
+        with pytest.raises(RunError, match="is no run of this toolkit"):
+            check_folder(tiny_config(tmp_path, output_dir=folder, overwrite_output_dir=True))
+        with pytest.raises(RunError, match="is no run of this toolkit"):
+            RunWriter(tiny_config(tmp_path, output_dir=folder, overwrite_output_dir=True), total=3)
     assert tree(folder) == before
 
 
-@pytest.mark.parametrize("name, content", [("training_config.json", '{"model_name_or_path": "llama"}'), ("finetune_meta.json", '{"task": "x"}'), ("status.json", '{"status": "ok"}'),
-    ("run_manifest.json", '{"files": {"checkpoints/checkpoint-30/optimizer.pt": []}}'), ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n'), ("status.json", "[]"), ("training_config.json", "{")])
+@pytest.mark.parametrize("name, content", [("training_config.json", '{"model_name_or_path": "llama"}'),
+    ("finetune_meta.json", '{"task": "x"}'), ("status.json", '{"status": "ok"}'),
+    ("run_manifest.json", '{"files": {"checkpoints/checkpoint-30/optimizer.pt": []}}'),
+    ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n'), ("status.json", "[]"), ("training_config.json", "{")])
 def test_a_file_of_that_name_makes_no_run(tmp_path, name, content):
     "Another program's metrics and config are no evidence"
-    folder = put(put(tmp_path/"thesis", "checkpoints/checkpoint-30/optimizer.pt", "lora_weights/adapter_model.safetensors"), name, content=content)
+    folder = put(put(tmp_path/"thesis", "checkpoints/checkpoint-30/optimizer.pt", "lora_weights/adapter_model.safetensors"),
+        name, content=content)
     before = tree(folder)
     with pytest.raises(FinetuneError): prepare_run("custom", folder, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
     with pytest.raises(FinetuneError): check_folder(tiny_config(tmp_path, output_dir=folder, overwrite_output_dir=True))
@@ -92,48 +98,57 @@ def test_protected_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     (home/"work").mkdir(parents=True)
     monkeypatch.chdir(project/"below"/"deep")
-    for folder in ("/", home, tmp_path, project, project/"below", Path(sys.modules["sage_finetune"].__file__).parent): assert why_protected(folder), folder
+    for folder in ("/", home, tmp_path, project, project/"below", Path(sys.modules["sage_finetune"].__file__).parent):
+        assert why_protected(folder), folder
     assert not why_protected(home/"work") and not why_protected(project/"below"/"deep")
     for folder in (home, project): put(folder, "status.json", content=json.dumps(dict(state="completed", pid=None, updated="", host="")))
     for folder in (home, project):
-        with pytest.raises(RunError, match="nothing is replaced there"): prepare_run("custom", folder, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
+        with pytest.raises(RunError, match="nothing is replaced there"):
+            prepare_run("custom", folder, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
 
 
 def test_nothing_is_replaced_through_a_link(tmp_path, run):
     real = copy(run, tmp_path/"real")
     (tmp_path/"link").symlink_to(real)
     before = tree(real)
-    with pytest.raises(RunError, match="is a link to"): prepare_run("custom", tmp_path/"link", data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
+    with pytest.raises(RunError, match="is a link to"):
+        prepare_run("custom", tmp_path/"link", data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
     assert tree(real) == before
 
 
 # ---- a folder that is one ---------------------------------------------------------------------------------------------
 
 def test_the_manifest_knows_all_of_a_run(run):
-    assert {name for name in tree(run) if name.startswith(("lora_weights/", "checkpoints/", "merged_model/"))} - set(own_files(run)) - {"checkpoints/checkpoint-3", "checkpoints/checkpoint-6"} == set()
+    assert ({name for name in tree(run) if name.startswith(("lora_weights/", "checkpoints/", "merged_model/"))}
+        - set(own_files(run)) - {"checkpoints/checkpoint-3", "checkpoints/checkpoint-6"} == set())
     assert other_files(run) == [] and "metrics.jsonl" in own_files(run)
 
 
 def test_foreign_files_stay_and_are_named(run, tmp_path):
-    mine = put(copy(run, tmp_path/"run"), "checkpoints/notes.txt", "lora_weights/thesis.pdf", "merged_model/eval/results.csv", "logs/mine.txt", "notes.txt")
+    mine = put(copy(run, tmp_path/"run"), "checkpoints/notes.txt", "lora_weights/thesis.pdf",
+        "merged_model/eval/results.csv", "logs/mine.txt", "notes.txt")
     names = ("checkpoints/notes.txt", "lora_weights/thesis.pdf", "merged_model/eval/results.csv", "logs/mine.txt")
     _, said = quiet(prepare_run, "custom", mine, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
     left = {name for name in tree(mine) if (mine/name).is_file() and not name.startswith("prepared/")}
-    assert left == {*names, "notes.txt", "finetune_meta.json", "run_manifest.json", "status.json", "training_config.json", "training_data_custom_alpaca.json"}
+    assert left == {*names, "notes.txt", "finetune_meta.json", "run_manifest.json", "status.json", "training_config.json",
+        "training_data_custom_alpaca.json"}
     assert all(name in said for name in names)
 
 
-@pytest.mark.parametrize("name", ["lora_weights/adapter_model.safetensors", "checkpoints/checkpoint-6/adapter_config.json", "metrics.jsonl", "lora_weights/README.md"])
+@pytest.mark.parametrize("name", ["lora_weights/adapter_model.safetensors", "checkpoints/checkpoint-6/adapter_config.json",
+    "metrics.jsonl", "lora_weights/README.md"])
 def test_what_was_changed_since_is_somebodys_own(run, tmp_path, name):
     mine = put(copy(run, tmp_path/"run"), name)
     before = tree(mine)
-    with pytest.raises(RunError, match=f"{name} .* changed since"): check_folder(tiny_config(tmp_path, output_dir=mine, overwrite_output_dir=True))
+    with pytest.raises(RunError, match=f"{name} .* changed since"):
+        check_folder(tiny_config(tmp_path, output_dir=mine, overwrite_output_dir=True))
     assert tree(mine) == before
 
 
 def test_rows_that_were_edited_are_not_replaced(run, tmp_path):
     mine = put(copy(run, tmp_path/"run"), "training_data_custom_alpaca.json", content="[]")
-    with pytest.raises(RunError, match="training_data_custom_alpaca.json .* changed since"): prepare_run("custom", mine, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
+    with pytest.raises(RunError, match="training_data_custom_alpaca.json .* changed since"):
+        prepare_run("custom", mine, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
     assert (mine/"training_data_custom_alpaca.json").read_text() == "[]"
 
 
@@ -143,7 +158,8 @@ def test_a_changed_model_card_survives_going_on(tmp_path):
     (config.lora_dir/"README.md").write_text("my card")
     (config.lora_dir/"plot.svg").write_text("my plot")
     _, said = quiet(LoRATrainer(tiny_config(tmp_path, max_steps=3)).train, show=False, resume=True)
-    assert (config.lora_dir/"README.md.kept").read_text() == "my card" and (config.lora_dir/"plot.svg").read_text() == "my plot" and "README.md" in said
+    assert ((config.lora_dir/"README.md.kept").read_text() == "my card"
+        and (config.lora_dir/"plot.svg").read_text() == "my plot" and "README.md" in said)
 
 
 def test_rotation_and_the_best_leave_foreign_files(run, tmp_path):
@@ -160,7 +176,8 @@ def test_a_run_without_a_manifest(run, tmp_path):
     mine = put(copy(run, tmp_path/"run"), "checkpoints/checkpoint-2/optimizer.pt", "lora_weights/thesis.txt")
     (mine/MANIFEST).unlink()
     own = set(run_files(mine))
-    assert {"checkpoints/checkpoint-3/state.safetensors", "lora_weights/adapter_model.safetensors", "training_data_custom_alpaca.json", "metrics.jsonl"} <= own
+    assert {"checkpoints/checkpoint-3/state.safetensors", "lora_weights/adapter_model.safetensors",
+        "training_data_custom_alpaca.json", "metrics.jsonl"} <= own
     assert not own & {"checkpoints/checkpoint-2/optimizer.pt", "lora_weights/thesis.txt"}
     (mine/"metrics.jsonl").unlink()
     assert not any(name.startswith(("checkpoints", "lora_weights")) for name in run_files(mine))  # a run of ours that was trained has one
@@ -176,7 +193,8 @@ def test_a_plain_overwrite_still_works(run, tmp_path):
 
 # ---- a manifest from a stranger ---------------------------------------------------------------------------------------
 
-HOSTILE_NAMES = ["../victim.txt", "/etc/passwd", "lora_weights/../../victim.txt", "C:\\victim.txt", "lora_weights\\..\\victim.txt", "notes.txt", ".bashrc", "lora_weights/.ssh", "", "lora_weights//x.json",
+HOSTILE_NAMES = ["../victim.txt", "/etc/passwd", "lora_weights/../../victim.txt", "C:\\victim.txt",
+    "lora_weights\\..\\victim.txt", "notes.txt", ".bashrc", "lora_weights/.ssh", "", "lora_weights//x.json",
     "checkpoints/checkpoint-1/../../notes.json", "lora_weights/x.json\0", "training_config.json/..", "./metrics.jsonl"]
 
 
@@ -201,12 +219,14 @@ def test_links_below_a_part_lead_nowhere(run, tmp_path):
     (mine/"lora_weights"/"adapter_model.safetensors").symlink_to(other/"lora_weights"/"adapter_model.safetensors")
     before = tree(other)
     assert not {"checkpoints/checkpoint-6/state.safetensors", "lora_weights/adapter_model.safetensors"} & set(own_files(mine))
-    with pytest.raises(RunError, match="checkpoints/checkpoint-6 is a link"): prepare_run("custom", mine, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
+    with pytest.raises(RunError, match="checkpoints/checkpoint-6 is a link"):
+        prepare_run("custom", mine, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
     quiet(remove_own, mine, "checkpoints/checkpoint-6")
     assert tree(other) == before
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"files": 7}', '{"files": {"metrics.jsonl": 7}}', '{"files": {"metrics.jsonl": [7]}}', "null", '{"files": {"metrics.jsonl": [{"size": "x", "sha256": 1}]}}', "\x00", "[" * 100_000])
+@pytest.mark.parametrize("content", ["[]", "{", '{"files": 7}', '{"files": {"metrics.jsonl": 7}}', '{"files": {"metrics.jsonl": [7]}}',
+    "null", '{"files": {"metrics.jsonl": [{"size": "x", "sha256": 1}]}}', "\x00", "[" * 100_000])
 def test_a_broken_manifest_is_none(run, tmp_path, content):
     mine = copy(run, tmp_path/"run")
     (mine/MANIFEST).write_text(content)
@@ -220,7 +240,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from sage_finetune.core.places import put_aside
-from sage_finetune.runs import run_files
+from sage_finetune.runs.folder import run_files
 with put_aside(Path(sys.argv[1]), run_files(sys.argv[1])): os._exit(9)
 """
 
@@ -238,7 +258,8 @@ def test_what_was_being_removed_goes(run, tmp_path):
     mine = copy(run, tmp_path/"run")
     put(mine, ".replaced-abcdefgh.done/lora_weights/README.md", ".replaced-abcdefg1.done/lora_weights/thesis.pdf", ".replaced-notes/x.txt")
     bring_back(mine)
-    assert not (mine/".replaced-abcdefgh.done").exists() and (mine/".replaced-abcdefg1.done"/"lora_weights"/"thesis.pdf").exists() and (mine/".replaced-notes"/"x.txt").exists()
+    assert (not (mine/".replaced-abcdefgh.done").exists() and (mine/".replaced-abcdefg1.done"/"lora_weights"/"thesis.pdf").exists()
+        and (mine/".replaced-notes"/"x.txt").exists())
 
 
 def test_a_stranger_puts_nothing_aside(tmp_path):
@@ -250,7 +271,8 @@ def test_a_stranger_puts_nothing_aside(tmp_path):
     assert list(outside.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "README.md", ".bashrc", "thesis.json", "bad_rows.jsonl", "train.log", "uploads/rows.jsonl", "prepared/x.json"])
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", ".bashrc", "thesis.json", "bad_rows.jsonl", "train.log",
+    "uploads/rows.jsonl", "prepared/x.json"])
 @pytest.mark.parametrize("there", [True, False])
 def test_only_files_that_are_put_aside_come_back(tmp_path, name, there):
     "A run puts no other file aside, so a stranger did; it stays where it lies, and so does what is there"
@@ -261,18 +283,21 @@ def test_only_files_that_are_put_aside_come_back(tmp_path, name, there):
     assert tree(folder) == before
 
 
-@pytest.mark.parametrize("name", ["training_data_custom_alpaca.json", "lora_weights/README.md", "lora_weights/adapter_model.safetensors", "checkpoints/checkpoint-3/state.safetensors", "merged_model/config.json",
+@pytest.mark.parametrize("name", ["training_data_custom_alpaca.json", "lora_weights/README.md",
+    "lora_weights/adapter_model.safetensors", "checkpoints/checkpoint-3/state.safetensors", "merged_model/config.json",
     "training_config.json", "metrics.jsonl", "status.json", "finetune_meta.json"])
 def test_what_somebody_wrote_meanwhile_stays(run, tmp_path, name):
     "What lies aside stays too, and both are named"
     mine = put(copy(run, tmp_path/"run"), name)
     put(mine, f".replaced-abcdefgh/{name}", ".replaced-abcdefgh/lora_weights/LICENSE.txt", content="evil")
     _, said = quiet(remove_stale_files, mine)
-    assert (mine/name).read_text() == "mine" and (mine/".replaced-abcdefgh"/name).read_text() == "evil" and name in said and ".replaced-abcdefgh" in said
+    assert ((mine/name).read_text() == "mine" and (mine/".replaced-abcdefgh"/name).read_text() == "evil" and name in said
+        and ".replaced-abcdefgh" in said)
     assert (mine/"lora_weights"/"LICENSE.txt").read_text() == "evil"  # the stranger's own, where nothing was
 
 
-@pytest.mark.parametrize("name", ["training_data_custom_alpaca.json", "metrics.jsonl", "training_config.json", "status.json", "run_manifest.json", "lora_weights/README.md"])
+@pytest.mark.parametrize("name", ["training_data_custom_alpaca.json", "metrics.jsonl", "training_config.json",
+    "status.json", "run_manifest.json", "lora_weights/README.md"])
 def test_what_the_killed_program_had_written_gives_way(run, tmp_path, name):
     "The new file is known to be the toolkit's, so the old one takes its place again"
     mine = copy(run, tmp_path/"run")
@@ -283,7 +308,8 @@ def test_what_the_killed_program_had_written_gives_way(run, tmp_path, name):
     assert (mine/name).read_bytes() == old + b" " and said == "" and not (mine/".replaced-abcdefgh").exists()
 
 
-LINKS = {"the part": ("checkpoints", ""), "below it": ("checkpoints/checkpoint-9", ""), "deep": ("lora_weights/deep", ""), "in a link": ("real/checkpoint-9", "real"), "the file": ("lora_weights/README.md", "")}
+LINKS = {"the part": ("checkpoints", ""), "below it": ("checkpoints/checkpoint-9", ""), "deep": ("lora_weights/deep", ""),
+    "in a link": ("real/checkpoint-9", "real"), "the file": ("lora_weights/README.md", "")}
 
 
 @pytest.mark.parametrize("kind", LINKS)
@@ -299,7 +325,8 @@ def test_nothing_comes_back_through_a_link(tmp_path, kind):
         put(folder, "real/.linked_part.json", content=json.dumps(claim))
     (folder/link).parent.mkdir(parents=True, exist_ok=True)
     (folder/link).symlink_to(victim/"README.md" if kind == "the file" else victim)
-    below = "" if kind == "the file" else "/checkpoint-9/state.safetensors" if kind == "the part" else "/state.safetensors" if "checkpoint" in link else "/README.json"
+    below = ("" if kind == "the file" else "/checkpoint-9/state.safetensors" if kind == "the part"
+        else "/state.safetensors" if "checkpoint" in link else "/README.json")
     name = (link.removeprefix("real/") if real else link) + below
     put(aside, name, content="evil")
     before = tree(victim), tree(folder)
@@ -315,10 +342,13 @@ def test_what_lay_aside_behind_a_link_comes_back(tmp_path):
         scratch.mkdir()
         (folder/"checkpoints").symlink_to(scratch)
         if own: claim_links(folder)
-        put(scratch, ".replaced-abcdefgh/checkpoint-1/state.safetensors", ".replaced-abcdefg1.done/checkpoint-2/state.safetensors", ".checkpoint-9.abcdefgh.part/x", ".checkpoint-8.abcdefgh.old/x")
+        put(scratch, ".replaced-abcdefgh/checkpoint-1/state.safetensors", ".replaced-abcdefg1.done/checkpoint-2/state.safetensors",
+            ".checkpoint-9.abcdefgh.part/x", ".checkpoint-8.abcdefgh.old/x")
         before = tree(scratch)
         remove_stale_files(folder)
-        if own: assert {path for path, value in tree(scratch).items() if value} == {".linked_part.json", "checkpoint-1/state.safetensors", "checkpoint-8/x"}
+        if own:
+            assert {path for path, value in tree(scratch).items() if value} == {".linked_part.json",
+                "checkpoint-1/state.safetensors", "checkpoint-8/x"}
         else: assert tree(scratch) == before
 
 
@@ -326,7 +356,8 @@ def test_what_lay_aside_behind_a_link_comes_back(tmp_path):
 def test_tidying_goes_through_no_link(run, tmp_path, name):
     "What looks like half-written files of this toolkit lies in somebody's folder"
     mine = copy(run, tmp_path/"run")
-    remains = (".checkpoint-9.abcdefgh.part/x", ".lora_weights.abcdefgh.part/x", ".status.json.abcdefgh.part", ".merged_model.abcdefgh.old/x", ".checkpoint-8.abcdefgh.old/x", ".replaced-abcdefgh.done/checkpoint-1/state.safetensors")
+    remains = (".checkpoint-9.abcdefgh.part/x", ".lora_weights.abcdefgh.part/x", ".status.json.abcdefgh.part",
+        ".merged_model.abcdefgh.old/x", ".checkpoint-8.abcdefgh.old/x", ".replaced-abcdefgh.done/checkpoint-1/state.safetensors")
     victim = put(tmp_path/"victim", *remains)
     if (mine/name).is_dir(): shutil.rmtree(mine/name)
     (mine/name).symlink_to(victim)
@@ -336,7 +367,8 @@ def test_tidying_goes_through_no_link(run, tmp_path, name):
 
 
 def test_tidying_leaves_an_editors_files(tmp_path):
-    names = (".status.json.swp", ".lora_weights.original/adapter_model.safetensors", ".metrics.jsonl.backup12", ".checkpoint-3.old/x", ".training_config.json.bak")
+    names = (".status.json.swp", ".lora_weights.original/adapter_model.safetensors", ".metrics.jsonl.backup12",
+        ".checkpoint-3.old/x", ".training_config.json.bak")
     folder = put(tmp_path/"run", *names)
     remove_stale_files(folder)
     assert all((folder/name).read_text() == "mine" for name in names)
@@ -346,7 +378,8 @@ def test_a_folder_is_not_replaced_with_what_others_put_there(tmp_path):
     put(tmp_path/"model", "old.bin", "notes.txt", "deep/mine.txt")
     (tmp_path/"model"/"link").symlink_to(tmp_path)
     with atomic_directory(tmp_path/"model", ours=["old.bin"]) as temp: put(temp, "new.bin")
-    assert sorted(path.name for path in (tmp_path/"model").iterdir()) == ["deep", "link", "new.bin", "notes.txt"] and (tmp_path/"model"/"link").is_symlink()
+    assert (sorted(path.name for path in (tmp_path/"model").iterdir()) == ["deep", "link", "new.bin", "notes.txt"]
+        and (tmp_path/"model"/"link").is_symlink())
 
 
 def test_files_come_back_after_an_error(tmp_path):
@@ -360,7 +393,8 @@ def test_files_come_back_after_an_error(tmp_path):
 
 # ---- merging ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes", [dict(report="{}"), dict(report="{}", others=["thesis.txt"]), dict(others=["model.safetensors"]), dict(others=["notes/plan.md"]), dict(report="[]"),
+@pytest.mark.parametrize("changes", [dict(report="{}"), dict(report="{}", others=["thesis.txt"]),
+    dict(others=["model.safetensors"]), dict(others=["notes/plan.md"]), dict(report="[]"),
     dict(report=json.dumps(dict(files={"thesis.txt": dict(size=4, sha256="0")})), others=["thesis.txt"])], ids=str)
 def test_merging_replaces_only_a_merge(run, tmp_path, changes):
     out = tmp_path/"out"
@@ -382,9 +416,10 @@ def test_merging_twice_into_one_place(run, tmp_path):
 
 
 def test_the_cache_is_cleaned_of_its_own_remains_only(tmp_path):
-    from sage_finetune.data import _remove_unfinished
+    from sage_finetune.data.cache import _remove_unfinished
     key = "0123456789abcdef"
-    names = (f".prepared-{key}.abcdefgh.part/train.arrow", f".prepared-{key}.abcdefg1.part/notes.txt", ".prepared-thesis/train.arrow", f"prepared-{key}/train.arrow")
+    names = (f".prepared-{key}.abcdefgh.part/train.arrow", f".prepared-{key}.abcdefg1.part/notes.txt",
+        ".prepared-thesis/train.arrow", f"prepared-{key}/train.arrow")
     cache = put(tmp_path/"cache", *names)
     for path in cache.iterdir(): os.utime(path, (0, 0))
     _remove_unfinished(cache)
@@ -396,7 +431,7 @@ def test_the_first_example_replaces_nothing(root):
 
 
 def test_making_the_embedded_model_replaces_nobodys_model(tmp_path, capsys):
-    from sage_finetune import tiny
+    from sage_finetune.tiny import pretrain as tiny
     put(tmp_path/"model", "config.json", "README.md")
     with pytest.raises(SystemExit): tiny.main(["--out", str(tmp_path/"model"), "--steps", "1"])
     assert "holds config.json and no checkpoint" in capsys.readouterr().err and (tmp_path/"model"/"README.md").read_text() == "mine"

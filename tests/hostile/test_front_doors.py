@@ -11,11 +11,12 @@ from helpers import rows, write_rows
 
 import sage_finetune as sf
 from sage_finetune import LoRATrainer, PresetConfigs, TrainingConfig
+from sage_finetune.chat_format.rendering import render_prompt
 from sage_finetune.cli import main
 from sage_finetune.core.errors import ConfigError, DataError, FinetuneError
 from sage_finetune.core.storage import describe_write_error, write_atomic
-from sage_finetune.model import load_base, load_tokenizer
-from sage_finetune.prompt import render_prompt
+from sage_finetune.modeling.base import load_base
+from sage_finetune.modeling.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("tiny")
 TEXTS = [f"Lamp {at} is lit at dusk and put out at dawn." for at in range(8)]
@@ -26,13 +27,15 @@ MASKED = [dict(input_ids=ids, labels=[-100] * 4 + ids[4:]) for ids in IDS]
 
 def little(folder, **more):
     "A config of two steps on what the test brings"
-    return PresetConfigs.tiny(**dict(output_dir=folder/"run", data_path=None, eval_ratio=0., max_steps=2, per_device_train_batch_size=4, device="cpu") | more)
+    return PresetConfigs.tiny(
+        **dict(output_dir=folder/"run", data_path=None, eval_ratio=0., max_steps=2, per_device_train_batch_size=4, device="cpu") | more)
 
 
 def sentence(error):
     "One sentence of ours, with a way out: no traceback, no Python class of another library"
     said = str(error)
-    assert isinstance(error, FinetuneError) and said and "\n" not in said and "object at 0x" not in said and said.rstrip().endswith((".", "?", ")", '"')), repr(error)
+    assert (isinstance(error, FinetuneError) and said and "\n" not in said and "object at 0x" not in said
+        and said.rstrip().endswith((".", "?", ")", '"'))), repr(error)
     return said
 
 
@@ -71,7 +74,8 @@ BROUGHT = {
     "a subset": lambda: torch.utils.data.Subset(Torch(MASKED), range(8)),
     "a Dataset": lambda: datasets.Dataset.from_list(rows(8)), "a Dataset of tokens": lambda: datasets.Dataset.from_list(MASKED),
     "a Dataset in torch's format": lambda: datasets.Dataset.from_list(MASKED).with_format("torch"),
-    "a Dataset with a transform": lambda: datasets.Dataset.from_dict(dict(text=TEXTS)).with_transform(lambda batch: TOKENIZER(batch["text"])),
+    "a Dataset with a transform": lambda: datasets.Dataset.from_dict(dict(text=TEXTS)).with_transform(
+        lambda batch: TOKENIZER(batch["text"])),
     "an IterableDataset": lambda: datasets.Dataset.from_list(rows(8)).to_iterable_dataset(),
     "a DatasetDict": lambda: datasets.DatasetDict(train=datasets.Dataset.from_list(rows(8))),
     "a generator": lambda: (row for row in rows(8)), "a generator of ids": lambda: iter(IDS), "a map": lambda: map(str, TEXTS),
@@ -91,10 +95,12 @@ def test_data_of_ones_own_is_taken_in_every_shape(kind, way, tmp_path):
     trainer = Mine(little(tmp_path)).setup()
     assert len(trainer.dataset) == 8 and trainer.eval_dataset is None
     for row in map(trainer.dataset.__getitem__, range(8)):
-        assert len(row["input_ids"]) == len(row["labels"]) and any(label != -100 for label in row["labels"]) and all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"]))
+        assert (len(row["input_ids"]) == len(row["labels"]) and any(label != -100 for label in row["labels"])
+            and all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"])))
 
 
-@pytest.mark.parametrize("kind", ["texts", "instruction rows", "lists of ids", "a batch of tensors", "a torch Dataset", "a Dataset in torch's format", "an IterableDataset", "a DataFrame"])
+@pytest.mark.parametrize("kind", ["texts", "instruction rows", "lists of ids", "a batch of tensors", "a torch Dataset",
+    "a Dataset in torch's format", "an IterableDataset", "a DataFrame"])
 def test_data_of_ones_own_is_trained_on(kind, tmp_path):
     class Mine(LoRATrainer):
         def prepare_data(self): return BROUGHT[kind]()
@@ -118,8 +124,10 @@ def test_that_labels_were_missing_is_said(tmp_path):
     assert "8 rows have no labels, so all of their tokens are trained on" in str(Mine(little(tmp_path)).describe())
 
 
-PAIRS = {"a pair": lambda: (rows(8), rows(4)), "splits": lambda: dict(train=rows(8), test=rows(4)), "tokens and texts": lambda: (MASKED, TEXTS[:4]),
-    "a DatasetDict": lambda: datasets.DatasetDict(train=datasets.Dataset.from_list(MASKED), validation=datasets.Dataset.from_list(MASKED[:4])),
+PAIRS = {"a pair": lambda: (rows(8), rows(4)), "splits": lambda: dict(train=rows(8), test=rows(4)),
+    "tokens and texts": lambda: (MASKED, TEXTS[:4]),
+    "a DatasetDict": lambda: datasets.DatasetDict(train=datasets.Dataset.from_list(MASKED),
+        validation=datasets.Dataset.from_list(MASKED[:4])),
     "a frame and nothing": lambda: (pd.DataFrame(rows(8)), None)}
 
 
@@ -128,7 +136,8 @@ def test_evaluation_data_comes_along(kind, tmp_path):
     class Mine(LoRATrainer):
         def prepare_data(self): return PAIRS[kind]()
     trainer = Mine(little(tmp_path)).setup()
-    assert len(trainer.dataset) == 8 and (trainer.eval_dataset is None if "nothing" in kind else len(trainer.eval_dataset) == 4 and trainer.evaluate() > 0)
+    assert len(trainer.dataset) == 8 and (trainer.eval_dataset is None if "nothing" in kind
+        else len(trainer.eval_dataset) == 4 and trainer.evaluate() > 0)
 
 
 def test_an_eval_dataset_that_was_set_is_taken_too(tmp_path):
@@ -145,7 +154,7 @@ def test_a_dataset_that_is_set_from_outside(tmp_path):
 
 
 REFUSED = {
-    "nothing": (lambda: None, "gave no data"), "an empty list": (lambda: [], "gave no rows"), "a number": (lambda: 7, "a int"),
+    "nothing": (lambda: None, "gave no data"), "an empty list": (list, "gave no rows"), "a number": (lambda: 7, "a int"),
     "numbers in a list": (lambda: [.5, 1.5], "row 1"), "a class": (lambda: Torch, "holds no rows"),
     "a function": (lambda: rows, "holds no rows"), "one row": (lambda: dict(instruction="a", output="b"), "Put rows into a list"),
     "None among rows": (lambda: [*TEXTS, None], "row 9"),
@@ -160,7 +169,8 @@ REFUSED = {
     "text as ids": (lambda: [dict(input_ids="abc")], "whole numbers"),
     "some rows without ids": (lambda: [dict(input_ids=[5, 6]), dict(text="a")], "row 2"),
     "a DataLoader": (lambda: torch.utils.data.DataLoader(Torch(MASKED)), "loader.dataset"),
-    "splits without train": (lambda: datasets.DatasetDict(a=datasets.Dataset.from_list(MASKED), b=datasets.Dataset.from_list(MASKED)), "none is called train"),
+    "splits without train": (lambda: datasets.DatasetDict(a=datasets.Dataset.from_list(MASKED), b=datasets.Dataset.from_list(MASKED)),
+        "none is called train"),
     "a file that is not there": (lambda: "nowhere.jsonl", "nowhere.jsonl"),
     "rows of no format": (lambda: [dict(colour="red")], "colour"),
     "all masked": (lambda: [dict(input_ids=[5, 6], attention_mask=[0, 0])], "token to train on"),
@@ -188,9 +198,9 @@ def test_rows_of_tokens_that_are_too_long(overlong, examples, longest, tmp_path)
 def test_a_stream_without_end_is_refused(tmp_path, monkeypatch):
     import itertools
 
-    from sage_finetune import trainer
-    monkeypatch.setattr(trainer, "_MOST_ROWS", 1000)
-    with pytest.raises(DataError, match="more than 1,000 rows"): trainer.own_rows(itertools.cycle(TEXTS))
+    from sage_finetune.data import own_data
+    monkeypatch.setattr(own_data, "_MOST_ROWS", 1000)
+    with pytest.raises(DataError, match="more than 1,000 rows"): own_data.own_rows(itertools.cycle(TEXTS))
 
 
 # ---- the other methods of the trainer ------------------------------------------------------------------------------------
@@ -205,7 +215,8 @@ def sets_up(self): LoRATrainer.setup_trainer(self); return "done"
 def trains(self): return dict(steps=LoRATrainer.train(self, show=False).steps)
 
 
-@pytest.mark.parametrize("name, method", [("load_model_and_tokenizer", loads), ("load_model_and_tokenizer", loads_exchanged), ("load_model_and_tokenizer", loads_as_dict), ("apply_lora", adapts), ("save_model", saves),
+@pytest.mark.parametrize("name, method", [("load_model_and_tokenizer", loads), ("load_model_and_tokenizer", loads_exchanged),
+    ("load_model_and_tokenizer", loads_as_dict), ("apply_lora", adapts), ("save_model", saves),
     ("save_model", saves_perhaps), ("setup_trainer", sets_up)])
 def test_methods_may_return_what_they_make(name, method, tmp_path):
     Mine = type("Mine", (LoRATrainer,), {name: method})
@@ -252,12 +263,13 @@ WORKS = {
     "generate with a text": lambda folder, config, result, model, tok: "".join(sf.generate(model, tok, "hi", max_new_tokens=4)) is not None,
     "generate with a turn": lambda folder, config, result, model,
     tok: list(sf.generate(model, tok, dict(role="user", content="hi"), max_new_tokens=4)) is not None,
-    "answers with a text": lambda folder, config, result, model, tok: len(sf.answers(model, tok, "hi", max_new_tokens=2)) == 1,
-    "answers with a conversation": lambda folder, config, result, model,
-    tok: len(sf.answers(model, tok, TALKS[0][:1], max_new_tokens=2)) == 1,
-    "answers with both": lambda folder, config, result, model,
-    tok: len(sf.answers(model, tok, ["hi", TALKS[0][:1]], max_new_tokens=2)) == 2,
-    "answers with nothing": lambda folder, config, result, model, tok: sf.answers(model, tok, []) == [],
+    "generate_batch with a text": lambda folder, config, result, model, tok: len(sf.generate_batch(model, tok, "hi", max_new_tokens=2))
+        == 1,
+    "generate_batch with a conversation": lambda folder, config, result, model,
+    tok: len(sf.generate_batch(model, tok, TALKS[0][:1], max_new_tokens=2)) == 1,
+    "generate_batch with both": lambda folder, config, result, model,
+    tok: len(sf.generate_batch(model, tok, ["hi", TALKS[0][:1]], max_new_tokens=2)) == 2,
+    "generate_batch with nothing": lambda folder, config, result, model, tok: sf.generate_batch(model, tok, []) == [],
     "compare with a text": lambda folder, config, result, model, tok: sf.compare(model, tok, "hi", max_new_tokens=2).rows[0][0] == "hi",
     "accuracy with a row": lambda folder, config, result, model, tok: sf.accuracy(model, tok, rows(1)[0], max_new_tokens=2).total == 1,
     "accuracy with a file": lambda folder, config, result, model,
@@ -270,7 +282,7 @@ WORKS = {
     "merge with a config": lambda folder, config, result, model, tok: sf.merge(config).agrees, "plot_run with a config": lambda folder,
     config, result, model, tok: sf.plot_run(config) is not None,
     "compare_runs with a result": lambda folder, config, result, model, tok: sf.compare_runs(result) is not None,
-    "attached with a result": lambda folder, config, result, model, tok: sf.attached(result).state == "completed",
+    "run_status with a result": lambda folder, config, result, model, tok: sf.run_status(result).state == "completed",
     "stop_run with a config": lambda folder, config, result, model, tok: sf.stop_run(config) is False,
     "a trainer from a dict": lambda folder, config, result, model, tok: LoRATrainer(config.to_dict()).config == config,
     "follow with a config": lambda folder, config, result, model, tok: len(list(sf.follow(config))) == 2}
@@ -282,15 +294,15 @@ def test_what_is_clear_works(call, run): assert WORKS[call](*run)
 
 SAID = {
     "exchanged": lambda run, model, tok: list(sf.generate(tok, model, "hi")), "exchanged in answers": lambda run, model,
-    tok: sf.answers(tok, model, ["hi"]), "exchanged in compare": lambda run, model, tok: sf.compare(tok, model, ["hi"]),
+    tok: sf.generate_batch(tok, model, ["hi"]), "exchanged in compare": lambda run, model, tok: sf.compare(tok, model, ["hi"]),
     "exchanged in accuracy": lambda run, model, tok: sf.accuracy(tok, model, rows(1)), "exchanged in Chat": lambda run, model,
     tok: sf.Chat(tok, model), "exchanged in SideBySide": lambda run, model, tok: sf.SideBySide(tok, model),
     "exchanged in logprob_diff": lambda run, model, tok: sf.logprob_diff(tok, model, TALKS[0]), "a folder for a model": lambda run, model,
-    tok: sf.Chat(run, tok), "None for a tokenizer": lambda run, model, tok: sf.answers(model, None, ["hi"]),
+    tok: sf.Chat(run, tok), "None for a tokenizer": lambda run, model, tok: sf.generate_batch(model, None, ["hi"]),
     "the pair for a model": lambda run, model, tok: sf.Chat((model, tok), None), "a prompt first": lambda run, model,
-    tok: sf.answers("hi", model, tok), "a number to say": lambda run, model, tok: sf.Chat(model, tok)(7),
+    tok: sf.generate_batch("hi", model, tok), "a number to say": lambda run, model, tok: sf.Chat(model, tok)(7),
     "nothing to say": lambda run, model, tok: sf.Chat(model, tok).stream(None), "numbers as prompts": lambda run, model,
-    tok: sf.answers(model, tok, [1, 2]), "None as prompts": lambda run, model, tok: sf.answers(model, tok, None),
+    tok: sf.generate_batch(model, tok, [1, 2]), "None as prompts": lambda run, model, tok: sf.generate_batch(model, tok, None),
     "texts in a conversation": lambda run, model, tok: sf.generate(model, tok, ["hi"]), "a number to generate from": lambda run, model,
     tok: sf.generate(model, tok, 5), "an empty conversation": lambda run, model, tok: sf.generate(model, tok, []),
     "render a text": lambda run, model, tok: sf.render("hi", tok), "render None": lambda run, model, tok: sf.render(None, tok),
@@ -321,8 +333,8 @@ SAID = {
     "a folder for a task": lambda run, model, tok: sf.quickstart(run), "train_from_meta of a config's class": lambda run, model,
     tok: sf.train_from_meta(TrainingConfig),
     "train_from_meta of None": lambda run, model, tok: sf.train_from_meta(None), "start_run of None": lambda run, model,
-    tok: sf.start_run(None), "stop_run of a number": lambda run, model, tok: sf.stop_run(3), "attached of a list": lambda run, model,
-    tok: sf.attached([run]),
+    tok: sf.start_run(None), "stop_run of a number": lambda run, model, tok: sf.stop_run(3), "run_status of a list": lambda run, model,
+    tok: sf.run_status([run]),
     "plot_run of None": lambda run, model, tok: sf.plot_run(None), "compare_runs of None": lambda run, model, tok: sf.compare_runs(None),
     "estimate_memory of a preset": lambda run, model, tok: sf.estimate_memory(PresetConfigs.rtx_3060),
     "estimate_memory of a folder": lambda run, model, tok: sf.estimate_memory(run), "load_base of a name": lambda run, model,
@@ -330,7 +342,8 @@ SAID = {
     "attach_lora with a config": lambda run, model, tok: sf.attach_lora(model, PresetConfigs.tiny()),
     "attach_lora to a tokenizer": lambda run, model, tok: sf.attach_lora(tok, PresetConfigs.tiny().lora), "a form of a preset": lambda run,
     model, tok: sf.ConfigForm(PresetConfigs.tiny),
-    "a studio of a folder": lambda run, model, tok: sf.Studio(7), "load_cached_model of None": lambda run, model, tok: sf.load_cached_model(None),
+    "a studio of a folder": lambda run, model, tok: sf.Studio(7),
+    "load_cached_model of None": lambda run, model, tok: sf.load_cached_model(None),
     "to_messages of a text": lambda run, model, tok: sf.to_messages("hi"), "to_messages of None": lambda run, model,
     tok: sf.to_messages(None),
     "health_report of None": lambda run, model, tok: sf.health_report(None, tokenizer=tok), "adapter_scale of a tokenizer": lambda run,
@@ -346,19 +359,22 @@ def test_what_is_not_clear_is_said(call, run):
 
 # ---- names --------------------------------------------------------------------------------------------------------------
 
-BAD_NAMES = {"empty": "", "300 letters": "x" * 300, "300 letters below": "runs/" + "y" * 300, "128 letters of three bytes": "\N{EURO SIGN}" * 128, "NUL": "a\0b", "too deep": "d/" * 2500}
-NAMES = {"a newline": "first\nsecond", "an emoji": "run \N{OWL}", "a dash": "-rf", "255 letters": "z" * 255, "quotes": "it's \"run\"", "dots": "a..b", "a dot at the end": "run."}
+BAD_NAMES = {"empty": "", "300 letters": "x" * 300, "300 letters below": "runs/" + "y" * 300,
+    "128 letters of three bytes": "\N{EURO SIGN}" * 128, "NUL": "a\0b", "too deep": "d/" * 2500}
+NAMES = {"a newline": "first\nsecond", "an emoji": "run \N{OWL}", "a dash": "-rf", "255 letters": "z" * 255,
+    "quotes": "it's \"run\"", "dots": "a..b", "a dot at the end": "run."}
 PLACES = {
     "output_dir": lambda name: TrainingConfig(output_dir=name), "data_path": lambda name: TrainingConfig(data_path=name),
     "data_cache": lambda name: TrainingConfig(data_cache=name), "model_name": lambda name: load_tokenizer(name), "load_run": sf.load_run,
-    "train_from_meta": sf.train_from_meta, "merge": sf.merge, "attached": sf.attached, "stop_run": sf.stop_run, "start_run": sf.start_run,
+    "train_from_meta": sf.train_from_meta, "merge": sf.merge, "run_status": sf.run_status, "stop_run": sf.stop_run,
+    "start_run": sf.start_run,
     "plot_run": sf.plot_run, "load_training_data": sf.load_training_data, "load_cached_model": sf.load_cached_model,
     "continue_from": lambda name: TrainingConfig(continue_from=name),
     "quickstart": lambda name: sf.quickstart("custom", name, data="example", show=False),
     "quickstart's data": lambda name: sf.quickstart("custom", "run", data=name, show=False),
     "code_root": lambda name: sf.quickstart("code", "run", code_root=name, show=False),
     "write_atomic": lambda name: write_atomic(name, "text"),
-    "list_runs": lambda name: __import__("sage_finetune.runs").runs.list_runs(name)}
+    "list_runs": lambda name: __import__("sage_finetune.runs.folder").runs.folder.list_runs(name)}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -376,7 +392,7 @@ def test_an_odd_name_that_can_be_works(name, tmp_path):
     config = little(tmp_path, data_path=write_rows(tmp_path/"rows.jsonl"), max_steps=1)
     config.output_dir = folder
     LoRATrainer(config).train(show=False)
-    assert sf.attached(folder).state == "completed" and len(sf.load_run(folder)) == 2
+    assert sf.run_status(folder).state == "completed" and len(sf.load_run(folder)) == 2
 
 
 @pytest.mark.parametrize("name", [".", "..", "a/../b"])
@@ -387,7 +403,9 @@ def test_dots_are_folders(name, tmp_path, monkeypatch):
     sentence(caught.value)
 
 
-@pytest.mark.parametrize("number, expected", [("ENAMETOOLONG", "a shorter one"), ("EISDIR", "a folder stands there"), ("ELOOP", "leads in a circle"), ("EINVAL", "takes no such name"), ("EROFS", "no permission"), ("ENOSPC", "is full"), ("EIO", "Choose another")])
+@pytest.mark.parametrize("number, expected", [("ENAMETOOLONG", "a shorter one"), ("EISDIR", "a folder stands there"),
+    ("ELOOP", "leads in a circle"), ("EINVAL", "takes no such name"), ("EROFS", "no permission"), ("ENOSPC", "is full"),
+    ("EIO", "Choose another")])
 def test_every_reason_not_to_write_has_a_sentence(number, expected):
     import errno
     import os
@@ -398,17 +416,21 @@ def test_every_reason_not_to_write_has_a_sentence(number, expected):
 # ---- the program ----------------------------------------------------------------------------------------------------------
 
 def program(*arguments, cwd, module="sage_finetune"):
-    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=cwd, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL, timeout=120)
 
 
 @pytest.mark.parametrize("module", ["sage_finetune", "sage_finetune.cli"])
 def test_the_package_is_a_program(module, tmp_path):
-    helped, version, nowhere, unknown = (program(*arguments, cwd=tmp_path, module=module) for arguments in (["--help"], ["--version"], ["list", "nowhere"], ["nowhere"]))
+    helped, version, nowhere, unknown = (program(*arguments, cwd=tmp_path, module=module)
+        for arguments in (["--help"], ["--version"], ["list", "nowhere"], ["nowhere"]))
     assert helped.returncode == 0 and "sage-finetune" in helped.stdout and version.stdout.strip() == sf.__version__
-    assert nowhere.returncode == 2 and nowhere.stderr.startswith("error: there is no folder nowhere") and unknown.returncode == 2 and "No such command" in unknown.stderr
+    assert (nowhere.returncode == 2 and nowhere.stderr.startswith("error: there is no folder nowhere")
+        and unknown.returncode == 2 and "there is no command 'nowhere'" in unknown.stderr)
 
 
-COMMANDS = [("list",), ("run",), ("merge",), ("chat",), ("doctor", "--no-online"), ("data",), ("quickstart", "custom", "-o"), ("quickstart", "custom", "-d"), ("quickstart", "code", "--code-root"), ("data", "example", "-m"), ("merge", "run", "-o")]
+COMMANDS = [("list",), ("run",), ("merge",), ("chat",), ("doctor", "--no-online"), ("data",), ("quickstart", "custom", "-o"),
+    ("quickstart", "custom", "-d"), ("quickstart", "code", "--code-root"), ("data", "example", "-m"), ("merge", "run", "-o")]
 
 
 @pytest.mark.parametrize("name", ["300 letters", "300 letters below"])
@@ -432,7 +454,10 @@ def test_nothing_advises_a_name_of_the_index_that_may_be_somebody_elses(root):
     import json
     import re
     advice = re.compile(r"pip3? install[^\n|]*?(?<![\w/.])sage[-_]finetune(?!\s*@)(\[|\b(?!/|\.))")
-    texts = {path: path.read_text(encoding="utf-8") for pattern in ("*.md", "*.txt", "sage_finetune/**/*.py", "benchmarks/**/*.md") for path in root.glob(pattern)}
-    texts |= {path: "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]) for path in (root/"nbs").rglob("*.ipynb") if path.name[0] not in "._"}
+    texts = {path: path.read_text(encoding="utf-8") for pattern in ("*.md", "*.txt", "sage_finetune/**/*.py", "benchmarks/**/*.md")
+        for path in root.glob(pattern)}
+    texts |= {path: "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
+        for path in (root/"nbs").rglob("*.ipynb") if path.name[0] not in "._"}
     found = [f"{path.relative_to(root)}: {match[0]}" for path, text in texts.items() for match in advice.finditer(text)]
-    assert not found and advice.search('pip install "sage-finetune[wandb]"') and advice.search("pip install -c constraints.txt sage-finetune") and not advice.search('pip install "sage-finetune @ git+https://x/sage-finetune"')
+    assert not found and advice.search('pip install "sage-finetune[wandb]"') and advice.search(
+        "pip install -c constraints.txt sage-finetune") and not advice.search('pip install "sage-finetune @ git+https://x/sage-finetune"')

@@ -19,32 +19,34 @@ import pyarrow as pa
 import pytest
 import torch
 from helpers import change, tree
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
 from sage_finetune import merge, train_from_meta
-from sage_finetune.chat import generate
-from sage_finetune.checkpoint import checkpoints, newest_checkpoint, read_state, write_state
 from sage_finetune.core.errors import DataError, FinetuneError, RunError
-from sage_finetune.data import checksum
-from sage_finetune.diagnosis import doctor
-from sage_finetune.export import load_run, run_config
-from sage_finetune.form import ConfigForm, previous_step_time
-from sage_finetune.launch import attached, follow, last_launch, log_lines, stop_run
-from sage_finetune.memory import estimate_memory
-from sage_finetune.model import load_tokenizer
-from sage_finetune.plot import compare_runs, plot_run
-from sage_finetune.runs import list_runs, read_meta, read_metrics, read_status, run_info, is_running
-from sage_finetune.train_panel import RunControl
-from sage_finetune.trainer import prepare_run_data
+from sage_finetune.data.cache import checksum
+from sage_finetune.data.run_data import prepare_run_data
+from sage_finetune.inference.export import load_run, run_config
+from sage_finetune.inference.generation import generate
+from sage_finetune.modeling.tokenizer import load_tokenizer
+from sage_finetune.runs.folder import is_running, list_runs, read_meta, read_metrics, read_status, run_info
+from sage_finetune.runs.launch import follow, last_launch, log_lines, run_status, stop_run
+from sage_finetune.runs.plot import compare_runs, plot_run
+from sage_finetune.training.checkpoint import checkpoints, newest_checkpoint, read_state, write_state
+from sage_finetune.training.memory import estimate_memory
+from sage_finetune.ui.diagnosis import doctor
+from sage_finetune.ui.forecast import previous_step_time
+from sage_finetune.ui.form import ConfigForm
+from sage_finetune.ui.run_control import RunControl, startup_message
 
 EXPLORE = bool(os.environ.get("SAGE_EXPLORE"))
 
 
 # ---- the watch --------------------------------------------------------------------------------------------------------
 
-CHANGES = {"os.mkdir": 2, "os.remove": 1, "os.rmdir": 1, "os.truncate": 2, "os.chmod": 2, "os.rename": 2, "os.link": 2, "os.symlink": 2, "shutil.rmtree": 1}  # event -> where its open folders stand
+# event -> where its open folders stand
+CHANGES = {"os.mkdir": 2, "os.remove": 1, "os.rmdir": 1, "os.truncate": 2, "os.chmod": 2, "os.rename": 2, "os.link": 2,
+    "os.symlink": 2, "shutil.rmtree": 1}
 
 
 class Watch:
@@ -61,18 +63,23 @@ class Watch:
     def forbidden(self, event, arguments):
         "A sentence about what may not happen"
         if event in ("os.kill", "os.killpg", "signal.pthread_kill") and arguments[1]: return f"{event}{arguments}"
-        if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "socket.connect", "socket.getaddrinfo", "pickle.find_class"): return f"{event}{arguments}"
-        if event == "exec" and self.inside(self.foreign, getattr(arguments[0], "co_filename", "")): return f"code of {arguments[0].co_filename} is run"
+        if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty",
+                "socket.connect", "socket.getaddrinfo", "pickle.find_class"):
+            return f"{event}{arguments}"
+        if event == "exec" and self.inside(self.foreign, getattr(arguments[0], "co_filename", "")):
+            return f"code of {arguments[0].co_filename} is run"
         if event == "compile" and self.inside(self.foreign, arguments[1] or ""): return f"code of {arguments[1]} is compiled"
         if event == "open" and self.writes(*arguments): return self.outside(event, arguments[0])
         if event in CHANGES:
-            below = any(type(number) is int and number >= 0 for number in arguments[CHANGES[event]:])  # names below a folder that is open, whose removal was looked at
+            # names below a folder that is open, whose removal was looked at
+            below = any(type(number) is int and number >= 0 for number in arguments[CHANGES[event]:])
             return next(filter(None, (self.outside(event, path) for path in arguments[:2] if not below)), None)
 
     @staticmethod
     def writes(path, mode, flags):
         "Whether a file is opened to be written"
-        return any(sign in mode for sign in "wax+") if isinstance(mode, str) else bool(isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        return any(sign in mode for sign in "wax+") if isinstance(mode, str) else bool(isinstance(flags, int)
+            and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
     def outside(self, event, path):
         "A sentence, if the path is in none of the places that may be written"
@@ -98,7 +105,8 @@ def watched(folder, seconds=40.):
     def ring(number, frame): raise Hung(f"more than {seconds:g} s")
     import matplotlib
     before, left = signal.signal(signal.SIGALRM, ring), signal.setitimer(signal.ITIMER_REAL, seconds)[0]
-    WATCH.free = tuple(os.path.realpath(place) for place in (folder, os.environ["HF_HOME"], matplotlib.get_cachedir(), matplotlib.get_configdir()))
+    WATCH.free = tuple(os.path.realpath(place) for place in (folder, os.environ["HF_HOME"], matplotlib.get_cachedir(),
+        matplotlib.get_configdir()))
     WATCH.seen, WATCH.foreign = [], os.path.realpath(folder)
     try: yield
     finally:
@@ -117,18 +125,19 @@ def shown(value):
 
 
 def follow_a_little(run):
-    if not is_running(attached(run)): shown(list(islice(follow(run, every=0.01), 20)))
+    if not is_running(run_status(run)): shown(list(islice(follow(run, every=0.01), 20)))
 
 
 def look_through_the_panel(run):
     control = RunControl(run)
-    control.look()
-    shown(control.summary), control.stage()
+    control.poll()
+    shown(control.summary), startup_message(control)
 
 
 LOOKS = dict(run_info=lambda run: run_info(run).cells, list_runs=lambda run: list_runs(run.parent), read_meta=read_meta,
     to_config=lambda run: read_meta(run).to_config(),
-    read_status=read_status, read_metrics=read_metrics, last_launch=last_launch, attached=attached, log_lines=log_lines, follow=follow_a_little, stop_run=stop_run,
+    read_status=read_status, read_metrics=read_metrics, last_launch=last_launch, run_status=run_status, log_lines=log_lines,
+    follow=follow_a_little, stop_run=stop_run,
     run_config=run_config, newest_checkpoint=lambda run: newest_checkpoint(run/"checkpoints") and None,
     panel=look_through_the_panel, pace=lambda run: previous_step_time(run_config(run)))
 
@@ -161,11 +170,15 @@ def fall(actions, run):
 # ---- how files are spoilt -----------------------------------------------------------------------------------------------
 
 LONE = "\ud800"  # half of a pair: JSON may say it, no file can hold it
-STRANGE = (None, True, False, 0, -1, 1.5, 10**30, -10**30, 2**63, 1e308, float("nan"), float("inf"), -float("inf"), "", " ", "text", "7", "training", "x" * 5000, "\x1b[2J\x1b]0;owned\x07", "‮gpj.exe",
-    "../../../../etc/passwd", "/etc/passwd", "/proc/self/mem", "~", "~nobody-of-that-name/x", "a\0b", LONE, "C:\\Windows", "owner/name", "{{ 1/0 }}", "%s%n", [], [[]], [1, "a", None], {}, {"": {}},
+STRANGE = (None, True, False, 0, -1, 1.5, 10**30, -10**30, 2**63, 1e308, float("nan"), float("inf"), -float("inf"), "",
+    " ", "text", "7", "training", "x" * 5000, "\x1b[2J\x1b]0;owned\x07", "\u202egpj.exe",
+    "../../../../etc/passwd", "/etc/passwd", "/proc/self/mem", "~", "~nobody-of-that-name/x", "a\0b", LONE, "C:\\Windows",
+    "owner/name", "{{ 1/0 }}", "%s%n", [], [[]], [1, "a", None], {}, {"": {}},
     {"a": {"b": [1, {"c": None}]}}, "checkpoint-3", [[["deep"]]])
-WHOLE = dict(empty=b"", blank=b" \n\n", garbage=bytes(range(256)) * 8, null=b"null", number=b"3", huge_number=b"9" * 5000, text=b'"text"', listed=b"[]", object=b"{}", objects=b"[{}, {}]",
-    deep=b"[" * 100_000, deep_objects=b'{"a":' * 50_000 + b"1" + b"}" * 50_000, nan=b"NaN", zeros=bytes(4096), utf16='{"state": "completed"}'.encode("utf-16"), latin=b'{"\xe4": 1}', newline=b"\n")
+WHOLE = dict(empty=b"", blank=b" \n\n", garbage=bytes(range(256)) * 8, null=b"null", number=b"3", huge_number=b"9" * 5000,
+    text=b'"text"', listed=b"[]", object=b"{}", objects=b"[{}, {}]",
+    deep=b"[" * 100_000, deep_objects=b'{"a":' * 50_000 + b"1" + b"}" * 50_000, nan=b"NaN", zeros=bytes(4096),
+    utf16='{"state": "completed"}'.encode("utf-16"), latin=b'{"\xe4": 1}', newline=b"\n")
 
 
 def replace(path, content):
@@ -250,8 +263,10 @@ def given_away(run, to):
     return to
 
 
-LOOKED_AT = ("finetune_meta.json", "training_config.json", "status.json", "launch.json", "metrics.jsonl", "train.log", "checkpoints/checkpoint-3/state.safetensors", "checkpoints/checkpoint-4/state.safetensors",
-    "checkpoints/checkpoint-4/adapter_model.safetensors", "lora_weights/adapter_config.json", "merged_model/config.json", "training_data_custom_alpaca.json", "bad_rows.jsonl")
+LOOKED_AT = ("finetune_meta.json", "training_config.json", "status.json", "launch.json", "metrics.jsonl", "train.log",
+    "checkpoints/checkpoint-3/state.safetensors", "checkpoints/checkpoint-4/state.safetensors",
+    "checkpoints/checkpoint-4/adapter_model.safetensors", "lora_weights/adapter_config.json", "merged_model/config.json",
+    "training_data_custom_alpaca.json", "bad_rows.jsonl")
 FIRST = [] if EXPLORE else [Phase.explicit, Phase.generate]  # a case is small enough to be read, and made smaller only by a search
 
 
@@ -277,7 +292,8 @@ def spoilt(finished, tmp_path):
 def test_looking_at_a_spoilt_folder(data, finished, tmp_path_factory):
     place = tmp_path_factory.getbasetemp()/"looked_at"
     run = given_away(finished, place/"run")
-    for name in data.draw(st.lists(st.sampled_from(LOOKED_AT), min_size=1, max_size=2, unique=True), label="files"): spoil(data.draw, run/name)
+    for name in data.draw(st.lists(st.sampled_from(LOOKED_AT), min_size=1, max_size=2, unique=True), label="files"):
+        spoil(data.draw, run/name)
     with watched(place): fallen = fall(LOOKS, run)
     assert not fallen, fallen
 
@@ -305,7 +321,8 @@ def test_files_that_are_something_else(spoilt, shape, name):
 
 # ---- one file of a list ---------------------------------------------------------------------------------------------------
 
-NAMES = ["checkpoint-\u0661\u0662", "checkpoint-\u00b2", "checkpoint-99999999999999999999", "checkpoint--1", "checkpoint-1.5", "checkpoint-", "checkpoint-+7", "checkpoint-1_0", "checkpoint-4 ", "checkpoint-4\n", "checkpoint-\x1b[2J",
+NAMES = ["checkpoint-\u0661\u0662", "checkpoint-\u00b2", "checkpoint-99999999999999999999", "checkpoint--1", "checkpoint-1.5",
+    "checkpoint-", "checkpoint-+7", "checkpoint-1_0", "checkpoint-4 ", "checkpoint-4\n", "checkpoint-\x1b[2J",
     "checkpoint-" + "9" * 200, "CHECKPOINT-9", "x" * 255, "\u202egpj.exe"]
 
 
@@ -320,8 +337,11 @@ def test_names_that_are_no_checkpoint(spoilt, name, kind):
     assert newest_checkpoint(run/"checkpoints")[0].name == "checkpoint-4"
 
 
-@pytest.mark.parametrize("spoil_one", [lambda run: replace(run/"status.json", as_json(dict(state=[], step="many"))), lambda run: replace(run/"finetune_meta.json", WHOLE["deep"]), lambda run: replace(run/"finetune_meta.json", b"[]"),
-    lambda run: replace(run/"status.json", as_json(dict(state="training", updated="soon"))), lambda run: replace(run/"finetune_meta.json", as_json(dict(task_type="qa", model="x" * 5000, dataset="y" * 5000))), lambda run: to_folder(run/"metrics.jsonl")],
+@pytest.mark.parametrize("spoil_one", [lambda run: replace(run/"status.json", as_json(dict(state=[], step="many"))),
+    lambda run: replace(run/"finetune_meta.json", WHOLE["deep"]), lambda run: replace(run/"finetune_meta.json", b"[]"),
+    lambda run: replace(run/"status.json", as_json(dict(state="training", updated="soon"))),
+    lambda run: replace(run/"finetune_meta.json", as_json(dict(task_type="qa", model="x" * 5000, dataset="y" * 5000))),
+    lambda run: to_folder(run/"metrics.jsonl")],
     ids=["types", "deep", "list", "time", "long", "folder"])
 def test_a_broken_run_is_one_line_of_the_list(finished, tmp_path, spoil_one):
     spoil_one(given_away(finished, tmp_path/"a_broken"))
@@ -333,10 +353,12 @@ def test_a_broken_run_is_one_line_of_the_list(finished, tmp_path, spoil_one):
 
 def test_rows_keep_what_is_measured_and_nothing_else(finished, tmp_path):
     run = given_away(finished, tmp_path/"run")
-    rows = [dict(step="1", loss="low", tokens=-3, note=5), dict(step=2, loss=math.nan, seconds=math.inf, total=10**30), dict(step=3, loss=1e300, eval_loss=[1]), dict(step=4, loss=2, epoch=True, learning_rate=None)]
+    rows = [dict(step="1", loss="low", tokens=-3, note=5), dict(step=2, loss=math.nan, seconds=math.inf, total=10**30),
+        dict(step=3, loss=1e300, eval_loss=[1]), dict(step=4, loss=2, epoch=True, learning_rate=None)]
     replace(run/"metrics.jsonl", b"".join(as_json(row) + b"\n" for row in rows))
     one, two, three, four = read_metrics(run)
-    assert (one, three, four) == ({}, dict(step=3), dict(step=4, loss=2, learning_rate=None)) and set(two) == {"step", "loss"} and math.isnan(two["loss"])
+    assert ((one, three, four) == ({}, dict(step=3), dict(step=4, loss=2, learning_rate=None))
+        and set(two) == {"step", "loss"} and math.isnan(two["loss"]))
 
 
 # ---- what a checkpoint holds ----------------------------------------------------------------------------------------------
@@ -384,7 +406,8 @@ def test_headers_that_lie(finished, tmp_path, lie, name):
         except RunError: pass
 
 
-@pytest.mark.parametrize("start", [b"", b"\x00", b"\xff" * 8, struct.pack("<Q", 2**63), struct.pack("<Q", 10**9) + b"{}", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 90_000) + b"[" * 90_000])
+@pytest.mark.parametrize("start", [b"", b"\x00", b"\xff" * 8, struct.pack("<Q", 2**63), struct.pack("<Q", 10**9) + b"{}",
+    struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 90_000) + b"[" * 90_000])
 def test_headers_that_are_none(finished, tmp_path, start):
     run = given_away(finished, tmp_path/"run")
     replace(run/"checkpoints/checkpoint-4/state.safetensors", start)
@@ -392,9 +415,12 @@ def test_headers_that_are_none(finished, tmp_path, start):
     with pytest.warns(UserWarning, match="goes on from checkpoint-3"): assert newest_checkpoint(run/"checkpoints")[0].name == "checkpoint-3"
 
 
-TREES = ["7", "null", "[]", "{}", '{"tensor": "0"}', '{"tensor": "99999"}', '{"tensor": 7}', '{"tensor": "../../x"}', '{"eval": "1"}', '{"dict": 7}', '{"dict": [[1]]}', '{"dict": [[{"list": []}, 1]]}', '{"list": 7}', '{"dict": [], "list": []}',
-    '{"dict": [["progress", 7]]}', '{"dict": [["optimizer", {"list": []}]]}', '{"dict": [["step", "x"]]}', '{"list":[' * 3000 + "]}" * 3000, "not json", '{"dict": [["progress", {"dict": [["step", -1]]}]]}',
-    '{"dict": [["progress", {"dict": [["step", 9], ["best", {"tuple": [1.5, "../../elsewhere"]}]]}]]}', '{"dict": [["progress", {"dict": [["halvings", 1000000000]]}]]}']
+TREES = ["7", "null", "[]", "{}", '{"tensor": "0"}', '{"tensor": "99999"}', '{"tensor": 7}', '{"tensor": "../../x"}',
+    '{"eval": "1"}', '{"dict": 7}', '{"dict": [[1]]}', '{"dict": [[{"list": []}, 1]]}', '{"list": 7}', '{"dict": [], "list": []}',
+    '{"dict": [["progress", 7]]}', '{"dict": [["optimizer", {"list": []}]]}', '{"dict": [["step", "x"]]}',
+    '{"list":[' * 3000 + "]}" * 3000, "not json", '{"dict": [["progress", {"dict": [["step", -1]]}]]}',
+    '{"dict": [["progress", {"dict": [["step", 9], ["best", {"tuple": [1.5, "../../elsewhere"]}]]}]]}',
+    '{"dict": [["progress", {"dict": [["halvings", 1000000000]]}]]}']
 
 
 @pytest.mark.parametrize("told", TREES, ids=lambda told: told[:40])
@@ -402,18 +428,20 @@ def test_trees_that_are_no_state(finished, tmp_path, told):
     run = given_away(finished, tmp_path/"run")
     with_header(run/"checkpoints/checkpoint-4/state.safetensors", lambda before: before.update(__metadata__=dict(state=told)))
     with watched(tmp_path):
-        if told == "{}" or "dict" in told[:8]: pytest.raises(RunError, read_state, run/"checkpoints/checkpoint-4/state.safetensors") if told == "{}" else None
-        with pytest.warns(UserWarning, match="checkpoint-4 cannot be read"): assert newest_checkpoint(run/"checkpoints")[0].name == "checkpoint-3"
+        if told == "{}" or "dict" in told[:8]:
+            pytest.raises(RunError, read_state, run/"checkpoints/checkpoint-4/state.safetensors") if told == "{}" else None
+        with pytest.warns(UserWarning, match="checkpoint-4 cannot be read"):
+            assert newest_checkpoint(run/"checkpoints")[0].name == "checkpoint-3"
 
 
 RESUMES = dict(identity=lambda state: state.pop("identity"), no_progress=lambda state: state.pop("progress"),
-    chance=lambda state: state.update(chance=[]), generators=lambda state: state["chance"][0].update(torch=torch.zeros(3)),
-    numpy=lambda state: state["chance"][0].update(numpy=["MT19937", torch.zeros(2), 1, 2, 3.]),
-    python=lambda state: state["chance"][0].update(python=["x", [], None]),
+    rng_state=lambda state: state.update(rng_state=[]), generators=lambda state: state["rng_state"][0].update(torch=torch.zeros(3)),
+    numpy=lambda state: state["rng_state"][0].update(numpy=["MT19937", torch.zeros(2), 1, 2, 3.]),
+    python=lambda state: state["rng_state"][0].update(python=["x", [], None]),
     no_groups=lambda state: state["optimizer"].pop("param_groups"),
     moments=lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(1, 1)),
-    schedule=lambda state: state.update(schedule=dict(last_epoch="soon")),
-    pending=lambda state: state["progress"].update(pending=dict(step="x")),
+    lr_scheduler=lambda state: state.update(lr_scheduler=dict(last_epoch="soon")),
+    unlogged_step=lambda state: state["progress"].update(unlogged_step=dict(step="x")),
     fewer=lambda state: state["optimizer"]["param_groups"][0].update(params=[0]))
 
 
@@ -436,7 +464,8 @@ def test_what_a_checkpoint_says_of_the_optimizer_does_not_count(finished, tmp_pa
         place = run/"checkpoints/checkpoint-4/state.safetensors"
         change(run, max_steps=5)
         state = read_state(place)
-        for group in state["optimizer"]["param_groups"] if name == "spoilt" else (): group.update(lr="fast", weight_decay="much", betas=[9, 9], eps=None)
+        for group in state["optimizer"]["param_groups"] if name == "spoilt" else ():
+            group.update(lr="fast", weight_decay="much", betas=[9, 9], eps=None)
         write_state(place, state)
         with watched(tmp_path): losses.append(train_from_meta(run, resume=True, show=False).losses)
     assert losses[0] == losses[1] and len(losses[0]) == 1
@@ -444,7 +473,9 @@ def test_what_a_checkpoint_says_of_the_optimizer_does_not_count(finished, tmp_pa
 
 # ---- prepared rows --------------------------------------------------------------------------------------------------------
 
-def table_of(ids, labels, **columns): return pa.table(dict(input_ids=pa.array(ids, pa.list_(pa.int32())), labels=pa.array(labels, pa.list_(pa.int32())), length=pa.array([len(one or ()) for one in ids], pa.int32()), row=pa.array(range(len(ids)), pa.int64())) | columns)
+def table_of(ids, labels, **columns):
+    return pa.table(dict(input_ids=pa.array(ids, pa.list_(pa.int32())), labels=pa.array(labels, pa.list_(pa.int32())),
+        length=pa.array([len(one or ()) for one in ids], pa.int32()), row=pa.array(range(len(ids)), pa.int64())) | columns)
 
 
 TABLES = dict(vocabulary=lambda: table_of([[1, 10**6]], [[1, 2]]), negative=lambda: table_of([[-1, 2]], [[1, 2]]),
@@ -452,7 +483,8 @@ TABLES = dict(vocabulary=lambda: table_of([[1, 10**6]], [[1, 2]]), negative=lamb
     holes=lambda: table_of([[1, None]], [[1, 2]]),
     columns=lambda: pa.table(dict(text=["a"])), kinds=lambda: table_of([[1]], [[1]], input_ids=pa.array(["a"])),
     outside=lambda: table_of([[11, 12], [13]], [[11, 12], [13]]))
-OFFSETS, OUTSIDE = struct.pack("<3i", 0, 2, 3), struct.pack("<3i", 0, 10**6, 3)  # lists that end where there is nothing; the library itself makes none
+# lists that end where there is nothing; the library itself makes none
+OFFSETS, OUTSIDE = struct.pack("<3i", 0, 2, 3), struct.pack("<3i", 0, 10**6, 3)
 
 
 @pytest.mark.parametrize("how", TABLES)
@@ -460,14 +492,17 @@ def test_prepared_rows_that_only_seem_whole(finished, tmp_path, how):
     run = given_away(finished, tmp_path/"run")
     for folder in (run/"prepared").iterdir():
         (folder/"train.arrow").unlink()
-        with pa.OSFile(str(folder/"train.arrow"), "wb") as file, pa.ipc.new_stream(file, TABLES[how]().schema) as writer: writer.write_table(TABLES[how]())
+        with pa.OSFile(str(folder/"train.arrow"), "wb") as file, pa.ipc.new_stream(file, TABLES[how]().schema) as writer:
+            writer.write_table(TABLES[how]())
         if how == "outside": (folder/"train.arrow").write_bytes((folder/"train.arrow").read_bytes().replace(OFFSETS, OUTSIDE))
         told = json.loads((folder/"report.json").read_text())
         replace(folder/"report.json", as_json(told | dict(files=told["files"] | {"train.arrow": checksum(folder/"train.arrow")})))
-    with watched(tmp_path), pytest.raises(DataError, match="are no examples of this tokenizer"): prepare_run_data(read_meta(run).to_config(), load_tokenizer("tiny"))
+    with watched(tmp_path), pytest.raises(DataError, match="are no examples of this tokenizer"):
+        prepare_run_data(read_meta(run).to_config(), load_tokenizer("tiny"))
 
 
-@pytest.mark.parametrize("fields", [dict(rows="many"), dict(bad_rows=[7]), dict(notes={"a": 7}), dict(held_out=[]), dict(said="x"), dict(strange=1), dict(max_length=None)], ids=str)
+@pytest.mark.parametrize("fields", [dict(rows="many"), dict(bad_rows=[7]), dict(notes={"a": 7}), dict(held_out=[]),
+    dict(said="x"), dict(strange=1), dict(max_length=None)], ids=str)
 def test_reports_of_prepared_rows_that_are_none(finished, tmp_path, fields):
     run = given_away(finished, tmp_path/"run")
     for folder in (run/"prepared").iterdir():
@@ -529,8 +564,11 @@ ADAPTERS = dict(rank_text=edit(ADAPTER, r="8"), rank_zero=edit(ADAPTER, r=0), ra
 def test_talking_to_a_spoilt_adapter(spoilt, how): spoilt(ADAPTERS[how], dict(chat=HEAVY["chat"], form=HEAVY["form"]))
 
 
-@pytest.mark.parametrize("how", [weights(WEIGHTS, lambda name, value: value * float("nan")), weights(WEIGHTS, lambda name, value: value * float("inf")), with_bytes("training_data_custom_alpaca.json", WHOLE["garbage"]), with_bytes("training_data_custom_alpaca.json", WHOLE["deep"]),
-    edit("training_config.json", eval_path=".", column_map={"a": "b"}), edit("training_config.json", data_path="x" * 5000, eval_path="\0")], ids=["nan", "inf", "garbage", "deep", "folder", "long"])
+@pytest.mark.parametrize("how", [weights(WEIGHTS, lambda name, value: value * float("nan")),
+    weights(WEIGHTS, lambda name, value: value * float("inf")), with_bytes("training_data_custom_alpaca.json", WHOLE["garbage"]),
+    with_bytes("training_data_custom_alpaca.json", WHOLE["deep"]),
+    edit("training_config.json", eval_path=".", column_map={"a": "b"}), edit("training_config.json", data_path="x" * 5000, eval_path="\0")],
+    ids=["nan", "inf", "garbage", "deep", "folder", "long"])
 def test_merging_a_spoilt_run(spoilt, how): spoilt(how, dict(merge=HEAVY["merge"]), 60.)
 
 
@@ -561,7 +599,8 @@ MERGED = dict(layers=edit(MODEL, num_hidden_layers=10**9, layer_types=...), wide
     fewer=lambda run: with_header(run/"merged_model/model.safetensors", LIES["gone"]),
     nothing=with_bytes("merged_model/model.safetensors", b""),
     index=with_bytes("merged_model/model.safetensors.index.json", as_json(dict(weight_map={"a": "../../../etc/passwd"}))),
-    pickled=lambda run: ((run/"merged_model/model.safetensors").unlink(), (run/"merged_model/pytorch_model.bin").write_bytes(b"\x80\x04N.")))
+    pickled=lambda run: ((run/"merged_model/model.safetensors").unlink(),
+        (run/"merged_model/pytorch_model.bin").write_bytes(b"\x80\x04N.")))
 
 
 @pytest.mark.parametrize("how", MERGED)
@@ -577,7 +616,8 @@ def test_the_memory_of_a_spoilt_model(spoilt, how):
 
 
 def test_the_doctor_looks_at_a_spoilt_folder(spoilt):
-    for how in (with_bytes("training_config.json", WHOLE["deep"]), edit("training_config.json", model_name="x" * 5000, continue_from="a\0b"), edit("training_config.json", lora="x")):
+    for how in (with_bytes("training_config.json", WHOLE["deep"]),
+            edit("training_config.json", model_name="x" * 5000, continue_from="a\0b"), edit("training_config.json", lora="x")):
         run = spoilt(how, {})
         shown(doctor(run, online=False))
 

@@ -7,20 +7,20 @@ import warnings
 from pathlib import Path
 
 import pytest
-
 from helpers import copy, prepared, tiny_config, tree, write_rows
+
 from sage_finetune import LoRATrainer, TrainingConfig, merge
-from sage_finetune.checkpoint import check_folder
 from sage_finetune.cli import main
 from sage_finetune.core.errors import FinetuneError, RunError
 from sage_finetune.core.places import check_links, is_inside, own_files
-from sage_finetune.core.storage import copy_atomic, expand_home, atomic_directory, open_append, write_atomic
-from sage_finetune.data import prepare
-from sage_finetune.diagnosis import doctor
-from sage_finetune.export import run_config
-from sage_finetune.files import iter_rows
-from sage_finetune.runs import list_runs, read_meta, read_status, run_info, write_meta
-from sage_finetune.tasks import prepare_run
+from sage_finetune.core.storage import atomic_directory, copy_atomic, expand_home, open_append, write_atomic
+from sage_finetune.data.dataset import prepare
+from sage_finetune.data.files import iter_rows
+from sage_finetune.data.tasks import prepare_run
+from sage_finetune.inference.export import run_config
+from sage_finetune.runs.folder import list_runs, read_meta, read_status, run_info, write_meta
+from sage_finetune.training.run_writer import check_folder
+from sage_finetune.ui.diagnosis import doctor
 
 PART_MANIFEST = ".linked_part.json"  # behind a part of a run that is a link
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="links need rights there")
@@ -65,7 +65,7 @@ def test_a_foreign_cache_is_not_written(run, victim, tmp_path, monkeypatch, wher
     edit(run/"training_config.json", data_cache=cache)
     before = tree(victim)
     config, said = error_message(lambda: read_meta(run).to_config())
-    assert config.data_cache is None and "data_cache" in said and "Set data_cache yourself" in said
+    assert config.data_cache is None and "data_cache" in said and "Set `data_cache` yourself" in said
     assert run_config(run).data_cache is None
     LoRATrainer(config).train(show=False)
     assert tree(victim) == before and list((run/"prepared").iterdir())
@@ -127,7 +127,8 @@ def test_looking_says_it_too(run, victim):
 
 @pytest.mark.parametrize("part", ["checkpoints", "lora_weights"])
 def test_a_part_on_a_scratch_disk_is_kept(tmp_path, part):
-    "Trained, resumed, replaced, prepared anew and merged: the link stays, what is behind it is written, what somebody puts there later stays"
+    """Trained, resumed, replaced, prepared anew and merged:
+    the link stays, what is behind it is written, what somebody puts there later stays"""
     scratch = tmp_path/"scratch"
     scratch.mkdir()
     run = prepared(tmp_path/"run", max_steps=2, save_steps=1)
@@ -184,7 +185,8 @@ def test_a_run_folder_that_is_a_link(tmp_path):
     with pytest.raises(RunError, match="is a link to"): check_folder(tiny_config(tmp_path, overwrite_output_dir=True))
 
 
-BAD_LINKS = dict(gone="which is not there", circle="not there", root="the root of a disk", home="a home folder", file="is no folder|no folder", other="into another run", inside_other="into another run", project="the root of a project")
+BAD_LINKS = dict(gone="which is not there", circle="not there", root="the root of a disk", home="a home folder",
+    file="is no folder|no folder", other="into another run", inside_other="into another run", project="the root of a project")
 
 
 @pytest.mark.parametrize("part", ["checkpoints", "lora_weights", "merged_model", "logs", "prepared"])
@@ -212,14 +214,17 @@ def test_a_copy_that_points_back_deletes_nothing(run, tmp_path):
     shutil.rmtree(twin/"checkpoints")
     (twin/"checkpoints").symlink_to(run/"checkpoints")
     before = tree(run)
-    with pytest.raises(RunError, match="into another run"): prepare_run("custom", twin, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
+    with pytest.raises(RunError, match="into another run"):
+        prepare_run("custom", twin, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
     assert tree(run) == before
 
 
 # ---- links below a part -----------------------------------------------------------------------------------------------
 
-BELOW = ("checkpoints/checkpoint-1", "checkpoints/checkpoint-2", "checkpoints/checkpoint-3", "checkpoints/best-3", "checkpoints/checkpoint-2/deep", "checkpoints/deep/er/and/deeper", "checkpoints/.replaced-abcdefgh",
-    "prepared/prepared-0123456789abcdef", "prepared/deep/x", "lora_weights/adapter_model.safetensors", "lora_weights/deep", "logs/run", "logs/deep/events.out.tfevents.1", "merged_model/deep")
+BELOW = ("checkpoints/checkpoint-1", "checkpoints/checkpoint-2", "checkpoints/checkpoint-3", "checkpoints/best-3",
+    "checkpoints/checkpoint-2/deep", "checkpoints/deep/er/and/deeper", "checkpoints/.replaced-abcdefgh",
+    "prepared/prepared-0123456789abcdef", "prepared/deep/x", "lora_weights/adapter_model.safetensors", "lora_weights/deep",
+    "logs/run", "logs/deep/events.out.tfevents.1", "merged_model/deep")
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +239,8 @@ def trained(tmp_path_factory):
 def gift(trained, tmp_path):
     "The run of a stranger, and somebody's files with names that a run has"
     victim = tmp_path/"victim"
-    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md", "state.safetensors", "report.json", "train.arrow", "config.json", "mine.txt",
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md", "state.safetensors", "report.json",
+                 "train.arrow", "config.json", "mine.txt",
                  ".checkpoint-9.abcdefgh.part/x", "checkpoint-1/adapter_model.safetensors", "checkpoint-2/notes.txt"):
         (victim/name).parent.mkdir(parents=True, exist_ok=True)
         (victim/name).write_text(f"MINE {name}")
@@ -253,10 +259,13 @@ def go_on(run, part=""):
     "Everything that writes into a run folder, merging where that is about the part; the sentences that refused it"
     def train(**how):
         config = read_meta(run).to_config()
-        for name, value in dict(max_steps=3, eval_ratio=0.2, eval_steps=1, load_best_model_at_end=True, overwrite_output_dir=not how).items(): setattr(config, name, value)
+        for name, value in dict(max_steps=3, eval_ratio=0.2, eval_steps=1, load_best_model_at_end=True,
+                overwrite_output_dir=not how).items():
+            setattr(config, name, value)
         LoRATrainer(config).train(show=False, **how)
     said = []
-    actions = lambda: train(resume=True), lambda: merge(run) if part == "merged_model" else None, train, lambda: prepare_run("custom", run, data=write_rows(run.parent/"rows.jsonl"), overwrite=True)
+    actions = (lambda: train(resume=True), lambda: merge(run) if part == "merged_model" else None, train,
+        lambda: prepare_run("custom", run, data=write_rows(run.parent/"rows.jsonl"), overwrite=True))
     for action in actions:
         try: error_message(action)
         except FinetuneError as error: said.append(str(error))
@@ -287,7 +296,7 @@ def test_links_below_a_part_in_a_run_that_was_not_trained(run, victim, name):
 
 def test_wandb_keeps_links_to_its_newest_files(gift):
     "They lead to its own folder; one that leads elsewhere is refused like any other"
-    run, victim = gift
+    run, _ = gift
     (run/"logs"/"wandb"/"run-1").mkdir(parents=True)
     (run/"logs"/"wandb"/"latest-run").symlink_to("run-1")
     (run/"logs"/"wandb"/"debug.log").symlink_to("run-1/logs/debug.log")
@@ -310,8 +319,8 @@ def test_a_folder_that_may_not_be_listed(run, monkeypatch):
 
 def test_who_writes_a_folder_asks_by_himself(gift):
     "Also where nobody has looked before: a checkpoint, the best adapter, prepared rows, and a folder within a folder behind a link"
-    from sage_finetune.checkpoint import save_checkpoint
-    from sage_finetune.model import load_tokenizer
+    from sage_finetune.modeling.tokenizer import load_tokenizer
+    from sage_finetune.training.checkpoint import save_checkpoint
     run, victim = gift
     trainer = LoRATrainer(tiny_config(run.parent, data_path=write_rows(run.parent/"rows.jsonl"), output_dir=run.parent/"other")).setup()
     before = tree(victim)
@@ -320,7 +329,8 @@ def test_who_writes_a_folder_asks_by_himself(gift):
     cache = run.parent/"cache"
     prepare(run.parent/"rows.jsonl", load_tokenizer("tiny"), show=False, cache_dir=cache)
     put_link(next(cache.glob("prepared-*")), victim)
-    with pytest.raises(RunError, match="it is a link"): prepare(run.parent/"rows.jsonl", load_tokenizer("tiny"), show=False, cache_dir=cache)
+    with pytest.raises(RunError, match="it is a link"):
+        prepare(run.parent/"rows.jsonl", load_tokenizer("tiny"), show=False, cache_dir=cache)
     put_link(run.parent/"model", run.parent/"behind")
     put_link(run.parent/"behind"/"deep", victim)
     with pytest.raises(RunError, match="it is a link"), atomic_directory(run.parent/"model", through_link=True) as temp:
@@ -334,7 +344,8 @@ def test_who_writes_a_folder_asks_by_himself(gift):
 def listed(folder, below=""):
     "What a manifest says of the files in a folder"
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return {below + name: [dict(size=(folder/name).stat().st_size, sha256=hashlib.sha256((folder/name).read_bytes()).hexdigest())] for name in names}
+    return {below + name: [dict(size=(folder/name).stat().st_size, sha256=hashlib.sha256((folder/name).read_bytes()).hexdigest())]
+        for name in names}
 
 
 PARTS = ("checkpoints", "lora_weights", "merged_model", "logs", "prepared")
@@ -353,7 +364,8 @@ def test_a_manifest_proves_nothing_of_what_lies_behind_a_link(gift, part, manife
     if manifest == "report": (victim/"merge_report.json").write_text(json.dumps(dict(files=listed(victim))))
     before = tree(victim)
     assert not [name for name in own_files(run) if name.startswith(f"{part}/")]
-    with pytest.raises(RunError, match=f"{part} is a link to {victim}, which holds .*adapter_config.json.*empty folder"): check_folder(tiny_config(run.parent), "auto")
+    with pytest.raises(RunError, match=f"{part} is a link to {victim}, which holds .*adapter_config.json.*empty folder"):
+        check_folder(tiny_config(run.parent), "auto")
     assert go_on(run, part) and tree(victim) == before and (run/part).is_symlink()
 
 
@@ -378,7 +390,8 @@ def test_the_folder_of_another_run(gift):
     assert [name for name in own_files(run) if name.startswith("checkpoints/")]
     twin = run.parent/"twin"
     shutil.copytree(run, twin, symlinks=True)
-    with pytest.raises(RunError, match="belongs to another run or part .*moved"): check_folder(tiny_config(run.parent, output_dir=twin), "auto")
+    with pytest.raises(RunError, match="belongs to another run or part .*moved"):
+        check_folder(tiny_config(run.parent, output_dir=twin), "auto")
     assert go_on(twin) and not [name for name in own_files(twin) if name.startswith("checkpoints/")]
     put_link(run/"lora_weights", scratch)
     with pytest.raises(RunError, match="lora_weights is a link .*belongs to another"): check_folder(tiny_config(run.parent), "auto")
@@ -391,7 +404,8 @@ def test_the_folder_of_another_run(gift):
     assert [name for name in own_files(twin) if name.startswith("checkpoints/")]
 
 
-@pytest.mark.parametrize("content", ["[]", "{", "7", '{"files": 7}', '{"files": {}}', '{"files": {}, "run": "/elsewhere", "part": "checkpoints"}', '{"files": {"a": 7}, "run": 7}', "link"])
+@pytest.mark.parametrize("content", ["[]", "{", "7", '{"files": 7}', '{"files": {}}',
+    '{"files": {}, "run": "/elsewhere", "part": "checkpoints"}', '{"files": {"a": 7}, "run": 7}', "link"])
 def test_a_manifest_behind_a_link_that_is_none(run, tmp_path, content):
     put_link(run/"checkpoints", tmp_path/"scratch")
     (tmp_path/"scratch").mkdir()
@@ -410,7 +424,8 @@ def test_names_behind_a_link_are_bound_like_all_others(run, tmp_path):
     put_link(run/"checkpoints", scratch)
     for path in (tmp_path/"mine.json", scratch/"mine.json", scratch/"deep"/"mine.json"): path.write_text("mine")
     entry = listed(scratch)["mine.json"]
-    content = dict(files={name: entry for name in ("../mine.json", "mine.json", "deep/mine.json", "checkpoint-1/../../mine.json", str(tmp_path/"mine.json"))}, run=str(run.resolve()), part="checkpoints")
+    content = dict(files=dict.fromkeys(("../mine.json", "mine.json", "deep/mine.json", "checkpoint-1/../../mine.json",
+        str(tmp_path / "mine.json")), entry), run=str(run.resolve()), part="checkpoints")
     (scratch/PART_MANIFEST).write_text(json.dumps(content))
     assert own_files(run) == ["training_data_custom_alpaca.json"]
     error_message(prepare_run, "custom", run, data=write_rows(tmp_path/"rows.jsonl"), overwrite=True)
@@ -423,7 +438,8 @@ def test_a_link_to_the_run_itself(run):
         with pytest.raises(RunError, match="the run folder, or one above it"): check_links(run)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "status.json", "training_config.json", "finetune_meta.json", "run_manifest.json", "bad_rows.jsonl", "launch.json", "train.log", ".lock"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "status.json", "training_config.json", "finetune_meta.json",
+    "run_manifest.json", "bad_rows.jsonl", "launch.json", "train.log", ".lock"])
 @pytest.mark.parametrize("there", [True, False])
 def test_no_file_is_written_through_a_link(run, victim, name, there):
     "The link is replaced by the file, or refused; what it leads to stays as it is"
@@ -453,13 +469,14 @@ def test_helpers_do_not_follow_links(tmp_path, victim):
     with pytest.raises(RunError, match="cannot write"): open_append(tmp_path/"pipe")
     for temporary in (".status.json.part", ".status.json.tmp", "status.json.part"): (tmp_path/temporary).symlink_to(victim/".bashrc")
     write_atomic(tmp_path/"status.json", "{}")
-    with pytest.raises(RunError): error_message(atomic_directory(tmp_path/"status.json").__enter__) and atomic_directory(tmp_path/"status.json"/"x").__enter__()
+    with pytest.raises(RunError):
+        error_message(atomic_directory(tmp_path/"status.json").__enter__) and atomic_directory(tmp_path/"status.json"/"x").__enter__()
     assert tree(victim) == before
 
 
 def test_bad_rows_do_not_leave_by_a_link(tmp_path, victim):
     "The list of rows that were skipped goes where it was asked for, as a file"
-    from sage_finetune.model import load_tokenizer
+    from sage_finetune.modeling.tokenizer import load_tokenizer
     data = tmp_path/"rows.jsonl"
     data.write_text('{"instruction": "Who?", "output": "Nora."}\n{"instruction": 7}\n')
     (tmp_path/"bad_rows.jsonl").symlink_to(victim/".bashrc")
@@ -508,7 +525,8 @@ def test_every_function_that_takes_a_path(home):
     write_rows(home/"rows.jsonl")
     run = prepare_run("custom", "~/runs/one", data="~/rows.jsonl", eval_ratio=0., max_steps=1, device="cpu")
     assert run == home/"runs"/"one" and read_meta("~/runs/one").data_file == home/"rows.jsonl"
-    assert [info.state for info in list_runs("~/runs")] == ["pending"] and run_info("~/runs/one").state == read_status("~/runs/one").state == "pending"
+    assert ([info.state for info in list_runs("~/runs")] == ["pending"]
+        and run_info("~/runs/one").state == read_status("~/runs/one").state == "pending")
     LoRATrainer(read_meta("~/runs/one").to_config()).train(show=False)
     merge("~/runs/one", "~/merged")
     assert (home/"merged"/"config.json").exists() and run_config("~/runs/one").output_dir == run
@@ -538,7 +556,7 @@ def test_without_a_home_folder(monkeypatch):
 
 
 def test_an_upload_stays_in_the_folder(run, victim):
-    from sage_finetune.form import save_upload
+    from sage_finetune.ui.upload import save_upload
     (run/"uploads").symlink_to(victim)
     before = tree(victim)
     with pytest.raises(RunError, match="is a link out of the run folder"): save_upload("rows.jsonl", b"{}\n", run)

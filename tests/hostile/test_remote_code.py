@@ -1,4 +1,5 @@
-"""A run folder and its model come from a stranger: nothing in them runs code, whoever looks at them, chats, merges or trains, until the user says so himself."""
+"""A run folder and its model come from a stranger: nothing in them runs code, whoever looks at them, chats,
+merges or trains, until the user says so himself."""
 import ast
 import dataclasses
 import json
@@ -12,21 +13,21 @@ import pytest
 from helpers import copy, until, write_rows
 
 from sage_finetune import cli, trainer
-from sage_finetune.chat import answers
 from sage_finetune.config import EFFECTS, PERMISSIONS, LoRAConfig, PermissionWarning, TrainingConfig, config_field, model_code, tiny_path
 from sage_finetune.core.errors import ConfigError, FinetuneError, ModelError
-from sage_finetune.core.trust import code_files, safe_environment, shadowing_files
-from sage_finetune.demo import quickstart
-from sage_finetune.diagnosis import doctor
 from sage_finetune.core.places import note_files
-from sage_finetune.export import merge, load_run, run_config
-from sage_finetune.launch import run_in_foreground, start_run, train_command
-from sage_finetune.memory import estimate_memory
-from sage_finetune.model import load_base
-from sage_finetune.plot import plot_run
-from sage_finetune.runs import list_runs
-from sage_finetune.tasks import prepare_run
+from sage_finetune.core.trust import code_files, safe_environment, shadowing_files
+from sage_finetune.data.tasks import prepare_run
+from sage_finetune.inference.export import load_run, merge, run_config
+from sage_finetune.inference.generation import generate_batch
+from sage_finetune.modeling.base import load_base
+from sage_finetune.runs.folder import list_runs
+from sage_finetune.runs.launch import run_in_foreground, start_run, train_command
+from sage_finetune.runs.plot import plot_run
+from sage_finetune.tiny.demo import quickstart
 from sage_finetune.trainer import LoRATrainer, train_from_meta
+from sage_finetune.training.memory import estimate_memory
+from sage_finetune.ui.diagnosis import doctor
 
 CODE = '''
 open({marker!r}, "a").write(__name__)
@@ -58,7 +59,8 @@ def plant(model, marker, kind="qwen2"):
 def honest(tmp_path_factory):
     "A run that was trained and merged, and a model beside it, before a stranger had them"
     here = tmp_path_factory.mktemp("honest")
-    run = prepare_run("custom", here/"run", data=write_rows(here/"rows.jsonl"), per_device_train_batch_size=4, max_steps=2, save_steps=1, device="cpu")
+    run = prepare_run("custom", here/"run", data=write_rows(here/"rows.jsonl"), per_device_train_batch_size=4,
+        max_steps=2, save_steps=1, device="cpu")
     train_from_meta(run, show=False)
     merge(run)
     shutil.copytree(tiny_path(), here/"model")
@@ -71,7 +73,8 @@ class Folder:
         self.marker, self.model, self.run = here/"the code was run", here/"model", here/"run"
         shutil.copytree(honest, here, dirs_exist_ok=True)
         for folder in (self.model, self.run/"merged_model"): plant(folder, self.marker, kind)
-        for name in ("tokenizer_config.json",): edit(self.run/"lora_weights"/name, auto_map=dict(AutoTokenizer=[None, "own_code.OwnTokenizer"]))
+        for name in ("tokenizer_config.json",):
+            edit(self.run/"lora_weights"/name, auto_map=dict(AutoTokenizer=[None, "own_code.OwnTokenizer"]))
         shutil.copy(self.model/"own_code.py", self.run/"lora_weights")
         edit(self.run/"finetune_meta.json", model=str(self.model))
         edit(self.run/"training_config.json", model_name=str(self.model), **dict(trust_remote_code=True) | asked)
@@ -90,31 +93,31 @@ def shown(panel):
 
 
 def in_form(config):
-    from sage_finetune.form import ConfigForm
+    from sage_finetune.ui.form import ConfigForm
     form = ConfigForm(config)
     assert form.wait(120)
     return form
 
 
 def in_data_panel(config):
-    from sage_finetune.data_panel import DataPanel
+    from sage_finetune.ui.data_panel import DataPanel
     return shown(DataPanel(config).join(120))
 
 
 def in_train_panel(folder, **allowed):
-    from sage_finetune.train_panel import TrainPanel
+    from sage_finetune.ui.train_panel import TrainPanel
     return shown(TrainPanel(folder, **allowed))
 
 
 def in_chat_panel(folder):
-    from sage_finetune.chat_panel import ChatPanel
+    from sage_finetune.ui.chat_panel import ChatPanel
     panel = ChatPanel(folder, max_new_tokens=2)
     panel.ask("Which colour has lamp 1?")
     return shown(panel)
 
 
 def in_studio(folder):
-    from sage_finetune.widgets import Studio
+    from sage_finetune.ui.studio import Studio
     studio = Studio(folder)
     for tab in ("data", "train", "chat"): studio.open(tab)
     studio.data.join(120)
@@ -122,7 +125,7 @@ def in_studio(folder):
 
 
 def measured(config):
-    from sage_finetune.memory import measure_memory
+    from sage_finetune.training.memory_measurement import measure_memory
     config.overwrite_output_dir = True
     return measure_memory(LoRATrainer(config).setup())
 
@@ -146,8 +149,8 @@ LOOKING = {
     "cli data": lambda its: cli.main(["data", str(its.run.parent/"rows.jsonl"), "-m", str(its.model)]),
 }
 USING = {
-    "load_run": lambda its: answers(*load_run(its.run), ["Which colour has lamp 1?"], max_new_tokens=2),
-    "load_run, merged": lambda its: answers(*load_run(its.run, merged=True), ["Which colour has lamp 1?"], max_new_tokens=2),
+    "load_run": lambda its: generate_batch(*load_run(its.run), ["Which colour has lamp 1?"], max_new_tokens=2),
+    "load_run, merged": lambda its: generate_batch(*load_run(its.run, merged=True), ["Which colour has lamp 1?"], max_new_tokens=2),
     "merge": lambda its: merge(its.run, its.run.parent/"merged"),
     "chat panel": lambda its: in_chat_panel(its.run),
     "chat panel, merged": lambda its: in_chat_panel(its.run/"merged_model"),
@@ -156,7 +159,8 @@ USING = {
     "train": lambda its: train_from_meta(its.run, overwrite=True, show=False),
     "resume": lambda its: train_from_meta(its.run, show=False, resume=True),
     "measure": lambda its: measured(its.config),
-    "continue_from": lambda its: LoRATrainer(TrainingConfig(model_name="tiny", data_path=its.run.parent/"rows.jsonl", max_steps=1, continue_from=its.run, output_dir=its.run.parent/"next", device="cpu")).train(show=False),
+    "continue_from": lambda its: LoRATrainer(TrainingConfig(model_name="tiny", data_path=its.run.parent/"rows.jsonl",
+        max_steps=1, continue_from=its.run, output_dir=its.run.parent/"next", device="cpu")).train(show=False),
     "trainer": lambda its: trainer.main([str(its.run), "--overwrite"]),
     "cli run": lambda its: cli.main(["run", str(its.run), "--overwrite"]),
     "cli run, resumed": lambda its: cli.main(["run", str(its.run), "--resume"]),
@@ -183,13 +187,14 @@ def test_no_code_of_the_folder_runs(way, kind, honest, tmp_path, monkeypatch, ca
 # ---- the caller's word --------------------------------------------------------------------------------------------------
 
 GRANTED = {
-    "load_run": lambda its: answers(*load_run(its.run, trust_remote_code=True), ["Which colour has lamp 1?"], max_new_tokens=2),
+    "load_run": lambda its: generate_batch(*load_run(its.run, trust_remote_code=True), ["Which colour has lamp 1?"], max_new_tokens=2),
     "load_run, merged": lambda its: load_run(its.run, merged=True, trust_remote_code=True),
     "train": lambda its: train_from_meta(its.run, overwrite=True, trust_remote_code=True, show=False),
     "cli merge": lambda its: cli.main(["merge", str(its.run), "-o", str(its.run.parent/"merged"), "--trust-remote-code"]),
     "cli chat": lambda its: cli.main(["chat", str(its.run), "-p", "hello", "--max-new-tokens", "2", "--trust-remote-code"]),
     "trainer": lambda its: trainer.main([str(its.run), "--overwrite", "--trust-remote-code"]),
-    "quickstart": lambda its: quickstart("custom", its.run.parent/"new", model=str(its.model), data=its.run.parent/"rows.jsonl", max_steps=1, device="cpu", trust_remote_code=True, show=False),
+    "quickstart": lambda its: quickstart("custom", its.run.parent/"new", model=str(its.model),
+        data=its.run.parent/"rows.jsonl", max_steps=1, device="cpu", trust_remote_code=True, show=False),
 }
 
 
@@ -209,13 +214,14 @@ def test_what_was_refused_is_said(honest, tmp_path, capsys):
     assert len(texts) == 4 and all(str(its.run/"training_config.json") in text for text in texts)
     assert any("own_code.py" in text and "--trust-remote-code" in text and "trust_remote_code=True" in text for text in texts)
     assert any("--report-to wandb" in text and "report_to='wandb'" in text for text in texts)
-    assert (config.trust_remote_code, config.report_to, config.overwrite_output_dir, config.allow_special_tokens) == (False, "none", False, False)
+    assert ((config.trust_remote_code, config.report_to, config.overwrite_output_dir, config.allow_special_tokens)
+        == (False, "none", False, False))
     with pytest.warns(PermissionWarning) as said: load_run(its.run)
     assert len(said) == 1
     assert cli.main(["chat", str(its.run), "-p", "hello", "--max-new-tokens", "1"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("note: ") and "--trust-remote-code" in lines[0]
-    looks = [look.found for look in doctor(its.run, online=False).looks if look.what in ("permission", "model code")]
+    looks = [look.found for look in doctor(its.run, online=False).checks if look.what in ("permission", "model code")]
     assert len(looks) == 5 and "own_code.py" in looks[-1]
 
 
@@ -227,7 +233,8 @@ def test_what_the_user_sets_himself_is_kept(tmp_path):
     assert TrainingConfig.load(path, trust_remote_code=True, report_to="wandb") == config
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert TrainingConfig.load(TrainingConfig(report_to="tensorboard", seed=7).save(path)) == TrainingConfig(report_to="tensorboard", seed=7)
+        assert (TrainingConfig.load(TrainingConfig(report_to="tensorboard", seed=7).save(path))
+            == TrainingConfig(report_to="tensorboard", seed=7))
         assert TrainingConfig.load(path, (), report_to="none").report_to == "none"
     with pytest.raises(ConfigError, match="the list of permissions has no field 'seed'"): TrainingConfig.load(path, seed=1)
 
@@ -236,21 +243,24 @@ def test_what_the_user_sets_himself_is_kept(tmp_path):
 def test_a_permission_of_another_type_is_none(value, tmp_path):
     "Neither a way around it nor a raw error"
     path = tmp_path/"training_config.json"
-    path.write_text(json.dumps({name: value for name in PERMISSIONS}))
+    path.write_text(json.dumps(dict.fromkeys(PERMISSIONS, value)))
     with pytest.warns(PermissionWarning): assert TrainingConfig.load(path) == TrainingConfig()
 
 
 def test_every_field_is_classed():
     "A new one cannot be forgotten: it has no class until somebody gives it one, and paths, free texts and switches are looked at"
     with pytest.raises(TypeError): config_field(False)
-    with pytest.raises(ValueError): config_field(False, effect="nothing")
+    with pytest.raises(ValueError, match="no effect 'nothing'"): config_field(False, effect="nothing")
     fields = {o.name: o for o in dataclasses.fields(TrainingConfig)}
     effect = {name: o.metadata["effect"] for name, o in fields.items()}
     assert set(effect.values()) == set(EFFECTS)
     assert {o.metadata["effect"] for o in dataclasses.fields(LoRAConfig)} == {"harmless"}
-    assert {name for name, o in fields.items() if "Path" in str(o.type)} | {"model_name"} == {name for name, one in effect.items() if one in ("read", "write")}
-    harmless_switches = {"load_in_8bit", "load_in_4bit", "packing", "gradient_checkpointing", "load_best_model_at_end", "auto_batch"}
-    assert {name for name, o in fields.items() if o.type is bool} == harmless_switches | {"trust_remote_code", "overwrite_output_dir", "allow_special_tokens"}
+    assert {name for name, o in fields.items() if "Path" in str(o.type)} | {"model_name"} == {name
+        for name, one in effect.items() if one in ("read", "write")}
+    harmless_switches = {"load_in_8bit", "load_in_4bit", "packing", "gradient_checkpointing",
+        "load_best_model_at_end", "auto_find_batch_size"}
+    assert {name for name, o in fields.items() if o.type is bool} == harmless_switches | {"trust_remote_code",
+        "overwrite_output_dir", "allow_special_tokens"}
     free_texts = {name for name, o in fields.items() if o.type is str and not o.metadata["choices"]}
     assert free_texts == {"model_name"}
 
@@ -289,7 +299,7 @@ def test_the_word_is_passed_on():
 def test_the_tick_names_the_file(honest, tmp_path):
     "It is not set by the run; it says what it lets run, and does not outlive the model it was set for"
     its = Folder(honest, tmp_path/"here")
-    from sage_finetune.form import ConfigForm
+    from sage_finetune.ui.form import ConfigForm
     form = ConfigForm(its.config, counts=False)
     assert not form.config.trust_remote_code and "own_code.py" in form.code.value and "not run" in form.code.value
     form.fields["trust_remote_code"].value = True
@@ -303,7 +313,8 @@ def test_the_tick_names_the_file(honest, tmp_path):
 
 ADAPTERS = {
     "megatron": dict(megatron_config=dict(a=1), megatron_core="own_code"),
-    "another kind": dict(peft_type="PROMPT_TUNING", prompt_tuning_init="TEXT", tokenizer_name_or_path="MODEL", tokenizer_kwargs=dict(trust_remote_code=True), num_virtual_tokens=2, prompt_tuning_init_text="x"),
+    "another kind": dict(peft_type="PROMPT_TUNING", prompt_tuning_init="TEXT", tokenizer_name_or_path="MODEL",
+        tokenizer_kwargs=dict(trust_remote_code=True), num_virtual_tokens=2, prompt_tuning_init_text="x"),
     "X-LoRA": dict(peft_type="XLORA", adapters={"a": "/somewhere"}, hidden_size=1),
     "no kind": dict(peft_type=None),
     "a cache": dict(corda_config=dict(cache_file="/somewhere/cache.pt")),
@@ -325,7 +336,8 @@ def test_an_adapter_is_lora_and_nothing_else(how, way, honest, tmp_path):
 def test_an_adapter_may_name_a_module_in_vain(honest, tmp_path):
     "auto_mapping, by which AutoPeftModel imports, is not kept; what it names is never imported"
     its = Folder(honest, tmp_path/"here", trust_remote_code=False)
-    edit(its.run/"lora_weights"/"adapter_config.json", auto_mapping=dict(base_model_class="OwnModel", parent_library="own_code"), task_type=None, base_model_name_or_path=str(its.model), revision="main")
+    edit(its.run/"lora_weights"/"adapter_config.json", auto_mapping=dict(base_model_class="OwnModel", parent_library="own_code"),
+        task_type=None, base_model_name_or_path=str(its.model), revision="main")
     model, _ = load_run(its.run)
     assert model.peft_config["default"].auto_mapping is None and "own_code" not in sys.modules and not its.marker.exists()
 
@@ -344,8 +356,10 @@ def pickled(path, marker):
     torch.save(dict(weights=Bomb(marker)), path)
 
 
-@pytest.mark.parametrize("names", [("lora_weights/adapter_model.bin",), ("lora_weights/training_args.bin", "lora_weights/optimizer.pt", "training_args.bin", "rng_state.pth", "scheduler.pt", "merged_model/pytorch_model.bin"),
-                                   ("checkpoints/checkpoint-2/optimizer.pt", "checkpoints/checkpoint-2/state.pt", "checkpoints/checkpoint-2/pytorch_model.bin", "prepared/rows.pkl", "logs/events.pkl")])
+@pytest.mark.parametrize("names", [("lora_weights/adapter_model.bin",), ("lora_weights/training_args.bin",
+    "lora_weights/optimizer.pt", "training_args.bin", "rng_state.pth", "scheduler.pt", "merged_model/pytorch_model.bin"),
+                                   ("checkpoints/checkpoint-2/optimizer.pt", "checkpoints/checkpoint-2/state.pt",
+                                       "checkpoints/checkpoint-2/pytorch_model.bin", "prepared/rows.pkl", "logs/events.pkl")])
 def test_pickles_in_a_run_are_not_read(names, honest, tmp_path):
     "Beside what is used they lie untouched"
     its = Folder(honest, tmp_path/"here", trust_remote_code=False)
@@ -356,8 +370,10 @@ def test_pickles_in_a_run_are_not_read(names, honest, tmp_path):
     assert not its.marker.exists()
 
 
-@pytest.mark.parametrize("way, gone, pickle", [("load_run", "lora_weights/adapter_model.safetensors", "lora_weights/adapter_model.bin"), ("load_run, merged", "merged_model/model.safetensors", "merged_model/pytorch_model.bin"),
-    ("train", "../model/model.safetensors", "../model/pytorch_model.bin"), ("resume", "checkpoints/checkpoint-2/adapter_model.safetensors", "checkpoints/checkpoint-2/adapter_model.bin")])
+@pytest.mark.parametrize("way, gone, pickle", [("load_run", "lora_weights/adapter_model.safetensors", "lora_weights/adapter_model.bin"),
+    ("load_run, merged", "merged_model/model.safetensors", "merged_model/pytorch_model.bin"),
+    ("train", "../model/model.safetensors", "../model/pytorch_model.bin"),
+    ("resume", "checkpoints/checkpoint-2/adapter_model.safetensors", "checkpoints/checkpoint-2/adapter_model.bin")])
 def test_pickles_do_not_take_the_place_of_weights(way, gone, pickle, honest, tmp_path):
     "Where only a pickle is there, it is refused in a sentence"
     its = Folder(honest, tmp_path/"here", trust_remote_code=False)
@@ -389,7 +405,8 @@ def shadowed(folder, marker):
     "Put files into a folder that Python would import in the place of its own and of ours"
     for name in SHADOWS:
         (folder/name).parent.mkdir(exist_ok=True)
-        (folder/name).write_text(f"open({str(marker)!r}, 'a').write({name!r})\nraise ImportError('a file of the run folder was imported')\n")
+        (folder/name).write_text(f"open({str(marker)!r}, 'a').write({name!r})\nraise ImportError('a file of the "
+            f"run folder was imported')\n")
 
 
 def test_child_processes_do_not_import_from_the_folder(honest, tmp_path, monkeypatch):
@@ -426,12 +443,14 @@ def test_doctor_names_what_lies_in_the_way(honest, tmp_path, monkeypatch):
     assert doctor(run, online=False)["Python files"].state == "problem"
 
 
-@pytest.mark.parametrize("auto_map", [None, "own_code.Model", ["own_code.A", None, 3], {"AutoModel": {"deep": ["own_code.A"]}}, {"AutoModel": "owner/name--own_code.A"}, 7, {"AutoModel": ""}, {"A": "..//own_code"}])
+@pytest.mark.parametrize("auto_map", [None, "own_code.Model", ["own_code.A", None, 3], {"AutoModel": {"deep": ["own_code.A"]}},
+    {"AutoModel": "owner/name--own_code.A"}, 7, {"AutoModel": ""}, {"A": "..//own_code"}])
 def test_the_names_of_code_are_read_from_anything(auto_map, tmp_path):
     "Whatever stands there; names, or nothing"
     (tmp_path/"config.json").write_text(json.dumps(dict(auto_map=auto_map)))
     names = model_code(str(tmp_path))
-    assert bool(names) == ("own_code" in json.dumps(auto_map)) and all(name.endswith(".py") for name in names) and code_files(tmp_path) == names
+    assert (bool(names) == ("own_code" in json.dumps(auto_map)) and all(name.endswith(".py") for name in names)
+        and code_files(tmp_path) == names)
     for text in ("{", "[]", "[" * 100_000, '{"auto_map": ' * 50_000, ""):
         (tmp_path/"config.json").write_text(text)
         assert model_code(str(tmp_path)) == []
@@ -449,10 +468,12 @@ def test_data_folders_with_scripts_are_data(tmp_path, honest):
 
 @pytest.mark.slow
 def test_from_a_shell(honest, tmp_path):
-    "The trainer and the program as child processes, standing in the folder: `run .` trains, imports nothing from there, and says what it did not allow"
+    """The trainer and the program as child processes, standing in the folder:
+    `run .` trains, imports nothing from there, and says what it did not allow"""
     its = Folder(honest, tmp_path/"here")
     (its.run/"json.py").write_text(f"open({str(its.marker)!r}, 'a').write('json')")
-    done = subprocess.run([sys.executable, "-P", "-m", "sage_finetune.cli", "run", ".", "--overwrite"], cwd=its.run, capture_output=True, text=True, timeout=300, env=safe_environment())
+    done = subprocess.run([sys.executable, "-P", "-m", "sage_finetune.cli", "run", ".", "--overwrite"], cwd=its.run,
+        capture_output=True, text=True, timeout=300, env=safe_environment())
     assert done.returncode == 0 and done.stderr.count("To allow it: --trust-remote-code") == 1, done.stderr
     assert not its.marker.exists()
     assert run_in_foreground(its.run, overwrite=True, trust_remote_code=True) == 0
@@ -470,19 +491,26 @@ def calls(source):
 def faults(source):
     "Calls that could run what a file says, and loads that leave the decision to a library, which may ask on the terminal"
     for name, given, line in calls(source):
-        if name in ("eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "marshal.loads", "joblib.load", "runpy.run_path"): yield f"{line}: {name}"
+        if name in ("eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "marshal.loads",
+                "joblib.load", "runpy.run_path"):
+            yield f"{line}: {name}"
         if name.startswith("pickle."): yield f"{line}: {name}"
         if name == "torch.load" and given.get("weights_only") != "True": yield f"{line}: torch.load without weights_only=True"
         if name == "np.load" and given.get("allow_pickle", "False") != "False": yield f"{line}: np.load with pickles"
-        if name.split(".")[0].startswith("Auto") and name.split(".")[-1] in ("from_pretrained", "from_config") and "trust_remote_code" not in given: yield f"{line}: {name} decides nothing about trust_remote_code"
+        if (name.split(".")[0].startswith("Auto") and name.split(".")[-1] in ("from_pretrained", "from_config")
+                and "trust_remote_code" not in given):
+            yield f"{line}: {name} decides nothing about trust_remote_code"
 
 
-@pytest.mark.parametrize("source, fault", [("eval(text)", "eval"), ("import pickle\npickle.loads(x)", "pickle"), ("torch.load(path)", "weights_only"), ("torch.load(path, weights_only=False)", "weights_only"),
-    ("AutoTokenizer.from_pretrained(folder)", "trust"), ("AutoConfig.from_pretrained(folder, revision='x')", "trust"), ("np.load(p, allow_pickle=True)", "pickles"), ("model.eval()", ""), ("torch.load(p, weights_only=True)", "")])
+@pytest.mark.parametrize("source, fault", [("eval(text)", "eval"), ("import pickle\npickle.loads(x)", "pickle"),
+    ("torch.load(path)", "weights_only"), ("torch.load(path, weights_only=False)", "weights_only"),
+    ("AutoTokenizer.from_pretrained(folder)", "trust"), ("AutoConfig.from_pretrained(folder, revision='x')", "trust"),
+    ("np.load(p, allow_pickle=True)", "pickles"), ("model.eval()", ""), ("torch.load(p, weights_only=True)", "")])
 def test_the_guard_below_finds(source, fault): assert fault in " ".join(faults(source)) and bool(fault) == bool(list(faults(source)))
 
 
 def test_the_package_runs_nothing_it_reads(root):
     "No pickles, no eval, and trust is decided at each load"
-    found = [f"{path.name}:{fault}" for path in sorted((root/"sage_finetune").rglob("*.py")) if path.name != "_modidx.py" for fault in faults(path.read_text(encoding="utf-8"))]
+    found = [f"{path.name}:{fault}" for path in sorted((root/"sage_finetune").rglob("*.py")) if path.name != "_modidx.py"
+        for fault in faults(path.read_text(encoding="utf-8"))]
     assert not found, found

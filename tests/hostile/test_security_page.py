@@ -7,8 +7,11 @@ import house
 import pytest
 
 HERE = Path(__file__).parent
-PAGE = "\n".join(house.text_of(cell["source"]) for cell in json.loads((HERE.parents[1]/"nbs"/"security.ipynb").read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown")
-NAMED = [(file, name) for file, names in re.findall(r"`(test_\w+\.py)`: ((?:`test_\w+`(?:, )?)+)", PAGE) for name in re.findall(r"`(test_\w+)`", names)]
+PAGE = "\n".join(house.text_of(cell["source"])
+    for cell in json.loads((HERE.parents[1]/"nbs"/"security.ipynb").read_text(encoding="utf-8"))["cells"]
+    if cell["cell_type"] == "markdown")
+NAMED = [(file, name) for file, names in re.findall(r"`(test_\w+\.py)`: ((?:`test_\w+`(?:, )?)+)", PAGE)
+    for name in re.findall(r"`(test_\w+)`", names)]
 
 
 @pytest.mark.parametrize("file, name", NAMED)

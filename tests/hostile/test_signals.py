@@ -6,25 +6,25 @@ import signal
 import subprocess
 import sys
 import threading
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 import psutil
 import pytest
 from helpers import change, prepared, until, write_rows
 
-from sage_finetune.checkpoint import RunWriter, check_folder
 from sage_finetune.core.errors import RunError
 from sage_finetune.core.processes import find_process, holds_lock, is_locked, lock_holders, start_mark, stop_requested
-from sage_finetune.launch import attached, last_launch, start_run, stop_run
-from sage_finetune.runs import is_stale, read_meta, read_status, run_info, is_running, trainer_process
-from sage_finetune.tasks import prepare_run, ensure_empty
+from sage_finetune.data.tasks import ensure_empty, prepare_run
+from sage_finetune.runs.folder import is_running, is_stale, read_meta, read_status, run_info, trainer_process
+from sage_finetune.runs.launch import last_launch, run_status, start_run, stop_run
+from sage_finetune.training.run_writer import RunWriter, check_folder
 
 NOW = "now"
 KILL = os.kill  # also where a test notes signals instead of sending them
 HOLDER = """
 import sys
 from filelock import FileLock
-from sage_finetune.runs import write_status
+from sage_finetune.runs.folder import write_status
 with FileLock(sys.argv[1] + "/.lock"):
     write_status(sys.argv[1], "training", 3, 10)
     print("holds it", flush=True)
@@ -68,12 +68,13 @@ def holder(run, *more):
     return child
 
 
-def stamp(value): return datetime.now(timezone.utc).isoformat(timespec="seconds") if value == NOW else value
+def stamp(value): return datetime.now(UTC).isoformat(timespec="seconds") if value == NOW else value
 
 
 def claims(run, pid, updated=NOW, host=None, **more):
     "Let status.json say that a process trains"
-    said = dict(state="training", pid=pid, step=3, total=10, message="", updated=stamp(updated), host=platform.node() if host is None else host, processes=1)
+    said = dict(state="training", pid=pid, step=3, total=10, message="", updated=stamp(updated),
+        host=platform.node() if host is None else host, processes=1)
     (run/"status.json").write_text(json.dumps(said | more))
 
 
@@ -96,19 +97,21 @@ def nobody_works(run):
     assert "is in use" not in str(asked(check_folder, read_meta(run).to_config(), resume="auto"))
     assert "is working on" not in str(asked(ensure_empty, run, overwrite=True))
     assert run_info(run).state in ("failed (process gone)", "unreadable", "pending")
-    status = asked(attached, run)
+    status = asked(run_status, run)
     assert isinstance(status, str) or status.state in ("failed", "pending") and not is_running(status)
 
 
 # ---- numbers that are no process of this run ---------------------------------------------------------------------------
 
-NUMBERS = dict(everybody=-1, group=lambda: -os.getpgrp(), own_group=0, first=1, shell=os.getppid, text="4711", text_of_one="-1", float=4711., true=True, list=[4711], object={"pid": 1},
+NUMBERS = dict(everybody=-1, group=lambda: -os.getpgrp(), own_group=0, first=1, shell=os.getppid, text="4711",
+    text_of_one="-1", float=4711., true=True, list=[4711], object={"pid": 1},
     too_large=2**70, below=-2**70, nothing=None, bystander="bystander", float_bystander="float", text_bystander="text")
 
 
 def number(name, bystander):
     value = NUMBERS[name]
-    return value() if callable(value) else dict(bystander=bystander.pid, float=float(bystander.pid), text=str(bystander.pid)).get(value, value) if isinstance(value, str) else value
+    return value() if callable(value) else dict(bystander=bystander.pid, float=float(bystander.pid), text=str(bystander.pid)).get(value,
+        value) if isinstance(value, str) else value
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -134,11 +137,12 @@ def test_a_number_in_the_note_of_a_start(run, bystander, sent, name, started):
     assert sent == []
 
 
-@pytest.mark.parametrize("wrong", [dict(before=[]), dict(before=dict(step="x", total=[])), dict(said=-5), dict(said="x"), dict(started=5), dict(host=[]), dict(processes=None),
+@pytest.mark.parametrize("wrong", [dict(before=[]), dict(before=dict(step="x", total=[])), dict(said=-5), dict(said="x"),
+    dict(started=5), dict(host=[]), dict(processes=None),
     dict(stopped="yes"), dict(start_mark=7)], ids=lambda wrong: json.dumps(wrong))
 def test_a_note_that_nobody_wrote_at_a_start(run, bystander, sent, wrong):
     notes(run, bystander.pid, **wrong)
-    for look in (stop_run, attached, last_launch): assert "launch.json" in asked(look, run) and "elete it" in asked(look, run)
+    for look in (stop_run, run_status, last_launch): assert "launch.json" in asked(look, run) and "elete it" in asked(look, run)
     assert sent == []
 
 
@@ -165,7 +169,8 @@ def test_the_right_mark_alone_is_not_enough_for_a_signal(run, bystander, sent):
 def test_processes_that_only_mention_the_folder(run, sent):
     "In a command line, in a shell, as the folder they work in, or as a part of another name"
     other = prepared(run.parent/"run2")
-    lines = [[sys.executable, "-c", "input()", "-m", "sage_finetune.trainer", str(run)], ["sh", "-c", "read x # python -m sage_finetune.trainer " + str(run)],
+    lines = [[sys.executable, "-c", "input()", "-m", "sage_finetune.trainer", str(run)],
+        ["sh", "-c", "read x # python -m sage_finetune.trainer " + str(run)],
         [sys.executable, "-c", "input()", "sage-finetune", "run", str(run)], [sys.executable, "-m", "sage_finetune.trainer", str(other)]]
     for line in lines:
         child = subprocess.Popen(line, cwd=run, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -180,7 +185,8 @@ def test_processes_that_only_mention_the_folder(run, sent):
 def test_a_process_that_only_has_the_lock_file_open(run, sent):
     "While another one holds the lock"
     trainer = holder(run)
-    reader = subprocess.Popen([sys.executable, "-c", "import sys; file = open(sys.argv[1]); print(flush=True); input()", str(run/".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    reader = subprocess.Popen([sys.executable, "-c", "import sys; file = open(sys.argv[1]); print(flush=True); input()", str(run/".lock")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         reader.stdout.readline()
         claims(run, reader.pid)
@@ -205,7 +211,8 @@ def test_the_trainer_of_another_folder(run, tmp_path, sent):
 
 # ---- processes that do train --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes", [{}, dict(updated=""), dict(updated="2054-01-01T00:00:00+00:00", host="")], ids=["as written", "no time", "in 2054"])
+@pytest.mark.parametrize("changes", [{}, dict(updated=""), dict(updated="2054-01-01T00:00:00+00:00", host="")],
+    ids=["as written", "no time", "in 2054"])
 def test_who_holds_the_lock_is_stopped(run, changes):
     trainer = holder(run)
     try:
@@ -213,7 +220,7 @@ def test_who_holds_the_lock_is_stopped(run, changes):
         assert "in use" in asked(start_run, run) and f"process {trainer.pid}" in asked(start_run, run)
         assert f"process {trainer.pid}" in asked(check_folder, read_meta(run).to_config(), resume="auto")
         assert f"process {trainer.pid}" in asked(ensure_empty, run, overwrite=True)
-        assert run_info(run).state == "training" == attached(run).state and is_running(attached(run))
+        assert run_info(run).state == "training" == run_status(run).state and is_running(run_status(run))
         assert stop_run(run) and trainer.wait(timeout=30) == -signal.SIGTERM
     finally: end(trainer)
     assert not stop_run(run) and run_info(run).state == "failed (process gone)"
@@ -230,7 +237,8 @@ def test_a_number_without_a_mark_is_in_use_and_not_signalled(run, sent):
     finally: end(trainer)
 
 
-@pytest.mark.parametrize("wrong", [dict(start_mark="a/1"), dict(pid=-1), dict(pid=None), dict(pid="x"), dict(host="elsewhere")], ids=lambda wrong: json.dumps(wrong))
+@pytest.mark.parametrize("wrong", [dict(start_mark="a/1"), dict(pid=-1), dict(pid=None), dict(pid="x"), dict(host="elsewhere")],
+    ids=lambda wrong: json.dumps(wrong))
 def test_a_trainer_that_the_folder_describes_wrongly(run, sent, wrong):
     "The lock says that somebody trains; whom to signal it does not say"
     trainer = holder(run)
@@ -251,10 +259,10 @@ def test_who_was_started_to_train_is_found_by_its_command_line(run):
         assert note.pop("start_mark") == start_mark(process.pid)
         note["before"].pop("start_mark")
         (run/"launch.json").write_text(json.dumps(note))
-        assert attached(run).state == "preparing" and trainer_process(attached(run), run).pid == process.pid
+        assert run_status(run).state == "preparing" and trainer_process(run_status(run), run).pid == process.pid
         assert stop_run(run) and process.wait(timeout=60) == -signal.SIGTERM
     finally: end(process)
-    assert attached(run).state == "cancelled" and "before it began" in attached(run).message
+    assert run_status(run).state == "cancelled" and "before it began" in run_status(run).message
 
 
 def test_a_folder_named_from_within(run):
@@ -262,7 +270,8 @@ def test_a_folder_named_from_within(run):
     link = run.parent/"link"
     link.symlink_to(run)
     for words, cwd in ((["."], run), (["run", "--resume=auto"], run.parent), ([str(link)], run.parent), (["../run"], link.parent/"run")):
-        process = subprocess.Popen([sys.executable, "-m", "sage_finetune.trainer", *words], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-m", "sage_finetune.trainer", *words], cwd=cwd,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             claims(run, process.pid)
             assert trainer_process(read_status(run), run).pid == process.pid
@@ -278,7 +287,7 @@ def test_another_users_process(run, monkeypatch):
             assert "of another user" in asked(stop_run, run) and f"process {trainer.pid}" in asked(stop_run, run)
         def closed(self): raise psutil.AccessDenied(self.pid)
         for name in ("open_files", "cmdline", "cwd", "status"): monkeypatch.setattr(psutil.Process, name, closed)
-        assert is_running(attached(run), run) and trainer.poll() is None
+        assert is_running(run_status(run), run) and trainer.poll() is None
     finally: end(trainer)
 
 
@@ -288,7 +297,7 @@ def test_another_machine_is_believed_for_a_day(run, bystander, sent):
     "And never signalled; a folder that was passed on does not say for ever that it is in use"
     claims(run, bystander.pid, host="elsewhere")
     assert "on elsewhere. Stop it there" in asked(stop_run, run) and "in use" in asked(start_run, run)
-    ago = (datetime.now(timezone.utc) - timedelta(days=2)).isoformat()
+    ago = (datetime.now(UTC) - timedelta(days=2)).isoformat()
     for updated in (ago, "", "2054-01-01T00:00:00+00:00", "soon", "99999-01-01"):
         claims(run, bystander.pid, updated, host="elsewhere")
         nobody_works(run)
@@ -336,7 +345,8 @@ def foreign_lock(run):
 def test_a_second_name_of_a_foreign_lock(run, foreign_lock, sent, mark, host):
     "A run folder can hold a hard link to a file that a database or a mail program has locked"
     claims(run, foreign_lock.pid, host=host, start_mark=start_mark(foreign_lock.pid) if mark == "right" else "")
-    assert is_locked(run/".lock") is None and lock_holders(run/".lock") == set() and holds_lock(psutil.Process(foreign_lock.pid), run/".lock") is None
+    assert (is_locked(run/".lock") is None and lock_holders(run/".lock") == set()
+        and holds_lock(psutil.Process(foreign_lock.pid), run/".lock") is None)
     assert trainer_process(read_status(run), run) is None
     assert asked(stop_run, run) is False if mark == "none" else "Nobody was stopped" in asked(stop_run, run)
     notes(run, foreign_lock.pid)
@@ -352,7 +362,8 @@ def test_a_second_name_of_a_file_is_no_lock(run):
     for resume in (False, "auto"):
         with pytest.raises(RunError, match="[.]lock is one of several names .*Remove it"): check_folder(read_meta(run).to_config(), resume)
     with pytest.raises(RunError, match="several names"): RunWriter(read_meta(run).to_config(), total=3)
-    assert "several names" in asked(prepare_run, "custom", run, data=write_rows(run.parent/"more.jsonl"), overwrite=True) and mine.read_text() == "mine"
+    assert ("several names" in asked(prepare_run, "custom", run, data=write_rows(run.parent/"more.jsonl"), overwrite=True)
+        and mine.read_text() == "mine")
     (run/".lock").unlink()
     RunWriter(read_meta(run).to_config(), total=3).close("completed")
 
@@ -368,7 +379,8 @@ def test_a_lock_of_another_user(run, monkeypatch, sent):
     finally: end(trainer)
 
 
-@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl", "status.json", "training_config.json", "run_manifest.json", "launch.json", "training_data_custom_alpaca.json"])
+@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl", "status.json", "training_config.json", "run_manifest.json",
+    "launch.json", "training_data_custom_alpaca.json"])
 def test_a_second_name_of_a_file_is_not_written(run, name):
     "What is written on is refused, what is replaced becomes a file of its own; the other name keeps its content"
     mine = run.parent/"mine.txt"
@@ -403,14 +415,16 @@ def test_a_new_run_over_the_remains_of_a_foreign_one(run):
     claims(run, 1)
     notes(run, 1 << 21)
     writer = RunWriter(read_meta(run).to_config(), total=3)
-    assert read_status(run).pid == os.getpid() and read_status(run).start_mark == start_mark(os.getpid()) and trainer_process(read_status(run), run)
+    assert (read_status(run).pid == os.getpid() and read_status(run).start_mark == start_mark(os.getpid())
+        and trainer_process(read_status(run), run))
     writer.close("completed")
     assert (read_status(run).pid, read_status(run).start_mark) == (None, "")
     prepare_run("custom", run, data=write_rows(run.parent/"more.jsonl"), overwrite=True)
 
 
 def test_a_status_of_an_older_version_reads(tmp_path):
-    (tmp_path/"status.json").write_text(json.dumps(dict(state="completed", pid=None, step=3, total=3, message="", updated="", host="", processes=1)))
+    (tmp_path/"status.json").write_text(json.dumps(dict(state="completed", pid=None, step=3, total=3, message="",
+        updated="", host="", processes=1)))
     assert read_status(tmp_path).start_mark == "" and not is_stale(read_status(tmp_path), tmp_path)
 
 
@@ -421,7 +435,8 @@ def test_a_process_that_has_the_number_of_another(bystander):
 
 # ---- requests ------------------------------------------------------------------------------------------------------------
 
-REQUESTS = {"empty": b"", "no object": b"7", "no JSON": b"{", "deep": b"[" * 900, "long": b" " * 2000 + b"{}", "another": b'{"pid": 1, "start_mark": "x"}', "letters": b"\xff\xfe"}
+REQUESTS = {"empty": b"", "no object": b"7", "no JSON": b"{", "deep": b"[" * 900, "long": b" " * 2000 + b"{}",
+    "another": b'{"pid": 1, "start_mark": "x"}', "letters": b"\xff\xfe"}
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -437,7 +452,7 @@ def test_a_request_that_is_no_file(run):
 
 IN_A_THREAD = """
 import sys, threading
-from sage_finetune.runs import read_meta
+from sage_finetune.runs.folder import read_meta
 from sage_finetune.trainer import LoRATrainer
 training = threading.Thread(target=lambda: LoRATrainer(read_meta(sys.argv[1]).to_config()).train(show=False))
 training.start()
@@ -448,7 +463,8 @@ IN_THE_MAIN_THREAD = IN_A_THREAD.replace("training.start()", "training.run()").r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code, more", [(IN_A_THREAD, ["ipykernel_launcher"]), (IN_THE_MAIN_THREAD, ["ipykernel_launcher"]), (IN_THE_MAIN_THREAD, [])], ids=["thread", "kernel", "script"])
+@pytest.mark.parametrize("code, more", [(IN_A_THREAD, ["ipykernel_launcher"]), (IN_THE_MAIN_THREAD, ["ipykernel_launcher"]),
+    (IN_THE_MAIN_THREAD, [])], ids=["thread", "kernel", "script"])
 def test_a_run_inside_a_notebook_is_stopped_and_the_notebook_lives_on(run, code, more):
     change(run, num_train_epochs=200)
     kernel = subprocess.Popen([sys.executable, "-c", code, str(run), *more], stdout=subprocess.PIPE, text=True)

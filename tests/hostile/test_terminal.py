@@ -13,23 +13,31 @@ import sys
 import types
 import typing
 import unicodedata
+from collections import Counter
 from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers import prepared, tiny_config, rows, write_rows
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import prepared, rows, tiny_config, write_rows
+from hypothesis import given, strategies as st
 from rich.cells import cell_len
 
 import sage_finetune
 from sage_finetune.cli import main
 from sage_finetune.config import LoRAConfig, PresetConfigs, TrainingConfig
 from sage_finetune.core.errors import FinetuneError, RunError
-from sage_finetune.core.text import REPLACEMENT, html_table, safe_streams, sanitize_for_terminal, sanitize_html, sanitize_line
-from sage_finetune.core.text import sanitize_repr, text_table
-from sage_finetune.runs import list_runs, read_status, write_status
+from sage_finetune.core.text import (
+    REPLACEMENT,
+    html_table,
+    safe_streams,
+    sanitize_for_terminal,
+    sanitize_html,
+    sanitize_line,
+    sanitize_repr,
+    text_table,
+)
+from sage_finetune.runs.folder import list_runs, read_status, write_status
 
 PAYLOAD = ("x\x1b[2J\x1b]0;title\x07\x9b31m\u202e\u2066\u061c\u200b\ufeff\U000e0041\ud800\u3164"
     "\r\nerror: forged\nfailed  forged\t\x85error: forged\u2028error: forged"
@@ -166,71 +174,112 @@ def config(kind=TrainingConfig):
 
 
 def tiny():
-    from sage_finetune.model import load_tokenizer
+    from sage_finetune.modeling.tokenizer import load_tokenizer
     return load_tokenizer("tiny")
 
 
 def line():
-    from sage_finetune.tokens import TokenLine
+    from sage_finetune.chat_format.tokens import TokenView
     ids = tiny()("hello")["input_ids"]
-    return TokenLine(ids, list(ids), tiny(), names=[PAYLOAD] * len(ids), title=PAYLOAD)
+    return TokenView(ids, list(ids), tiny(), names=[PAYLOAD] * len(ids), title=PAYLOAD)
 
 
 def dataset():
-    from sage_finetune.data import prepare_dataset
+    from sage_finetune.data.dataset import prepare_dataset
     return prepare_dataset(rows(3), tiny(), show=False)
 
 
 def plan():
-    from sage_finetune.batches import plan_batches
+    from sage_finetune.training.batches import plan_batches
     return plan_batches([3, 4, 5], 2)
 
 
+def cleaning_list():
+    from sage_finetune.runs.cleaning import CleaningItem, CleaningList
+    return CleaningList([filled(CleaningItem)])
+
+
+def chat_rows():
+    from sage_finetune.data.chat_logs import ChatRows
+    return filled(ChatRows, skipped=Counter({PAYLOAD: 2}), rows=[
+        dict(messages=[dict(role="user", content=PAYLOAD), dict(role="assistant", content=PAYLOAD)])])
+
+
+def document_rows():
+    from sage_finetune.data.documents import DocumentRows
+    return filled(DocumentRows, files=Counter({PAYLOAD: 2}),
+        rows=[dict(instruction=PAYLOAD, output=PAYLOAD)], held_out=[dict(instruction=PAYLOAD, output=PAYLOAD)])
+
+
+def flagged_question():
+    from sage_finetune.data.questions import FlaggedQuestion
+    return FlaggedQuestion(dict(question=PAYLOAD, answer=PAYLOAD), PAYLOAD)
+
+
+def question_rows():
+    from sage_finetune.data.questions import QuestionRows
+    return filled(QuestionRows, flagged=[flagged_question()],
+        rows=[dict(question=PAYLOAD, answer=PAYLOAD)], held_out=[dict(question=PAYLOAD, answer=PAYLOAD)])
+
+
+def foreign_config():
+    from sage_finetune.data.foreign import ForeignConfig, Key
+    return ForeignConfig(Path(PAYLOAD), {PAYLOAD: PAYLOAD}, config(), [filled(Key)], {PAYLOAD: PAYLOAD}, [{PAYLOAD: PAYLOAD}])
+
+
 def report():
-    from sage_finetune.data import DataReport, LongRow, Note
-    from sage_finetune.files import BadRow
-    return filled(DataReport, notes={PAYLOAD: Note(2, PAYLOAD)}, bad_rows=[filled(BadRow)], long_rows=[filled(LongRow)], overlong={}, bad=1)
+    from sage_finetune.data.raw_rows import BadRow
+    from sage_finetune.data.report import DataReport, Note, TruncatedRow
+    return filled(DataReport, notes={PAYLOAD: Note(2, PAYLOAD)}, bad_rows=[filled(BadRow)],
+        long_rows=[filled(TruncatedRow)], overlong={}, bad=1)
 
 
 def talk():
-    from sage_finetune.chat import Chat
+    from sage_finetune.inference.chat import Chat
     made = Chat(None, tiny())
     made.messages = [dict(role="user", content=PAYLOAD), dict(role=PAYLOAD, content=PAYLOAD)]
     return made
 
 
+def history():
+    from sage_finetune.inference.history import ChatHistory
+    made = ChatHistory(PAYLOAD)
+    made.messages += [dict(role="user", content=PAYLOAD), dict(role="assistant", content=PAYLOAD, weight=0)]
+    return made
+
+
 def both():
-    from sage_finetune.chat import SideBySide
+    from sage_finetune.inference.chat import SideBySide
     made = SideBySide.__new__(SideBySide)
     made.base = made.tuned = types.SimpleNamespace(messages=[dict(role="user", content=PAYLOAD), dict(role="assistant", content=PAYLOAD)])
     return made
 
 
 def health():
-    from sage_finetune.health import health_report
+    from sage_finetune.data.health import health_report
     made = health_report(dataset(), show=False)
-    for one in made.findings: one.said = one.do = PAYLOAD
+    for one in made.findings: one.message = one.advice = PAYLOAD
     for row in made["longest rows"].figures["longest"]: row["head"] = PAYLOAD
     return made
 
 
 def batch_view():
-    from sage_finetune.batches import BatchView, collate
+    from sage_finetune.data.collation import BatchView, collate
     return BatchView(collate([[dataset()[0]]], 0), tiny())
 
 
 def survey():
-    from sage_finetune.health import survey
+    from sage_finetune.data.measurements import survey
     return survey(dataset(), tiny(), show=False)
 
 
 def tasks():
-    from sage_finetune.tasks import Task, Tasks
+    from sage_finetune.data.tasks import Task, Tasks
     return Tasks({PAYLOAD: filled(Task)})
 
 
 def estimate():
-    from sage_finetune.memory import MemoryEstimate
+    from sage_finetune.training.memory import MemoryEstimate
     return MemoryEstimate(dict(weights=10, adapter=1), "cpu", PAYLOAD)
 
 
@@ -240,19 +289,19 @@ def of(module):
 
 
 def score():
-    from sage_finetune.chat import Score
+    from sage_finetune.inference.evaluation import Score
     return Score(1, 2, 2, [(PAYLOAD, PAYLOAD, PAYLOAD)])
 
 
 def demo_report():
-    from sage_finetune.chat import Comparison
-    from sage_finetune.demo import Report
-    from sage_finetune.trainer import TrainingResult
+    from sage_finetune.inference.evaluation import Comparison
+    from sage_finetune.tiny.demo import Report
+    from sage_finetune.training.result import TrainingResult
     return Report(TrainingResult(Path(PAYLOAD)), score(), score(), score(), score(), Comparison([(PAYLOAD, PAYLOAD, PAYLOAD)]))
 
 
 def hostile_form():
-    from sage_finetune.form import ConfigForm
+    from sage_finetune.ui.form import ConfigForm
     return ConfigForm(config(), counts=False)
 
 
@@ -267,27 +316,28 @@ def in_panel(module, name, **attributes):
 
 
 def chat_panel():
-    from sage_finetune.chat_panel import ChatPanel, Turn
+    from sage_finetune.inference.history import Exchange
+    from sage_finetune.ui.chat_panel import ChatPanel
     made = ChatPanel.__new__(ChatPanel)
-    made.turns, made.shift = [Turn(PAYLOAD, PAYLOAD, PAYLOAD, PAYLOAD), filled(Turn)], None
-    made.partner = types.SimpleNamespace(title=PAYLOAD)
+    made.turns, made.shift = [Exchange(PAYLOAD, PAYLOAD, PAYLOAD, PAYLOAD), filled(Exchange)], None
+    made.session = types.SimpleNamespace(title=PAYLOAD)
     return made
 
 
 def data_panel(folder):
-    from sage_finetune.data_panel import DataPanel
+    from sage_finetune.ui.data_panel import DataPanel
     named = folder/"a\x1b[2J\u202e<img onerror=x>"
     data = write_rows(named/"rows.jsonl", [dict(instruction=PAYLOAD, output=PAYLOAD)])
     return DataPanel(tiny_config(named, data_path=data, max_length=4096)).join()
 
 
 def code_corpus(folder):
-    from sage_finetune.corpus import CodeCorpus, Fact, PHRASINGS, Skip
+    from sage_finetune.data.corpus import PHRASINGS, CodeCorpus, Fact, Skip
     return CodeCorpus(Path(PAYLOAD), 1, [filled(Fact, kind=next(iter(PHRASINGS)))], 1, [filled(Skip)])
 
 
 def train_panel(folder):
-    from sage_finetune.train_panel import TrainPanel
+    from sage_finetune.ui.train_panel import TrainPanel
     run = prepared(folder/"run\x1b[2J\u202e<script>")
     write_status(run, "failed", message=PAYLOAD)
     numbers = dict.fromkeys(("epoch", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "seconds", "tokens_per_second"), 1)
@@ -301,23 +351,31 @@ FACTORIES = {
     "BatchPlan": plan, "Shard": lambda: plan().shard(0, 1), "BatchView": batch_view, "PlannedStep": lambda: plan()[0],
     "_BatchArgs": lambda: plan().args,
     "_Epoch": ARRAYS, "_Pattern": ARRAYS, "_Plan": ARRAYS, "_Answer": ARRAYS, "_ShapeCache": ARRAYS, "Studio": ARRAYS, "Task": ARRAYS,
-    "DataSettings": ARRAYS, "TruncationResult": ARRAYS, "_Namespace": ARRAYS,
-    "TokenLine": line, "RenderedExample": lambda: of("prompt").RenderedExample(line().ids, line().labels, [], tiny(), notes=[PAYLOAD]),
-    "TokenLogprobDiff": lambda: of("chat").TokenLogprobDiff([1, 2], [-1., -2.], [-2., -1.], tiny()), "Chat": talk, "SideBySide": both, "Score": score,
-    "Comparison": lambda: of("chat").Comparison([(PAYLOAD, PAYLOAD, PAYLOAD)]), "Report": demo_report, "Checked": config,
-    "PreparedDataset": dataset, "Prepared": lambda: of("data").Prepared(dataset(), None, report()), "DataReport": report,
-    "Engine": in_panel("engine", "Engine", head=None, lean={PAYLOAD: 1}, packing=types.SimpleNamespace(name=""), remarks=[PAYLOAD]),
-    "EquivalenceCheck": lambda: of("engine").EquivalenceCheck(0.1, 0.1, 0.1, 0.1, PAYLOAD, (of("engine").EquivalenceCheck(0.1, 0.1, 0.1, 0.1, PAYLOAD),)), "HealthReport": health, "Survey": survey, "CodeCorpus": code_corpus,
-    "MemoryEstimate": estimate, "Reduction": lambda: of("memory").Reduction({PAYLOAD: PAYLOAD}, PAYLOAD, estimate()),
-    "Measurement": lambda: of("memory").Measurement(estimate(), 10), "Curve": lambda: of("plot").Curve(),
-    "Picture": lambda: of("plot").Picture(b"", PAYLOAD),
-    "Runs": lambda: of("runs").Runs([filled(of("runs").RunInfo)]), "Tasks": tasks,
-    "BatchPlanner": lambda: of("trainer").BatchPlanner(PresetConfigs.tiny(), [3, 4]),
-    "Again": lambda: of("train_panel").Again(),
-    "Diagnosis": lambda: of("diagnosis").Diagnosis([filled(of("diagnosis").Look, state="problem")]),
-    "RunSummary": lambda: filled(of("train_panel").RunSummary, losses=(1., 2.), eval_losses=(1., 2.), best=(1., 2)),
-    "TrainingResult": lambda: filled(of("trainer").TrainingResult, eval_losses=[(1, 2.)], best=(1., 2)),
-    "Panel": lambda: of("panel").Panel(), "ConfigForm": hostile_form, "DataPanel": data_panel, "TrainPanel": train_panel,
+    "DataSettings": ARRAYS, "TruncationResult": ARRAYS, "TrainingSetup": ARRAYS, "_Namespace": ARRAYS,
+    "TokenView": line, "RenderedExample": lambda: of("chat_format.rendering").RenderedExample(line().ids, line().labels,
+        [], tiny(), notes=[PAYLOAD]),
+    "TokenLogprobDiff": lambda: of("inference.evaluation").TokenLogprobDiff([1, 2], [-1., -2.], [-2., -1.], tiny()),
+    "Chat": talk, "ChatHistory": history,
+    "SideBySide": both, "Score": score, "_Probe": ARRAYS,
+    "Comparison": lambda: of("inference.evaluation").Comparison([(PAYLOAD, PAYLOAD, PAYLOAD)]), "Report": demo_report,
+    "ValidatedConfig": config, "ForeignConfig": foreign_config, "CleaningList": cleaning_list, "ChatRows": chat_rows,
+    "DocumentRows": document_rows, "QuestionRows": question_rows, "Endpoint": ARRAYS, "Cell": ARRAYS, "FlaggedQuestion": flagged_question,
+    "PreparedDataset": dataset, "Prepared": lambda: of("data.dataset").Prepared(dataset(), None, report()), "DataReport": report,
+    "Engine": in_panel("modeling.engine", "Engine", head=None, lean={PAYLOAD: 1},
+        packing=types.SimpleNamespace(name=""), remarks=[PAYLOAD]),
+    "EquivalenceCheck": lambda: of("modeling.engine").EquivalenceCheck(0.1,
+        0.1, 0.1, 0.1, PAYLOAD, (of("modeling.engine").EquivalenceCheck(0.1, 0.1, 0.1, 0.1, PAYLOAD),)),
+    "HealthReport": health, "Survey": survey, "CodeCorpus": code_corpus,
+    "MemoryEstimate": estimate, "Reduction": lambda: of("training.memory").Reduction({PAYLOAD: PAYLOAD}, PAYLOAD, estimate()),
+    "Measurement": lambda: of("training.memory_measurement").Measurement(estimate(), 10), "Curve": lambda: of("runs.plot").Curve(),
+    "Picture": lambda: of("runs.plot").Picture(b"", PAYLOAD),
+    "Runs": lambda: of("runs.folder").Runs([filled(of("runs.folder").RunInfo)]), "Tasks": tasks,
+    "BatchPlanner": lambda: of("training.planner").BatchPlanner(PresetConfigs.tiny(), [3, 4]),
+    "ReplayCheck": lambda: of("ui.run_watch").ReplayCheck(),
+    "Diagnosis": lambda: of("ui.diagnosis").Diagnosis([filled(of("ui.diagnosis").Check, state="problem")]),
+    "RunSummary": lambda: filled(of("ui.run_watch").RunSummary, losses=(1., 2.), eval_losses=(1., 2.), best=(1., 2)),
+    "TrainingResult": lambda: filled(of("training.result").TrainingResult, eval_losses=[(1, 2.)], best=(1., 2)),
+    "Panel": lambda: of("ui.panel").Panel(), "ConfigForm": hostile_form, "DataPanel": data_panel, "TrainPanel": train_panel,
     "ChatPanel": chat_panel}
 
 
@@ -341,7 +399,8 @@ def test_whatever_shows_itself_is_harmless(kind, tmp_path):
         one = make(tmp_path) if "folder" in inspect.signature(make).parameters else make()
     else:
         try: one = filled(kind)
-        except Exception as error: pytest.fail(f"{kind.__name__} shows itself and is not filled by its types ({error!r}): add it to FACTORIES")
+        except Exception as error:
+            pytest.fail(f"{kind.__name__} shows itself and is not filled by its types ({error!r}): add it to FACTORIES")
     for name, text, own in text_forms(one):
         wrong = faults(text, one_line=not isinstance(one, BaseException) and kind.__name__ != "DataPanel")  # tokens keep their line breaks
         assert not [fault for fault in wrong if own or fault.startswith("U+") and fault != "U+3164"], f"{name} lets through {wrong}"
@@ -368,7 +427,7 @@ def test_the_text_of_an_error_is_harmless_wherever_it_is_printed():
 
 
 def test_a_picture_names_its_runs_harmlessly(tmp_path):
-    from sage_finetune.plot import compare_runs
+    from sage_finetune.runs.plot import compare_runs
     for name in "ab":
         (tmp_path/name).mkdir()
         (tmp_path/name/"metrics.jsonl").write_text('{"step": 1, "total": 1, "loss": 1.0}\n', encoding="utf-8")
@@ -379,9 +438,10 @@ def test_a_picture_names_its_runs_harmlessly(tmp_path):
 
 def test_nobody_forges_the_last_word_of_a_log(tmp_path):
     "What the model says to eval_prompts, a note and a folder's name are in the log; the sentence of its end is looked for there"
-    from sage_finetune.trainer import CallbackHandler, Step
+    from sage_finetune.training.callbacks import CallbackHandler
+    from sage_finetune.training.loop import StepMetrics
     said = io.StringIO()
-    step = filled(Step, step=1, total=1, eval_loss=1., generations=[PAYLOAD])
+    step = filled(StepMetrics, step=1, total=1, eval_loss=1., generations=[PAYLOAD])
     out, sys.stdout = sys.stdout, said
     try: CallbackHandler(questions=[PAYLOAD]).step_end(step)
     finally: sys.stdout = out
@@ -391,7 +451,7 @@ def test_nobody_forges_the_last_word_of_a_log(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no such name there")
 def test_the_head_of_a_log_is_one_line(tmp_path):
-    from sage_finetune.launch import log_lines, start_run
+    from sage_finetune.runs.launch import log_lines, start_run
     run = prepared(tmp_path/"x\nerror: forged\x1b[2J")
     (run/"training_config.json").write_text("{", encoding="utf-8")
     start_run(run).wait(120)
@@ -414,7 +474,7 @@ def run(tmp_path_factory):
     from sage_finetune.trainer import train_from_meta
     base = tmp_path_factory.mktemp("runs")
     data = write_rows(base/"行.jsonl", [dict(instruction="Welche Farbe hat Lampe 行 → 😀?", output="grün · 绿 \x1b[31m")] * 8)
-    from sage_finetune.tasks import prepare_run
+    from sage_finetune.data.tasks import prepare_run
     made = prepare_run("custom", base/"跑 → ü", data=data, eval_ratio=0., per_device_train_batch_size=4, max_steps=2, device="cpu")
     train_from_meta(made, show=False)
     return made
@@ -487,7 +547,7 @@ def test_streams_are_left_as_they_were(monkeypatch):
     assert screen.errors == "strict" and screen.buffer.getvalue().endswith(b"-> ?\n")
 
 
-@pytest.mark.parametrize("module", ["trainer", "tiny"])
+@pytest.mark.parametrize("module", ["trainer", "tiny.pretrain"])
 def test_words_of_a_command_line_are_quoted_harmlessly(module, capsys):
     with suppress(SystemExit): importlib.import_module(f"sage_finetune.{module}").main(["a", "--b\x1b[2J\u202e\nerror: forged"])
     assert not faults(said := capsys.readouterr().err) and "unrecognized" in said
@@ -502,9 +562,9 @@ def test_streams_of_a_closed_reader(monkeypatch):
 
 def test_an_answer_is_streamed_harmlessly(run, monkeypatch, capsys):
     "Piece by piece as in one go: a sequence that is cut in two does not get through, and an emoji of several parts stays whole"
-    from sage_finetune import cli
+    from sage_finetune.commands import using
     pieces = ["a\x1b", "[31m", "👩", "\u200d", "🚀", "e", "\u0301", "\u0301" * 30, "\u202eb\n", "b"]
-    cli._show_answer(types.SimpleNamespace(stream=lambda text: iter(pieces)), "hi")
+    using._show_answer(types.SimpleNamespace(stream=lambda text: iter(pieces)), "hi")
     shown = capsys.readouterr().out
     assert not faults(shown) and "👩\u200d🚀" in shown and shown.rstrip("\n").endswith("b\nb")
 
@@ -513,9 +573,10 @@ def test_an_answer_is_streamed_harmlessly(run, monkeypatch, capsys):
 
 def test_a_talk_loads_nothing_and_links_nowhere():
     "Markdown of a model stays text: no picture that calls out, no link that runs code"
-    from sage_finetune.chat_panel import Turn, turns_html
+    from sage_finetune.inference.history import Exchange
+    from sage_finetune.ui.conversation_view import turns_html
     said = "![x](http://a.example/?q=secret) [a](javascript:alert(1)) <img src=http://a.example> <a href='javascript:x'>a</a>"
-    page = turns_html([Turn("hi", said, note=PAYLOAD)])
+    page = turns_html([Exchange("hi", said, note=PAYLOAD)])
     assert not page_faults(page) and "http://a.example/?q=secret" in page
 
 

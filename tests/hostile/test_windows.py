@@ -10,19 +10,29 @@ import psutil
 import pytest
 from helpers import metrics, prepared, status
 
-from sage_finetune.checkpoint import RunWriter, StopRequest
 from sage_finetune.core.errors import RunError
-from sage_finetune.core.processes import STOP_REQUEST, ask_to_stop, detached, holds_lock, request_stop, stop_requested, stop_signals, wait_for, was_killed
+from sage_finetune.core.processes import (
+    STOP_REQUEST,
+    ask_to_stop,
+    detached,
+    holds_lock,
+    request_stop,
+    stop_requested,
+    stop_signals,
+    wait_for,
+    was_killed,
+)
 from sage_finetune.core.storage import atomic_directory, replace_path, write_atomic
-from sage_finetune.launch import start_run, stop_run
-from sage_finetune.runs import read_meta, read_status, trainer_process
+from sage_finetune.runs.folder import read_meta, read_status, trainer_process
+from sage_finetune.runs.launch import start_run, stop_run
 from sage_finetune.trainer import LoRATrainer
-
+from sage_finetune.training.run_writer import RunWriter
+from sage_finetune.training.stop_request import StopRequest
 
 HOLDS = """
 import sys
 from filelock import FileLock
-from sage_finetune.runs import write_status
+from sage_finetune.runs.folder import write_status
 with FileLock(sys.argv[1] + "/.lock"):
     write_status(sys.argv[1], "training", 3, 10)
     print(flush=True)
@@ -88,7 +98,8 @@ def test_files_are_synced_by_a_handle_that_may_write(tmp_path, windows, monkeypa
     sync = os.fsync
     def strict(handle):
         import fcntl
-        if not os.path.isdir(f"/proc/self/fd/{handle}") and fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY: raise OSError(9, "Bad file descriptor")
+        if not os.path.isdir(f"/proc/self/fd/{handle}") and fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
         sync(handle)
     monkeypatch.setattr(os, "fsync", strict)
     with atomic_directory(tmp_path/"model", ours=["old"]) as temp: (temp/"weights").write_text("all")
@@ -133,7 +144,8 @@ def test_a_request_that_came_too_late_is_not_for_the_next_run(run, windows):
 
 def test_a_start_that_has_nothing_to_save_yet_is_ended(run):
     "With everything it started: there, children outlive their parent"
-    code = "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE); print(child.pid, flush=True); child.wait()"
+    code = ("import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE); "
+        "print(child.pid, flush=True); child.wait()")
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     child = psutil.Process(int(parent.stdout.readline()))
     with pytest.MonkeyPatch.context() as patch:
@@ -192,7 +204,9 @@ def test_the_signal_that_only_windows_has(monkeypatch):
 
 def test_no_module_asks_for_what_windows_lacks():
     "Such names stand in the one module for them, or behind the question whether the system forks"
-    lacking = ("os.killpg", "os.getuid", "os.geteuid", "SIGHUP", "os.statvfs", "os.setsid", "os.getpgid", "import fcntl", "import pwd", "start_new_session", "sched_getaffinity", "os.kill(", "signal.SIGKILL")
+    lacking = ("os.killpg", "os.getuid", "os.geteuid", "SIGHUP", "os.statvfs", "os.setsid", "os.getpgid", "import fcntl",
+        "import pwd", "start_new_session", "sched_getaffinity", "os.kill(", "signal.SIGKILL")
     package = Path(sys.modules["sage_finetune"].__file__).parent
-    found = {(path.name, name) for path in package.rglob("*.py") for name in lacking if name in path.read_text(encoding="utf-8") and path.name not in ("processes.py", "_modidx.py")}
-    assert found <= {("form.py", "os.kill("), ("form.py", "signal.SIGKILL")}  # of copies, which only Linux has
+    found = {(path.name, name) for path in package.rglob("*.py") for name in lacking if name in path.read_text(encoding="utf-8")
+        and path.name not in ("processes.py", "_modidx.py")}
+    assert found <= {("memory_worker.py", "os.kill("), ("memory_worker.py", "signal.SIGKILL")}  # of copies, which only Linux has

@@ -1,0 +1,388 @@
+"The program in a shell: settings, wrong words, JSON, pipes, narrow terminals, hostile names, the Tab key"
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sage_finetune.cli import main
+from sage_finetune.commands.program import app
+from sage_finetune.config import TrainingConfig
+from sage_finetune.core.places import note_files
+from sage_finetune.runs.folder import CONFIG, METRICS, read_status, write_meta, write_status
+
+ROWS = [dict(instruction=f"Which colour has door {n}?", output=["Red.", "Blue."][n % 2]) for n in range(12)]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    "A working folder with rows in it"
+    monkeypatch.chdir(tmp_path)
+    Path("rows.json").write_text(json.dumps(ROWS))
+    return tmp_path
+
+
+def make_run(folder, losses=(4., 3., 2.), state="completed", **fields):
+    "A run folder as it is left, without training"
+    folder.mkdir(parents=True)
+    TrainingConfig(model_name="tiny", data_path="example", output_dir=folder, **fields).save(folder/CONFIG)
+    write_meta(folder, "custom", "tiny", "example", folder/CONFIG)
+    rows = [dict(step=at, total=len(losses), epoch=1., loss=loss, learning_rate=1e-3, grad_norm=1., tokens=10, target_tokens=2,
+        seconds=1. * at, tokens_per_second=10., eval_loss=loss + .1) for at, loss in enumerate(losses, 1)]
+    (folder/METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    note_files(folder, [METRICS])
+    write_status(folder, state, len(losses), len(losses))
+    return folder
+
+
+def call(capsys, *arguments):
+    "A command in this process: its status, what it printed, what it complained"
+    capsys.readouterr()
+    status = main([str(one) for one in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def shell(*arguments, **options):
+    "A command as a process of its own"
+    program = [sys.executable, "-m", "sage_finetune.cli", *map(str, arguments)]
+    return subprocess.run(program, capture_output=True, text=True, timeout=120, **options)
+
+
+# ---- what is wrong is said in the words that were typed -------------------------------------------------------------
+
+WRONG = {
+    "fly": "there is no command 'fly'",
+    "quikstart code": "Did you mean 'quickstart'?",
+    "run": "Missing argument",
+    "run nowhere": "there is no run folder nowhere",
+    "run rows.json": "rows.json",
+    "run run": "already holds a run (metrics.jsonl). Choose another RUN, go on with it by --resume, or replace it by --overwrite",
+    "run run --resume --overwrite": "Type one of them",
+    "run run --num-processes 0": "--num-processes",
+    "run run --resume --lr 1": "learning_rate cannot be set when a run goes on",
+    "run run --set output_dir=x": "--set output_dir cannot be changed",
+    "run run --report-to nobody": "--report-to",
+    "quickstart": "Missing argument",
+    "quickstart fly": "there is no task 'fly'",
+    "quickstart custom -d nowhere.json": "there is no data file",
+    "quickstart custom -d rows.json --rank 0": "--rank 0 cannot be used: it takes a whole number from 1 to 1,024",
+    "quickstart custom -d rows.json --lr fast": "'--lr'",
+    "quickstart custom -d rows.json --lr 5": "--lr 5.0 cannot be used",
+    "quickstart custom -d rows.json --bits 3": "--bits 3 cannot be had",
+    "quickstart custom -d rows.json --set": "requires an argument",
+    "quickstart custom -d rows.json --set rank": "no NAME=VALUE",
+    "quickstart custom -d rows.json --set lerning_rate=1": "Did you mean 'learning_rate'",
+    "quickstart custom -d rows.json --set optim=best": "--set optim=best cannot be used",
+    "quickstart custom -d rows.json --config none.yaml": "there is no config file",
+    "quickstart custom -d rows.json --save-config a.toml --prepare-only": "a config is saved as .yaml or .json",
+    "quickstart custom -d rows.json --epoch 2": "--epochs",
+    "quickstart qa -d rows.json": "task qa takes question, answer",
+    "quickstart code --code-root rows.json": "--code-root",
+    "start": "--task is missing",
+    "start -t qa": "--data is missing",
+    "start -d rows.json -f nobody": "--framework nobody",
+    "start -d rows.json --format alphabet": "--format alphabet",
+    "data nowhere.json": "there is no data file nowhere.json",
+    "data rows.json --column-map a": "is no pair",
+    "estimate nowhere": "there is no run folder nowhere",
+    "estimate --device tpu": "--device tpu",
+    "show rows.json": "there is no run folder",
+    "plot": "Missing argument",
+    "plot run -o run.pdf": "is no .png file",
+    "plot run --by colour": "--by colour",
+    "compare run": "Name two run folders or more",
+    "merge run": "holds no adapter yet",
+    "chat run --merged": "holds no adapter yet",
+    "chat nowhere": "there is no run folder nowhere",
+    "clean": "Name run folders, or an age",
+    "clean --before soon": "is no age",
+    "clean nowhere": "there is no run folder nowhere",
+    "run run --auto-resume --overwrite": "Type one of them",
+    "run run.yaml --config run.yaml": "Name one of them",
+    "quickstart custom -d rows.json --lr 1e-4 --set learning_rate=1e-3": "Type one of them",
+    "quickstart custom -d rows.json --set trust_remote_code=true": "Type --trust-remote-code",
+    "quickstart custom -d rows.json --save-config rows.json": "is no config",
+    "chat run --compare --merged": "Type one of them",
+    "rows rows.json --assistant me": "Add --chat",
+    "rows rows.json --key-env KEY": "need --endpoint",
+    "estimate --device cuda --measure": "--measure times one batch here",
+    "completion cmd": "there is no completion for 'cmd'",
+    "migrate nowhere.yaml": "nowhere.yaml",
+    "studio nowhere": "there is no folder nowhere",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_call_is_a_sentence(line, place, capsys):
+    make_run(place/"run")
+    Path("run.yaml").write_text("data_path: rows.json")
+    status, _, err = call(capsys, *line.split())
+    assert status == 2 and WRONG[line] in err.replace("\n", " "), err
+    assert "Traceback" not in err and "=True" not in err and "`" not in re.sub(r"`sage-finetune [^`]*`", "", err), err
+
+
+@pytest.mark.parametrize("line", ["run nowhere", "run run", "quickstart custom -d rows.json --rank 0", "chat run", "merge nowhere", "fly",
+    "estimate nowhere", "clean --before soon", "start"])
+def test_what_is_wrong_is_said_before_anything_heavy(line, place):
+    "As a process of its own: no torch is imported for it"
+    make_run(place/"run")
+    program = ("import sys; from sage_finetune.cli import main; status = main(sys.argv[1:]); "
+        "print(status, sorted({'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", program, *line.split()], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "2 []", done.stdout + done.stderr
+
+
+def test_every_command_has_help(capsys):
+    "Each parameter with a phrase, and the whole list in the order in which one needs them"
+    import typer
+    commands = typer.main.get_command(app).commands
+    for name, command in commands.items():
+        status, out, _ = call(capsys, name, "--help")
+        assert status == 0 and command.help, name
+        for parameter in command.params:
+            assert parameter.help, f"{name}: {parameter.name}"
+    status, out, _ = call(capsys, "--help")
+    names = [line.split()[0] for line in out.partition("Commands:")[2].splitlines() if line.strip()]
+    assert names[:3] == ["start", "quickstart", "run"] and "..." not in out.partition("Commands:")[2]
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+def test_settings_reach_the_run(place, capsys):
+    "A file, --set and flags: the later counts more; what was saved says the same"
+    Path("mine.toml").write_text("learning_rate = 1e-4\nseed = 7\nnum_train_epochs = 9\n[lora]\nlora_alpha = 4\n")
+    status, _, err = call(capsys, "quickstart", "custom", "-d", "rows.json", "-o", "run", "--prepare-only", "--config", "mine.toml",
+        "--set", "num_train_epochs=5", "--set", "lora.use_rslora=yes", "--lr", "3e-4", "--rank", "2", "--save-config", "saved.yaml")
+    assert status == 0, err
+    made = json.loads(Path("run", CONFIG).read_text())
+    assert (made["learning_rate"], made["seed"], made["num_train_epochs"]) == (3e-4, 7, 5)
+    assert (made["lora"]["r"], made["lora"]["lora_alpha"], made["lora"]["use_rslora"]) == (2, 4, True)
+    status, _, err = call(capsys, "quickstart", "custom", "-d", "rows.json", "-o", "again", "--prepare-only", "--config", "saved.yaml")
+    assert status == 0, err
+    again = json.loads(Path("again", CONFIG).read_text())
+    assert {name for name in made if made[name] != again[name]} == {"output_dir", "data_path"}
+
+
+def test_a_file_is_no_permission(place, capsys):
+    Path("theirs.yaml").write_text("trust_remote_code: true\nreport_to: wandb\n")
+    status, _, err = call(capsys, "quickstart", "custom", "-d", "rows.json", "-o", "run", "--prepare-only", "--config", "theirs.yaml")
+    assert status == 0 and err.count("which only you can allow") == 2
+    made = json.loads(Path("run", CONFIG).read_text())
+    assert (made["trust_remote_code"], made["report_to"]) == (False, "none")
+
+
+def test_trained_resumed_and_longer(place, capsys):
+    "A config file becomes a run; finished it says so; longer training goes on; a wrong setting changes nothing"
+    Path("run.yaml").write_text("model_name: tiny\ndata_path: rows.json\noutput_dir: run\nmax_steps: 2\nmax_length: 64\n")
+    status, out, err = call(capsys, "run", "run.yaml", "--json")
+    assert status == 0, err
+    assert json.loads(out)["status"]["state"] == "completed" and json.loads(out)["can_do"] == ["chat", "merge"]
+    status, out, _ = call(capsys, "run", "run", "--resume")
+    assert status == 0 and "is finished: 2 of 2 steps" in out and out.rstrip().endswith("run --resume --set max_steps=4")
+    before = Path("run", CONFIG).read_bytes()
+    assert call(capsys, "run", "run", "--resume", "--rank", "3")[0] == 2 and Path("run", CONFIG).read_bytes() == before
+    for flag, steps in (("--resume", 3), ("--auto-resume", 4)):
+        status, out, err = call(capsys, "run", "run", flag, "--set", f"max_steps={steps}")
+        assert status == 0 and read_status("run").step == steps, err
+
+
+def test_a_run_that_fails_before_its_first_step_is_failed(place, capsys):
+    "With its reason, from a shell and as a child; and it can be started again"
+    assert call(capsys, "quickstart", "custom", "-d", "rows.json", "-o", "run", "--prepare-only", "--set", "max_steps=1")[0] == 0
+    rows = next(Path("run").glob("training_data_*"))
+    kept = rows.read_bytes()
+    rows.write_text("[{")
+    status, _, err = call(capsys, "run", "run")
+    assert status == 2 and read_status("run").state == "failed" and rows.name in read_status("run").message, err
+    assert "failed" in call(capsys, "list", ".")[1]
+    rows.write_bytes(kept)
+    status, _, err = call(capsys, "run", "run")
+    assert status == 0 and read_status("run").state == "completed", err
+
+
+def test_a_run_that_fails_later_ends_with_1(place, capsys):
+    "It had begun: no input to put right, but a run to look at"
+    status, _, err = call(capsys, "quickstart", "custom", "-d", "rows.json", "-o", "run", "--lr", "1", "--set", "max_grad_norm=1e6",
+        "--set", "warmup_ratio=0", "--set", "eval_ratio=0", "--set", "optim=sgd", "--set", "lora.lora_alpha=4096")
+    state = read_status("run")
+    assert (status, state.state) == (1, "failed") and 0 < state.step < state.total, (status, state, err)
+    assert "--set fp16=false" in err and "--lr" in err
+
+
+# ---- answers for scripts --------------------------------------------------------------------------------------------
+
+def test_json_is_all_that_is_printed(place, capsys):
+    "One JSON value on the first stream, whatever happens; of an error too"
+    one, two = make_run(place/"a"/"one"), make_run(place/"a"/"two", (4., 1.), seed=3)
+    expected = {("list", "a"): lambda said: [run["name"] for run in said] == ["one", "two"],
+        ("show", one): lambda said: said["curve"]["best"] == [2.1, 3] and said["settings"] == {} and said["sizes"]["all"] > 0,
+        ("compare", one, two): lambda said: said["settings"] == {"seed": ["42", "3"]},
+        ("clean", "--before", "0h", "--folder", "a"): lambda said: not said["deleted"] and len(said["runs"]) == 2,
+        ("data", "rows.json"): lambda said: said["level"] == "warn" and said["findings"],
+        ("estimate", one): lambda said: said["fits"] and said["total"] == sum(said["memory"].values()),
+        ("doctor", "--no-online"): lambda said: isinstance(said["healthy"], bool) and said["checks"][0]["what"],
+        ("examples",): lambda said: said[0]["command"].startswith("sage-finetune ")}
+    for arguments, holds in expected.items():
+        status, out, err = call(capsys, *arguments, "--json")
+        assert status in (0, 2) and holds(json.loads(out)), (arguments, out, err)
+    status, out, err = call(capsys, "show", "nowhere", "--json")
+    said = json.loads(out)
+    assert status == said["exit_status"] == 2 and said["error"]["kind"] == "RunError" and said["error"]["message"] in err
+
+
+def test_secrets_are_not_in_answers(place, capsys):
+    token = "hf_" + "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC2dF4h"
+    run = make_run(place/"run")
+    status = json.loads((run/"status.json").read_text())
+    (run/"status.json").write_text(json.dumps(status | dict(state="failed", message=f"401 for {token}")))  # as another program wrote it
+    for command in ("show", "list"):
+        for flags in ((), ("--json",)):
+            _, out, err = call(capsys, command, run if command == "show" else place, *flags)
+            assert token not in out + err
+
+
+# ---- pipes, narrow and hostile --------------------------------------------------------------------------------------
+
+def test_hostile_names(place, capsys):
+    "Nothing in a name is obeyed, by the terminal or by a shell"
+    for name in ("a\nfailed  forged", "b\x1b[2Jc", "$(touch planted)", "--overwrite", "x; touch planted", "run `touch planted`"):
+        folder = make_run(place/"runs"/name)
+        for arguments in (("list", "runs"), ("show", folder), ("plot", folder), ("clean", folder), ("compare", folder, folder)):
+            status, out, err = call(capsys, *arguments)
+            assert status == 0 and "\x1b" not in out + err, (name, arguments, err)
+            assert not any(line.startswith("failed  forged") for line in (out + err).splitlines())
+    assert not (place/"planted").exists()
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_tables_fit_the_terminal(columns, place, capsys, monkeypatch):
+    "No word is cut that fits a line, and no line is longer than the screen"
+    make_run(place/"runs"/"a-run-with-a-very-long-name-that-would-push-everything-away")
+    make_run(place/"runs"/"short")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sage_finetune.core.text.sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for arguments in (("list", "runs"), ("show", "runs/short"), ("compare", "runs/short", "runs/short")):
+        status, out, _ = call(capsys, *arguments)
+        assert status == 0 and max(map(len, out.splitlines())) <= columns, out
+        assert re.search(r"\bcompleted\b", out), out
+
+
+def in_terminal(arguments, answers, cwd, columns=60, interrupt=None):
+    "A command in a real terminal; each answer is typed when its prompt is there. What the screen got, and the status"
+    pid, screen = pty.fork()
+    if pid == 0:  # the child
+        os.chdir(cwd)
+        os.environ.update(COLUMNS=str(columns), TERM="dumb")
+        os.execv(sys.executable, [sys.executable, "-m", "sage_finetune.cli", *arguments])
+    said, waiting, until = "", list(answers), time.monotonic() + 300
+    while time.monotonic() < until:
+        if select.select([screen], [], [], 0.2)[0]:
+            try: piece = os.read(screen, 65536).decode(errors="replace")
+            except OSError: break
+            if not piece: break
+            said += piece
+        if waiting and said.endswith(waiting[0][0]):
+            os.write(screen, waiting.pop(0)[1].encode())
+        if interrupt and interrupt in said: os.write(screen, b"\x03"); interrupt = None
+    os.close(screen)
+    _, status = os.waitpid(pid, 0)
+    return said.replace("\r\n", "\n"), os.waitstatus_to_exitcode(status)
+
+
+def test_menus_in_a_terminal(place):
+    "Numbers, a wrong one, a default; what was typed is not asked"
+    answers = [("task: ", "9\n"), ("task: ", "5\n"), ("file with the rows [example]: ", "nowhere.json\n"),
+        ("file with the rows [example]: ", "rows.json\n"), ("run folder to make [finetune_output/custom]: ", "out\n"),
+        ("train now [yes]: ", "2\n")]
+    said, status = in_terminal(["start", "-m", "tiny"], answers, place)
+    assert status == 0 and "Type a number from 1 to 5" in said and "there is no file nowhere.json" in said, said
+    assert (place/"out"/CONFIG).exists() and "model:" not in said and "sage-finetune run out" in said
+
+
+def test_ctrl_c_in_a_menu(place):
+    said, status = in_terminal(["start"], [], place, interrupt="task: ")
+    assert status == 130 and "Traceback" not in said and not list(place.glob("finetune_output*"))
+
+
+def test_ctrl_c_while_it_trains(place):
+    "Saved after the step, and 130"
+    said, status = in_terminal(["quickstart", "custom", "-d", "rows.json", "-o", "run", "--epochs", "9000", "--set", "logging_steps=1"], [],
+        place, interrupt="· epoch ")
+    assert status == 130 and "Traceback" not in said, said
+    assert read_status(place/"run").state == "cancelled" and read_status(place/"run").step >= 1
+
+
+def test_nothing_but_answers_in_a_pipe(place):
+    "No greeting, no prompt, no colour"
+    run = make_run(place/"run")
+    for arguments in (("list", "."), ("show", run), ("data", "rows.json")):
+        done = shell(*arguments, cwd=place)
+        assert done.returncode == 0 and "\x1b" not in done.stdout, done.stderr
+    done = shell("start", "-d", "rows.json", "--set", "max_steps=1", cwd=place, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and "run folder to make" not in done.stdout and "train now" not in done.stdout, done.stdout + done.stderr
+
+
+# ---- cleaning -------------------------------------------------------------------------------------------------------
+
+def test_clean_takes_what_is_the_runs_own(place, capsys):
+    "First shown, then deleted; a note stays, a folder that is no run is refused, a link is not followed, a live run is left alone"
+    run, other = make_run(place/"runs"/"old"), make_run(place/"elsewhere")
+    (run/"note.txt").write_text("mine")
+    (place/"runs"/"link").symlink_to(other)
+    assert call(capsys, "clean", run)[0] == 0 and (run/METRICS).exists()
+    status, out, err = call(capsys, "clean", place/"runs"/"link", "--yes")
+    assert status == 2 and (other/METRICS).exists(), out + err
+    status, out, err = call(capsys, "clean", run, "--yes")
+    assert status == 0 and [path.name for path in run.iterdir()] == ["note.txt"], err
+    live = make_run(place/"runs"/"live", state="training")
+    status, out, err = call(capsys, "clean", "--before", "0h", "--folder", "runs", "--yes")
+    assert (live/METRICS).exists() and "trains there" in out, out
+    (place/"thesis").mkdir()
+    (place/"thesis"/"training_config.json").write_text(json.dumps(dict(chapters=12)))
+    assert call(capsys, "clean", place/"thesis", "--yes")[0] == 2 and (place/"thesis"/"training_config.json").exists()
+
+
+def test_clean_by_age(place, capsys):
+    old, new = make_run(place/"runs"/"old"), make_run(place/"runs"/"new")
+    for path in old.iterdir(): os.utime(path, (time.time() - 9 * 86400,) * 2)
+    assert call(capsys, "clean", "--before", "7d", "--folder", "runs", "--yes")[0] == 0
+    assert not old.exists() and new.exists()
+
+
+# ---- the Tab key ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, expected", [(["sage-finetune", "qui"], "quickstart"), (["sage-finetune", "run", "--res"], "--resume"),
+    (["sage-finetune", "show", "runs/fi"], "runs/first")])
+def test_completion_in_bash(words, expected, place):
+    "The script that is printed, sourced in a real shell"
+    make_run(place/"runs"/"first")
+    tools = place/"bin"
+    tools.mkdir()
+    (tools/"sage-finetune").write_text(f'#!/bin/sh\nexec {sys.executable} -m sage_finetune.cli "$@"\n')
+    (tools/"sage-finetune").chmod(0o755)
+    script = place/"complete.bash"
+    script.write_text(shell("completion", "bash").stdout)
+    function = re.search(r"complete .*-F (\w+)", script.read_text())[1]
+    program = f"source {script}\nCOMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}\n{function} sage-finetune\n" \
+        "printf '%s\\n' \"${COMPREPLY[@]}\"\n"
+    done = subprocess.run(["bash", "-c", program], cwd=place, capture_output=True, text=True, timeout=60,
+        env=os.environ | dict(PATH=f"{tools}:{os.environ['PATH']}"))
+    assert expected in done.stdout.split(), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name, check", [("zsh", ["-n"]), ("fish", ["--no-execute"])])
+def test_completion_scripts_are_read_by_their_shells(name, check, place):
+    if not shutil.which(name): pytest.skip(f"{name} is not installed")
+    script = place/f"complete.{name}"
+    script.write_text(shell("completion", name).stdout)
+    done = subprocess.run([name, *check, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
