@@ -5,6 +5,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -277,14 +278,16 @@ def test_tables_fit_the_terminal(columns, place, capsys, monkeypatch):
 
 
 def in_terminal(arguments, answers, cwd, columns=60, interrupt=None):
-    "A command in a real terminal; each answer is typed when its prompt is there. What the screen got, and the status"
+    """A command in a real terminal; each answer is typed when its prompt is there. What the screen got, and the status.
+    Python's `input` misses a Ctrl-C in the moment before it waits: as a person would, it is pressed again when nothing happens."""
     pid, screen = pty.fork()
     if pid == 0:  # the child
         os.chdir(cwd)
         os.environ.update(COLUMNS=str(columns), TERM="dumb")
         os.execv(sys.executable, [sys.executable, "-m", "sage_finetune.cli", *arguments])
-    said, waiting, until = "", list(answers), time.monotonic() + 300
+    said, waiting, until, pressed = "", list(answers), time.monotonic() + 300, None
     while time.monotonic() < until:
+        if pressed and said.endswith("^C") and time.monotonic() > pressed + 5: os.write(screen, b"\x03"); pressed = time.monotonic()
         if select.select([screen], [], [], 0.2)[0]:
             try: piece = os.read(screen, 65536).decode(errors="replace")
             except OSError: break
@@ -292,7 +295,8 @@ def in_terminal(arguments, answers, cwd, columns=60, interrupt=None):
             said += piece
         if waiting and said.endswith(waiting[0][0]):
             os.write(screen, waiting.pop(0)[1].encode())
-        if interrupt and interrupt in said: os.write(screen, b"\x03"); interrupt = None
+        if interrupt and interrupt in said: os.write(screen, b"\x03"); interrupt, pressed = None, time.monotonic()
+    if time.monotonic() > until: os.kill(pid, signal.SIGKILL)
     os.close(screen)
     _, status = os.waitpid(pid, 0)
     return said.replace("\r\n", "\n"), os.waitstatus_to_exitcode(status)
