@@ -19,6 +19,7 @@ import typing
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -53,12 +54,15 @@ def config_field(
     *,
     effect: str,                 # one of `EFFECTS`: what it means when a stranger sets it
     affects: str = 'data memory speed identity', # names from `AFFECTS` with blanks between; who does not say affects everything
-    safe: tuple = ()             # values of a permission that need nobody's word, besides the default
+    safe: tuple = (),            # values of a permission that need nobody's word, besides the default
+    several: tuple = ()          # with a list of them instead of one of `choices`; they become one text, with commas between
 ) -> Any:                        # a dataclass field that knows its range, what it can do and what it affects
     "A dataclass field with its range, its effect and what it affects."
     if effect not in EFFECTS: raise ValueError(f'there is no effect {effect!r}')
     if unknown := {*affects.split()} - {*AFFECTS}: raise ValueError(f'nothing that is affected is named {unknown}')
-    metadata = dict(low=low, high=high, choices=choices, effect=effect, affects=tuple(affects.split()), safe=safe)
+    together = tuple(','.join(some) for count in range(1, len(several) + 1) for some in combinations(several, count))
+    metadata = dict(low=low, high=high, choices=choices and choices + together or None, effect=effect, affects=tuple(affects.split()),
+        safe=safe, several=several)
     if isinstance(default, type): return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -90,14 +94,23 @@ def describe_allowed(
 ) -> str: # "a whole number from 1 to 1,024"
     "What a field accepts, in words."
     *kinds, last = (_IN_WORDS.get(kind, getattr(kind, '__name__', str(kind))) for kind in _field_types(dataclass_field.type))
-    low, high, choices = (dataclass_field.metadata.get(o) for o in ('low', 'high', 'choices'))
+    low, high, choices, several = (dataclass_field.metadata.get(o) for o in ('low', 'high', 'choices', 'several'))
     in_digits = lambda value: f'{value:,}' if isinstance(value, int) else f'{value:g}'
     span = '' if low is None else f' from {in_digits(low)} to {in_digits(high)}' if high is not None else f', {in_digits(low)} or more'
-    if choices: return 'one of ' + ', '.join(map(repr, choices))
+    if choices: return 'one of ' + ', '.join(repr(one) for one in choices if ',' not in one) + ', or a list of them' * bool(several)
     return f'{kinds[0]}{span} or {last}' if kinds else f'{last}{span}'
+
+def _as_one(dataclass_field: dataclasses.Field, value: Any) -> Any:
+    "A list of names as one text, in the order of the field; anything else as it is"
+    names, several = value.split(',') if isinstance(value, str) else value, dataclass_field.metadata.get('several')
+    if not (several and isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)): return value
+    if not names: return dataclass_field.default
+    given = {name.strip() for name in names}
+    return ','.join(name for name in several if name in given) if given and given <= {*several} else ','.join(names)
 
 def _checked(owner: str, dataclass_field: dataclasses.Field, value: Any) -> Any:
     "`value` in its proper type; raises `ConfigError` when it is out of range"
+    value = _as_one(dataclass_field, value)
     kinds = _field_types(dataclass_field.type)
     if value is None and type(None) in kinds: return None
     if Path in kinds and isinstance(value, (str, Path)): checked_path(value, f'{owner}.{dataclass_field.name}')
@@ -383,8 +396,8 @@ class TrainingConfig(ValidatedConfig):
     save_steps: int = config_field(500, 1, 1_000_000, effect='harmless', affects='resume')
     # checkpoints kept
     save_total_limit: int = config_field(2, 1, 1_000, effect='harmless', affects='resume')
-    # also send the curves to this tool
-    report_to: str = config_field('none', choices=('none', 'tensorboard', 'wandb'),
+    # also send the curves to this tool, or to several: a list, or names with commas between
+    report_to: str = config_field('none', choices=('none',), several=('tensorboard', 'wandb', 'trackio'),
         effect='permission', affects='resume', safe=('tensorboard',))
     # the fields of the adapter
     lora: LoRAConfig = config_field(LoRAConfig, effect='harmless', affects='memory dry_run speed identity')
@@ -425,6 +438,10 @@ class TrainingConfig(ValidatedConfig):
     def log_dir(self) -> Path:
         "Where TensorBoard files go."
         return self.output_dir/'logs'
+    @property
+    def report_tools(self) -> list[str]:
+        "The tools of `report_to`."
+        return [] if self.report_to == 'none' else self.report_to.split(',')
 
     def check(self) -> 'TrainingConfig':
         "Refuse contradictions between fields. Returns the config, so that it can be chained."
@@ -512,7 +529,7 @@ def permission_flag(
 ) -> list[str]: # such as ["--report-to", "wandb"]
     "How a permission is given on the command line."
     flag = '--overwrite' if name == 'overwrite_output_dir' else f'--{name.replace("_", "-")}'
-    return [flag] if value is True else [flag, str(value)]
+    return [flag] if value is True else [flag, ','.join(value) if isinstance(value, (list, tuple)) else str(value)]
 
 def refused(
     content: dict,    # what a config file holds
@@ -520,14 +537,14 @@ def refused(
     **allowed: Any    # permissions the user gives
 ) -> dict:            # field -> a sentence
     "The permissions a file asks for and does not get."
-    asked = {name: content[name] for name in PERMISSIONS if name in content and name not in allowed
-        and content[name] not in _needs_no_word(name)}
+    asked = {name: value for name in PERMISSIONS if name in content and name not in allowed
+        and (value := _as_one(TrainingConfig.__dataclass_fields__[name], content[name])) not in _needs_no_word(name)}
     return {name: _refusal(path, name, value, content.get('model_name')) for name, value in asked.items()}
 
 def _refusal(path: str | Path, name: str, value: Any, model_name: Any) -> str:
     "One sentence about a permission that stays at its default"
     permission = TrainingConfig.__dataclass_fields__[name]
-    wanted = True if permission.type is bool else value if value in permission.metadata['choices'] else permission.metadata['choices'][-1]
+    wanted = True if permission.type is bool else value if value in permission.metadata['choices'] else permission.metadata['several'][-1]
     code = model_code(model_name) if name == 'trust_remote_code' and isinstance(model_name, str) else []
     which = f' (it would run {", ".join(code[:5])} of {model_name})' * bool(code)
     way_out = f'{" ".join(permission_flag(name, wanted))}, or {name}={wanted!r} in Python'

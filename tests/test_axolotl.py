@@ -268,6 +268,13 @@ def test_a_file_is_never_a_permission(place):
     assert not found.config.trust_remote_code and found.config.report_to == "none" and {*found.refused} == {"trust_remote_code",
         "report_to"}
     assert read_axolotl(place/"lora.yml", trust_remote_code=True, report_to="wandb").config.trust_remote_code
+
+
+@pytest.mark.parametrize("keys, tools", [(dict(use_trackio=True, use_tensorboard=True), "tensorboard,trackio"),
+    (dict(use_trackio=True, use_wandb=False, wandb_project="a"), "trackio"), (dict(wandb_project="a", use_wandb=None), "wandb")])
+def test_where_its_curves_go_is_asked_for(place, keys, tools):
+    found = read_axolotl(written(place, **keys))
+    assert found.config.report_to == "none" and f"--report-to {tools}," in found.refused["report_to"]
     assert "hf_secret" not in str(read_axolotl(written(place, hf_use_auth_token="hf_secret", comet_api_key="hf_secret")))
 
 

@@ -115,7 +115,7 @@ def test_the_example_is_taken_over(place):
     (dict(disable_gradient_checkpointing=True), dict(gradient_checkpointing=False)),
     (dict(quantization_bit=4, quantization_method="bnb"), dict(load_in_4bit=True)), (dict(quantization_bit=8), dict(load_in_8bit=True)),
     (dict(max_steps=7), dict(max_steps=7)), (dict(max_steps=-1), dict(max_steps=None)),
-    (dict(report_to=["tensorboard"]), dict(report_to="tensorboard")), (dict(optim="adamw_bnb_8bit"), dict(optim="adamw_8bit")),
+    (dict(report_to=["tensorboard"]), dict(report_to="tensorboard")), (dict(report_to=["trackio", "tensorboard"]), dict(report_to="none")), (dict(optim="adamw_bnb_8bit"), dict(optim="adamw_8bit")),
     (dict(eval_strategy="steps", eval_steps=5, val_size=.1), dict(eval_steps=5)),
     (dict(eval_strategy="no", eval_steps=5), dict(eval_steps=None)),
     (dict(add_tokens="<a>,<b>"), dict(new_tokens=["<a>", "<b>"])), (dict(use_cpu=True), dict(device="cpu")),

@@ -1,4 +1,4 @@
-"TensorBoard and Weights & Biases: what was sent is really in their files"
+"TensorBoard, Weights & Biases and Trackio: what was sent is really in their files"
 import struct
 import subprocess
 import sys
@@ -17,15 +17,34 @@ def trained(folder, tool):
     return config
 
 
-def test_tensorboard(tmp_path):
+def check_tensorboard(config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    config = trained(tmp_path, "tensorboard")
     found = EventAccumulator(str(next(config.log_dir.rglob("events.out.tfevents.*")).parent))
     found.Reload()
     for name in SENT:
         written = [(row["step"], row[name]) for row in metrics(config.output_dir) if row[name] is not None]
         assert ([(event.step, event.value) for event in found.Scalars(name)]
             == [(step, pytest.approx(value, rel=1e-6)) for step, value in written] and written)
+
+
+def test_tensorboard(tmp_path):
+    check_tensorboard(trained(tmp_path, "tensorboard"))
+
+
+def test_trackio_and_tensorboard(tmp_path, monkeypatch):
+    "Two tools at once; Trackio keeps its runs in a folder of its own, and starts no server"
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path/"trackio"))  # read when it is first imported, which is here
+    config = trained(tmp_path/"run", ["trackio", "tensorboard"])
+    assert config.report_to == "tensorboard,trackio"
+    check_tensorboard(config)
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+    assert not trackio.context_vars.current_server.get()
+    assert [run.name for run in trackio.Api().runs("sage_finetune")] == [config.output_dir.name]
+    lines = SQLiteStorage.get_logs("sage_finetune", config.output_dir.name)
+    for name in SENT:
+        written = [(row["step"], row[name]) for row in metrics(config.output_dir) if row[name] is not None]
+        assert [(line["step"], line[name]) for line in lines if name in line] == [(step, pytest.approx(value)) for step, value in written]
 
 
 def records(path):
@@ -67,7 +86,7 @@ import sys
 class Without:
     def __init__(self, finder): self.finder = finder
     def __getattr__(self, name): return getattr(self.finder, name)
-    def find_spec(self, name, *more): return None if name.split(".")[0] in ("tensorboard", "wandb") else self.finder.find_spec(name, *more)
+    def find_spec(self, name, *more): return None if name.split(".")[0] in ("tensorboard", "wandb", "trackio") else self.finder.find_spec(name, *more)
 sys.meta_path[:] = map(Without, sys.meta_path)
 from sage_finetune import LoRATrainer, PresetConfigs
 config = PresetConfigs.tiny(data_path=sys.argv[1], output_dir=sys.argv[2], eval_ratio=0., max_steps=1)
@@ -78,7 +97,7 @@ except Exception as error: print(type(error).__name__, error)
 """
 
 
-@pytest.mark.parametrize("tool", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("tool", ["tensorboard", "wandb", "trackio"])
 def test_a_tool_that_is_not_installed_is_missed_only_when_asked_for(tmp_path, tool):
     said = subprocess.run([sys.executable, "-c", WITHOUT, write_rows(tmp_path/"rows.jsonl"), tmp_path/"run", tool],
         capture_output=True, text=True, timeout=120)

@@ -26,6 +26,7 @@ from sage_finetune.data.foreign import (
     find_source,
     foreign_config,
     read_source,
+    report_tools,
     translate,
     write_foreign,
 )
@@ -80,7 +81,7 @@ IGNORED |= dict(output_dir='you say where a run goes: a file may not', group_by_
     fp32_norm_classes='see fp32_norms',
     noisy_embedding_alpha='without effect there: neftune_noise_alpha is the key', evaluation_strategy='without effect there')
 IGNORED_BEGINNINGS = dict.fromkeys(('wandb_', 'mlflow_', 'use_mlflow', 'hf_mlflow_', 'comet_', 'use_comet', 'trackio_',
-    'use_trackio', 'swanlab_', 'use_swanlab', 'otel_', 'use_otel_', 'gradio_', 'generation_'), _SHOWN) | dict(ddp_=_SPEED, liger_=_SPEED)
+    'swanlab_', 'use_swanlab', 'otel_', 'use_otel_', 'gradio_', 'generation_'), _SHOWN) | dict(ddp_=_SPEED, liger_=_SPEED)
 
 # %% ../../nbs/data/56_axolotl.ipynb #data-axolotl-refused
 _NOT_HERE, _SHARED = 'There is no such training here.', 'Runs share their steps with --num-processes.'
@@ -164,7 +165,9 @@ def _special(value: Any) -> dict:
     return dict(new_tokens=list(more)) if more else {}
 
 def _report(value: Any, everything: dict) -> dict:
-    return dict(report_to='wandb') if value and everything.get('use_wandb') is not False else {}
+    wanted = dict(tensorboard=everything.get('use_tensorboard'), trackio=everything.get('use_trackio'),
+        wandb=everything.get('wandb_project') if everything.get('use_wandb') is None else everything['use_wandb'])
+    return report_tools([tool for tool, value in wanted.items() if value])
 
 # %% ../../nbs/data/56_axolotl.ipynb #data-axolotl-turn-table
 _OPTIMIZERS = dict(adamw_bnb_8bit='adamw_8bit', paged_adamw='paged_adamw_32bit', adamw_torch_8bit='adamw_8bit')
@@ -191,7 +194,7 @@ TURNED: dict[str, Callable[[Any, dict], dict]] = dict(
     gradient_checkpointing=lambda value, _: dict(gradient_checkpointing=value not in OFF),
     torch_compile=lambda value, _: {} if value in ('auto', None) else dict(torch_compile=value),
     tokens=lambda value, _: dict(new_tokens=value) if value else {}, special_tokens=lambda value, _: _special(value) if value else {},
-    use_wandb=_report, wandb_project=_report, use_tensorboard=lambda value, _: dict(report_to='tensorboard') if value else {},
+    use_wandb=_report, wandb_project=_report, use_tensorboard=_report, use_trackio=_report,
     plugins=lambda value, _: _plugins(value) if value else {})
 
 # %% ../../nbs/data/56_axolotl.ipynb #data-axolotl-remarks

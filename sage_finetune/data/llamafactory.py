@@ -18,7 +18,7 @@ from ..core.limits import list_names, parse_json, read_regular, shorten
 from ..core.storage import expand_home
 from ..core.yaml_files import read_yaml
 from .files import iter_rows
-from .foreign import OFF, ForeignConfig, KeyTable, eval_share, foreign_config, translate, write_foreign
+from .foreign import OFF, ForeignConfig, KeyTable, eval_share, foreign_config, report_tools, translate, write_foreign
 from .raw_rows import BadRow, RawRow
 from .tasks import check_row
 
@@ -89,10 +89,6 @@ def _bits(value: Any) -> dict:
     if value in (4, 8): return {f'load_in_{value}bit': True}
     raise ConfigError(f'quantization_bit: {value!r} cannot be used: it takes 4 or 8.')
 
-def _report(value: Any) -> str:
-    names = value if isinstance(value, list) else [value]
-    if len(names) == 1 and names[0] in ('tensorboard', 'wandb'): return names[0]
-    raise ConfigError(f'report_to: {value!r} cannot be used: it takes none, tensorboard or wandb.')
 
 _OPTIMIZERS = dict(adamw_bnb_8bit='adamw_8bit', paged_adamw='paged_adamw_32bit', adamw_torch_8bit='adamw_8bit')
 _TURNED: dict[str, Callable[[Any, dict], dict]] = dict(
@@ -103,7 +99,7 @@ _TURNED: dict[str, Callable[[Any, dict], dict]] = dict(
     pissa_init=lambda value, all_: {'lora.init_lora_weights': 'pissa' if all_.get('pissa_iter', 16) == -1 else 'pissa_niter_16'}
         if value else {},
     quantization_bit=lambda value, _: _bits(value) if value else {},
-    report_to=lambda value, _: {} if value in OFF else dict(report_to=_report(value)),
+    report_to=lambda value, _: report_tools(value),
     optim=lambda value, _: dict(optim=_OPTIMIZERS.get(value, value)),
     add_tokens=lambda value, _: dict(new_tokens=_target(value)) if value else {},
     disable_gradient_checkpointing=lambda value, _: dict(gradient_checkpointing=not value),

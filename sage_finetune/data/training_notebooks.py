@@ -33,6 +33,7 @@ from sage_finetune.data.foreign import (
     find_source,
     foreign_config,
     read_source,
+    report_tools,
     translate,
     write_foreign,
 )
@@ -465,12 +466,6 @@ def _number(value: Any) -> float:
 def _every(name: str, share: str, value: Any) -> dict:
     return {f'steps.{share}': value} if 0 < _number(value) < 1 else {name: int(value)} if value else {}
 
-def _report(value: Any) -> dict:
-    names = [name for name in (value if isinstance(value, list) else [value]) if name not in OFF]
-    if not names: return {}
-    if names in (['tensorboard'], ['wandb']): return dict(report_to=names[0])
-    raise ConfigError(f'report_to: {value!r} cannot be used: it takes none, tensorboard or wandb.')
-
 def _loading(value: Any) -> dict:
     if unknown := {*(value or {})} - {'dtype', 'torch_dtype', *_MODEL_SPEED}:
         raise ConfigError(f'model_init_kwargs: {shorten(sorted(map(str, unknown)))} cannot be taken over.')
@@ -486,7 +481,7 @@ _ON_STEPS: dict[str, Callable[[Any, dict], dict]] = dict(
         if value and 'steps' in (all_.get('eval_strategy'), all_.get('evaluation_strategy')) else {},
     save_strategy=lambda value, _: {'steps.saves_per_epoch': 1} if value == 'epoch' else {},
     logging_steps=lambda value, _: dict(logging_steps=int(value)) if value and value >= 1 else {},
-    report_to=lambda value, _: _report(value), optim=lambda value, _: dict(optim=_OPTIMIZERS.get(value, value)),
+    report_to=lambda value, _: report_tools(value), optim=lambda value, _: dict(optim=_OPTIMIZERS.get(value, value)),
     max_length=lambda value, _: dict(max_length=value) if value else {},
     max_seq_length=lambda value, _: dict(max_length=value) if value else {},
     fp16=lambda value, _: dict(fp16=value), bf16=lambda value, _: dict(bf16=value), model_init_kwargs=lambda value, _: _loading(value),

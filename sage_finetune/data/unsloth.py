@@ -78,6 +78,7 @@ def unsloth_remarks(
     lacks += [(f'lora.{name}', getattr(config.lora, name), *_LORA_LACKS[name]) for name in _LORA_LACKS]
     said = [f'{name}={shorten(repr(value), 60)}: {there}' for name, value, same, there in lacks if value not in same]
     if _has_marks(config.data_path): said.append('turns with "weight": 0 or "train": false: every answer is trained on')
+    if 'trackio' in config.report_tools: said.append(f'report_to={config.report_to!r}: curves are sent to TensorBoard and wandb only')
     if config.lora.target_modules == 'all-linear': said.append(f'lora.target_modules="all-linear": {_LINEAR}, all there are in most models')
     return said
 
@@ -116,7 +117,7 @@ def unsloth_config(
     return dict(model=resolve_model(config.model_name), data=data, training=training,
         lora=dict(lora_r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, target_modules=_targets(lora.target_modules),
             use_rslora=lora.use_rslora, use_dora=lora.use_dora),
-        logging=dict(enable_wandb=config.report_to == 'wandb', enable_tensorboard=config.report_to == 'tensorboard',
+        logging=dict(enable_wandb='wandb' in config.report_tools, enable_tensorboard='tensorboard' in config.report_tools,
             tensorboard_dir=str(config.log_dir.absolute())))
 
 # %% ../../nbs/data/59_unsloth.ipynb #data-unsloth-write

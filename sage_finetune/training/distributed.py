@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import ProjectConfiguration
 
 from ..config import TrainingConfig
@@ -57,27 +58,33 @@ def make_accelerator(
     config: TrainingConfig, # `device`, `report_to`, `output_dir`
     precision: str # "fp32", "bf16" or "fp16"
 ) -> Accelerator:
-    "A fresh accelerator. Raises `ConfigError` when the tool of `report_to` is not installed."
-    tool = None if config.report_to == 'none' else config.report_to
-    if tool and not importlib.util.find_spec(tool):
-        raise ConfigError(f'`report_to={tool!r}`, but it is not installed. Run: pip install {tool}')
+    "A fresh accelerator. Raises `ConfigError` when a tool of `report_to` is not installed."
+    if missing := [tool for tool in config.report_tools if not importlib.util.find_spec(tool)]:
+        raise ConfigError(f'`report_to={config.report_to!r}`, but {" and ".join(missing)} is not installed. '
+            f'Run: pip install {" ".join(missing)}', ('report_to',))
     for kind in ('FSDP', 'DEEPSPEED'):
         if os.environ.get(f'ACCELERATE_USE_{kind}', 'false') == 'true':
             raise ConfigError(f'the launcher asks for {kind}, but here every process holds the whole model and they share the steps. '
                 f'Launch without it (accelerate launch --multi_gpu); a model that does not fit one GPU may in 4 bits: `load_in_4bit=True`.')
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     accelerator = Accelerator(mixed_precision='no' if precision == 'fp32' else precision,
-                              cpu=pick_device(config).type == 'cpu', log_with=tool,
-                              project_config=ProjectConfiguration(str(config.output_dir), str(config.output_dir)))
+                              cpu=pick_device(config).type == 'cpu', log_with=_trackers(config) or None,
+                              project_config=ProjectConfiguration(str(config.output_dir), str(config.log_dir)))
     if int(os.environ.get('WORLD_SIZE', '1')) != accelerator.num_processes:
         raise RunError(f'{os.environ["WORLD_SIZE"]} processes were started, but this one sees {accelerator.num_processes}, '
             f'so each would train the whole by itself. Start them with torchrun, accelerate launch, or --num-processes.')
-    if tool:
+    if config.report_tools:
         if is_main(): claim_links(config.output_dir, ['logs'])
         config.log_dir.mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers('logs' if tool == 'tensorboard' else 'sage_finetune',
-            init_kwargs=dict(wandb=dict(dir=str(config.log_dir), name=config.output_dir.name)))
+        name = config.output_dir.absolute().name
+        accelerator.init_trackers('sage_finetune',
+            init_kwargs=dict(wandb=dict(dir=str(config.log_dir), name=name), trackio=dict(name=name, embed=False)))
     return accelerator
+
+def _trackers(config: TrainingConfig) -> list:
+    "The tools as accelerate takes them; TensorBoard's files lie in the run folder itself, under no project"
+    its_own = {'tensorboard': lambda: TensorBoardTracker(config.log_dir.name, str(config.output_dir))}
+    return [its_own[tool]() if tool in its_own else tool for tool in config.report_tools]
 
 # %% ../../nbs/training/15_distributed.ipynb #dist-07
 def is_main() -> bool: # True in a program of one process

@@ -211,8 +211,8 @@ def record(self: Run, # that is going on
     manager.mark_step_done(step=step.step, seconds=step.seconds, halvings=setup.batching.halvings, unlogged_step=asdict(step))
     self.evaluation.add_to(step)
     writer.add(step)
-    if setup.config.report_to != 'none':
-        numbers = {name: value for name, value in asdict(step).items() if isinstance(value, (int, float))}
+    if setup.config.report_tools:
+        numbers = {name: value for name, value in asdict(step).items() if name != 'step' and isinstance(value, (int, float))}
         setup.accelerator.log(numbers, step=step.step)
     if step.eval_loss is not None: manager.update_best(step.eval_loss)
     manager.progress = replace(manager.progress, unlogged_step=None)
@@ -280,7 +280,7 @@ def steps(self: Run # is run once
         loop.close()
         unpack_weights(setup.engine)
         trim_memory(setup.device)
-        if setup.config.report_to != 'none': setup.accelerator.end_training()
+        if setup.config.report_tools: setup.accelerator.end_training()
         writer.close(**ending)
 
 @patch

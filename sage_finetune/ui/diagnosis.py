@@ -185,10 +185,10 @@ TORCHAO = '0.16'  # peft raises ImportError in get_peft_model for an older one, 
 
 def _extras(config: TrainingConfig | None) -> Iterator[Check]:
     "The tools that curves may be sent to"
-    for tool in ('tensorboard', 'wandb'):
+    for tool in TrainingConfig.__dataclass_fields__['report_to'].metadata['several']:
         there = installed(tool)
         if there: yield Check(tool, there)
-        elif config and config.report_to == tool:
+        elif config and tool in config.report_tools:
             yield Check(tool, f'not installed, and report_to={tool!r} asks for it', 'problem', _pip(tool))
         else: yield Check(tool, f'not installed; only report_to={tool!r} would need it', 'note', _pip(tool))
 

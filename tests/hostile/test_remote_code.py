@@ -225,6 +225,19 @@ def test_what_was_refused_is_said(honest, tmp_path, capsys):
     assert len(looks) == 5 and "own_code.py" in looks[-1]
 
 
+@pytest.mark.parametrize("asked, stays, way_out", [(["tensorboard"], "tensorboard", None), (["none"], "none", None),
+    (["wandb", "tensorboard"], "none", "--report-to tensorboard,wandb"), ("trackio", "none", "--report-to trackio"),
+    (["tensorboard", "swanlab"], "none", "--report-to trackio")])
+def test_curves_that_a_file_sends_to_several_tools(tmp_path, asked, stays, way_out):
+    "What stays in the run folder needs nobody's word, and nothing else passes beside it"
+    path = tmp_path/"config.json"
+    path.write_text(json.dumps(dict(model_name="tiny", report_to=asked)))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert TrainingConfig.load(path).report_to == stays
+    assert [way_out in str(one.message) for one in said] == [True] * bool(way_out)
+
+
 def test_what_the_user_sets_himself_is_kept(tmp_path):
     "In memory, in a copy, and in a run that was prepared and is trained with the same word"
     config = TrainingConfig(model_name="tiny", trust_remote_code=True, report_to="wandb")
