@@ -126,7 +126,7 @@ def run_command(
     allow_special_tokens: Annotated[bool, typer.Option('--allow-special-tokens',
         help='let text in the data become control tokens: only for data you trust')] = False,
     report_to: Annotated[str | None, typer.Option(metavar='TOOLS', autocompletion=lambda: list(_TOOLS),
-        help=f'also send the curves there: {", ".join(_TOOLS)}, or several with commas between; wandb sends them under your account')] = None,
+        help=f'also send the curves to {", ".join(_TOOLS)}, or several with commas between; wandb sends them under your account')] = None,
     as_json: AsJson = False,
     **typed: Any # the settings
 ):

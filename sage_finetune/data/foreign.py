@@ -89,7 +89,7 @@ def report_tools(
 ) -> dict: # field and value here; empty: none
     "The tools that curves are sent to. Raises `ConfigError` for one that is not known here."
     known = TrainingConfig.__dataclass_fields__['report_to'].metadata['several']
-    names = [name for name in (value if isinstance(value, list) else [value]) if name not in OFF]
+    names = [name for name in (value if isinstance(value, list) else [value]) if name not in (None, False, '', 'none', 'no')]
     if all(name in known for name in names): return dict(report_to=','.join(names)) if names else {}
     raise ConfigError(f'report_to: {shorten(repr(value))} cannot be used: it takes none, {", ".join(known[:-1])} or {known[-1]}.')
 
