@@ -312,6 +312,16 @@ def test_menus_in_a_terminal(place):
     assert (place/"out"/CONFIG).exists() and "model:" not in said and "sage-finetune run out" in said
 
 
+def test_a_picture_in_a_run_goes_with_it_and_one_of_yours_stays(place, capsys):
+    run, other = make_run(place/"run"), make_run(place/"other")
+    assert call(capsys, "plot", run)[0] == call(capsys, "plot", run)[0] == call(capsys, "plot", other)[0] == 0
+    (other/"curves.png").write_bytes(b"retouched")
+    status, _, err = call(capsys, "plot", other)
+    assert status == 2 and "was changed since" in err and (other/"curves.png").read_bytes() == b"retouched"
+    assert call(capsys, "clean", run, other, "--yes")[0] == 0
+    assert not run.exists() and [path.name for path in other.iterdir()] == ["curves.png"]
+
+
 def test_ctrl_c_in_a_menu(place):
     said, status = in_terminal(["start"], [], place, interrupt="task: ")
     assert status == 130 and "Traceback" not in said and not list(place.glob("finetune_output*"))

@@ -15,7 +15,7 @@ import typer
 from ..core.errors import ConfigError
 from ..core.text import sanitize_line
 from ..runs.details import run_details, run_differences
-from ..runs.folder import list_runs
+from ..runs.folder import list_runs, write_beside
 from .program import AsJson, RunDir, _home, _runs_there, app, report
 
 
@@ -85,8 +85,10 @@ def plot_command(
 ):
     "Draw the curves of one run or several into a file."
     if by not in _X_AXIS: raise ConfigError(f'--by {by} is not one of: {", ".join(_X_AXIS)}.')
-    output = _named_png(output) or (runs[0]/'curves.png' if len(runs) == 1 else Path('curves.png'))
+    output = _named_png(output)
     for run in runs: run_details(run)
     from sage_finetune.runs.plot import compare_runs, plot_run
     picture = plot_run(runs[0], by) if len(runs) == 1 else compare_runs(runs, by=by)
-    print(f'drawn to {sanitize_line(picture.save(output))}')
+    if output or len(runs) > 1: path = picture.save(output or Path('curves.png'))
+    else: path = write_beside(runs[0], 'curves.png', picture.save)
+    print(f'drawn to {sanitize_line(path)}')

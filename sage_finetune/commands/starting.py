@@ -15,7 +15,7 @@ from ..config import granted
 from ..core.errors import ConfigError
 from ..core.storage import expand_home
 from ..core.text import sanitize_line
-from ..runs.folder import TASK_NAMES, read_meta, read_status
+from ..runs.folder import TASK_NAMES, read_meta, read_status, write_beside
 from .menu import Choice, Menu
 from .preparing import _config_of, _ready
 from .program import OutputPath, TrustCode, _home, app, quoted, save_typed, status_1_once_begun, takes_settings, typed_settings
@@ -69,7 +69,8 @@ def _write_for_unsloth(folder: Path):
     from sage_finetune.data.unsloth import unsloth_remarks, write_unsloth
     meta = read_meta(folder)
     config = meta.to_config(())
-    path = write_unsloth(config, folder/'unsloth_config.yaml', meta.format, len(load_training_data(config.data_path)))
+    rows = len(load_training_data(config.data_path))
+    path = write_beside(folder, 'unsloth_config.yaml', lambda path: write_unsloth(config, path, meta.format, rows))
     for remark in unsloth_remarks(config): print(sanitize_line(f'note: {remark}'))
     print('\n' + sanitize_line(f'{path} is written. Train it with: unsloth train --config {path}'))
 

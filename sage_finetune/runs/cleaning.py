@@ -57,7 +57,7 @@ class CleaningItem:
     def cells(self) -> tuple:
         "The run as a line of a table, in the order of `CLEANING_COLUMNS`."
         days = self.age / 86400
-        stays = self.reason or (f'{len(self.kept)} files of yours stay' if self.kept else '')
+        stays = self.reason or (f'{len(self.kept)} file{"s" * (len(self.kept) > 1)} of yours' if self.kept else '')
         return self.folder.name, f'{days:.0f} days' if days >= 2 else f'{days * 24:.0f} h', format_bytes(self.size), stays
 
 CLEANING_COLUMNS = ('run', 'age', 'size', 'stays')

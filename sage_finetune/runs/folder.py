@@ -8,7 +8,8 @@ __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'LOCK', 'RUN_FOLDERS', 'TASK_N
            'is_number', 'typed', 'can_be_path', 'read_object', 'confine', 'read_meta', 'write_meta', 'Status', 'moment',
            'write_status', 'parse_status', 'read_status', 'trainer_process', 'is_stale', 'is_running',
            'describe_trainer', 'metrics_row', 'MetricsTail', 'read_metrics', 'is_own_state', 'is_rewritten', 'is_run',
-           'old_files', 'run_files', 'other_files', 'refuse_replacing', 'RunInfo', 'run_info', 'Runs', 'list_runs']
+           'old_files', 'run_files', 'other_files', 'refuse_replacing', 'write_beside', 'RunInfo', 'run_info', 'Runs',
+           'list_runs']
 
 # %% ../../nbs/runs/00_folder.ipynb #1fd28dcd
 import io
@@ -19,9 +20,10 @@ import platform
 import re
 import stat
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -35,10 +37,10 @@ import psutil
 from ..config import PermissionWarning, TrainingConfig, as_folder, granted, is_hub_name
 from ..core.errors import FinetuneError, RunError
 from ..core.limits import open_regular, parse_json, read_regular, walk_folder
-from ..core.places import MANIFEST, check_readable, is_inside, name_some, own_files, read_manifest, why_protected
+from ..core.places import MANIFEST, check_readable, is_inside, name_some, note_files, own_files, read_manifest, why_protected
 from ..core.processes import find_process, holds_lock, is_locked, is_pid, is_trainer_command, lock_holders, start_mark
 from ..core.secrets import redact_object, redact_secrets
-from ..core.storage import expand_home, write_json
+from ..core.storage import copy_atomic, expand_home, write_json
 from ..core.text import html_table, sanitize_for_terminal as printable, sanitize_line, text_table
 
 # %% ../../nbs/runs/00_folder.ipynb #b2874ab8
@@ -553,6 +555,13 @@ def run_files(
     return sorted({*states, *own, *[MANIFEST] * (known is not None)})
 
 # %% ../../nbs/runs/00_folder.ipynb #a152b924
+def _files_below(part: Path) -> list[Path]:
+    "What is not a folder below a part of a run. Raises `RunError` for a link that leads to a whole disk"
+    walk = walk_folder(part, 'It is no part of a run. Move it away, or choose another `output_dir`.', RunError)
+    return sorted(Path(here)/name for here, folders, files in walk for name in (*files, *folders) if not _is_folder(Path(here)/name))
+
+def _is_folder(path: Path) -> bool: return path.is_dir() and not path.is_symlink()
+
 def other_files(
     run_dir: str | Path # a run folder
 ) -> list[str]:         # names, relative to it
@@ -560,8 +569,8 @@ def other_files(
     folder, own = Path(run_dir), set(run_files(run_dir))
     parts = [folder/name for name in RUN_FOLDERS] + [folder/name for name in (META, STATUS, CONFIG, METRICS)] + [path
         for path in folder.glob('*_data_*.json') if ROWS_FILE.fullmatch(path.name)]
-    files = [file for part in parts if os.path.lexists(part) for file in ([part] if not part.is_dir() else sorted(part.rglob('*')))]
-    names = [file.relative_to(folder).as_posix() for file in files if not file.is_dir()]
+    files = [file for part in parts if os.path.lexists(part) for file in (_files_below(part) if part.is_dir() else [part])]
+    names = [file.relative_to(folder).as_posix() for file in files]
     return [name for name in names if name not in own and not any(part.startswith('.') for part in name.split('/'))]
 
 def refuse_replacing(
@@ -589,6 +598,21 @@ def refuse_replacing(
             f'so it is not replaced. Move it away, or choose another `output_dir`.')
     if others and taken:
         warnings.warn(f'{name_some(others)} in {folder} was not written by this toolkit, or was changed since, so it stays where it is.')
+
+# %% ../../nbs/runs/00_folder.ipynb #write-beside
+def write_beside(
+    run_dir: str | Path, # a run folder
+    name: str, # of a file beside its parts; one of those that `is_own_name` knows
+    write: Callable[[Path], Any] # makes a file, which is put there whole or not at all
+) -> Path: # the file
+    "Make a file in a run folder, or replace the one made before. Raises `RunError` where somebody else's has this name."
+    path = Path(run_dir)/name
+    if os.path.lexists(path) and name not in own_files(run_dir):
+        raise RunError(f'{path} was not written by this toolkit, or was changed since, so it is not replaced. Move it away, or name another file.')
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder)/name)
+        note_files(run_dir, {name: Path(folder)/name})
+        return copy_atomic(Path(folder)/name, path)
 
 # %% ../../nbs/runs/00_folder.ipynb #0e8f7606
 @dataclass

@@ -12,13 +12,14 @@ from helpers import copy, prepared, tiny_config, tree, write_rows
 from sage_finetune import LoRATrainer, TrainingConfig, merge
 from sage_finetune.cli import main
 from sage_finetune.core.errors import FinetuneError, RunError
+from sage_finetune.core.limits import walk_folder
 from sage_finetune.core.places import check_links, is_inside, own_files
 from sage_finetune.core.storage import atomic_directory, copy_atomic, expand_home, open_append, write_atomic
 from sage_finetune.data.dataset import prepare
 from sage_finetune.data.files import iter_rows
 from sage_finetune.data.tasks import prepare_run
 from sage_finetune.inference.export import run_config
-from sage_finetune.runs.folder import list_runs, read_meta, read_status, run_info, write_meta
+from sage_finetune.runs.folder import list_runs, other_files, read_meta, read_status, run_info, write_meta
 from sage_finetune.training.run_writer import check_folder
 from sage_finetune.ui.diagnosis import doctor
 
@@ -163,6 +164,16 @@ def test_rows_and_curves_on_a_scratch_disk(tmp_path, part):
         LoRATrainer(config).train(show=False)
         others = [path.name for path in scratch.iterdir() if path.name != PART_MANIFEST]
         assert (run/part).is_symlink() and (scratch/PART_MANIFEST).exists() and (len(others) == 1 if part == "prepared" else others)
+
+
+@pytest.mark.parametrize("part", ["logs", "merged_model"])
+def test_a_part_that_leads_to_a_whole_disk(run, tmp_path, monkeypatch, part):
+    "What lies behind a link is looked at within a limit, and said"
+    disk = tmp_path/"disk"
+    for number in range(30): (disk/f"{number}/deeper").mkdir(parents=True)
+    (run/part).symlink_to(disk)
+    monkeypatch.setattr(walk_folder, "__defaults__", (40,))
+    with pytest.raises(RunError, match="holds more than 40 files and folders"): other_files(run)
 
 
 def test_a_merged_model_on_a_scratch_disk(run, tmp_path):
