@@ -573,6 +573,7 @@ def other_files(
     names = [file.relative_to(folder).as_posix() for file in files]
     return [name for name in names if name not in own and not any(part.startswith('.') for part in name.split('/'))]
 
+# %% ../../nbs/runs/00_folder.ipynb #replacing
 def refuse_replacing(
     run_dir: str | Path,      # where a run is going to be replaced
     taken: Iterable[str] = () # names the new one is going to write; none of them may be somebody's own
