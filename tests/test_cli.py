@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -374,29 +375,71 @@ def test_clean_by_age(place, capsys):
 
 # ---- the Tab key ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("words, expected", [(["sage-finetune", "qui"], "quickstart"), (["sage-finetune", "run", "--res"], "--resume"),
-    (["sage-finetune", "show", "runs/fi"], "runs/first")])
-def test_completion_in_bash(words, expected, place):
-    "The script that is printed, sourced in a real shell"
+TYPED = [(["sage-finetune", "qui"], "quickstart"), (["sage-finetune", "run", "--res"], "--resume"),
+    (["sage-finetune", "show", "runs/fi"], "runs/first")]
+
+
+@pytest.fixture
+def completion_script(place):
+    "The script that is printed for a shell, in a file; the program is found on the PATH, which comes with it"
     make_run(place/"runs"/"first")
     tools = place/"bin"
     tools.mkdir()
     (tools/"sage-finetune").write_text(f'#!/bin/sh\nexec {sys.executable} -m sage_finetune.cli "$@"\n')
     (tools/"sage-finetune").chmod(0o755)
-    script = place/"complete.bash"
-    script.write_text(shell("completion", "bash").stdout)
+    def script(name):
+        path = place/f"complete.{name}"
+        path.write_text(shell("completion", name).stdout)
+        return path, os.environ | dict(PATH=f"{tools}:{os.environ['PATH']}", TERM="dumb", HOME=str(place))
+    return script
+
+
+def is_there(name):
+    "Whether a shell is installed; where everything is run, it has to be"
+    if not shutil.which(name):
+        assert os.environ.get("SAGE_BROWSER") != "required", f"{name} is missing: .ci/run installs it"
+        pytest.skip(f"{name} is not installed")
+    return name
+
+
+@pytest.mark.parametrize("words, expected", TYPED)
+def test_completion_in_bash(words, expected, place, completion_script):
+    "Sourced in a real shell, and asked as the Tab key asks"
+    script, environment = completion_script("bash")
     function = re.search(r"complete .*-F (\w+)", script.read_text())[1]
     program = f"source {script}\nCOMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}\n{function} sage-finetune\n" \
         "printf '%s\\n' \"${COMPREPLY[@]}\"\n"
-    done = subprocess.run(["bash", "-c", program], cwd=place, capture_output=True, text=True, timeout=60,
-        env=os.environ | dict(PATH=f"{tools}:{os.environ['PATH']}"))
+    done = subprocess.run(["bash", "-c", program], cwd=place, capture_output=True, text=True, timeout=60, env=environment)
     assert expected in done.stdout.split(), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name, check", [("zsh", ["-n"]), ("fish", ["--no-execute"])])
-def test_completion_scripts_are_read_by_their_shells(name, check, place):
-    if not shutil.which(name): pytest.skip(f"{name} is not installed")
-    script = place/f"complete.{name}"
-    script.write_text(shell("completion", name).stdout)
-    done = subprocess.run([name, *check, str(script)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and not done.stderr, done.stderr
+@pytest.mark.parametrize("words, expected", TYPED)
+def test_completion_in_fish(words, expected, place, completion_script):
+    script, environment = completion_script(is_there("fish"))
+    program = f"source {script}; complete -C {shlex.quote(' '.join(words))}"
+    done = subprocess.run(["fish", "--no-config", "-c", program], cwd=place, capture_output=True, text=True, timeout=60, env=environment)
+    assert expected in [line.split("\t")[0] for line in done.stdout.splitlines()], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("words, expected", TYPED)
+def test_completion_in_zsh(words, expected, place, completion_script):
+    "The Tab key itself, in a terminal"
+    script, environment = completion_script(is_there("zsh"))
+    pid, screen = pty.fork()
+    if pid == 0:
+        os.chdir(place)
+        os.execvpe("zsh", ["zsh", "-f", "-i"], environment)
+    try:
+        prepare = f"PS1='ready> '; autoload -U compinit; compinit -u -D; source {script}; compdef _sage_finetune_completion sage-finetune\n"
+        os.write(screen, prepare.encode())
+        said, typed, until = "", False, time.monotonic() + 60
+        while expected not in said.rpartition("TYPED")[2] and time.monotonic() < until:
+            if select.select([screen], [], [], 0.2)[0]: said += os.read(screen, 65536).decode(errors="replace")
+            if not typed and re.search(r"[\r\n]ready> ", said):
+                os.write(screen, f": TYPED; {' '.join(words)}\t".encode())
+                typed = True
+        assert expected in said.rpartition("TYPED")[2], said
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.close(screen)
+        os.waitpid(pid, 0)
