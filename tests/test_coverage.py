@@ -289,7 +289,7 @@ def on_disk(folder, name, **fields):
     return str(folder)
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "phimoe", "llama4_text", "jetmoe"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "phimoe", pytest.param("llama4_text", marks=pytest.mark.full), "jetmoe"])
 def test_a_run_on_a_mixture(name, tmp_path, capsys):
     "The plan says what is reached; training, resuming to the same bytes, and merging work"
     fields = dict(model_name=on_disk(tmp_path/"model", name), max_steps=4, save_steps=2, num_train_epochs=4, lora=dict(r=2))

@@ -387,7 +387,7 @@ def test_the_decision_to_compile_is_measured_where_the_run_is_long(device):
     assert compile_decision(None, 10**10, 10**8, device)[0] is False
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_long_run_measures_one_layer_and_a_resumed_one_keeps_the_answer(tmp_path, folder_of, monkeypatch):
     monkeypatch.setattr(compilation, "COMPILE_MIN_FLOPS", 1.)
     trainer, _ = trainer_of(tmp_path/"run", folder_of("Qwen2"), max_steps=4, save_steps=2)

@@ -200,7 +200,7 @@ HELD_OUT = [  # shapes that nothing was fitted on
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the highest resident size is reset through /proc")
-@pytest.mark.parametrize("shape, overrides", HELD_OUT, ids=["bf16", "fp32", "checkpointing"])
+@pytest.mark.parametrize("shape, overrides", [*HELD_OUT[:2], pytest.param(*HELD_OUT[2], marks=pytest.mark.full)], ids=["bf16", "fp32", "checkpointing"])
 def test_a_process_takes_what_was_predicted_but_for_fragmentation(tmp_path, shape, overrides):
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -221,11 +221,15 @@ def test_a_process_takes_what_was_predicted_but_for_fragmentation(tmp_path, shap
 MANY = dict(num_hidden_layers=11, hidden_size=64, intermediate_size=256)
 
 
-@pytest.mark.parametrize("shape", [dict(), dict(model_type="llama"), dict(model_type="gemma2", head_dim=16)],
-    ids=["qwen2", "llama", "of two kinds"])
-@pytest.mark.parametrize("overrides", [dict(), dict(gradient_checkpointing=True), dict(load_in_4bit=True, packing=False),
-    dict(max_length=32, gradient_accumulation_steps=1, per_device_train_batch_size=1, lora=dict(r=256))],
-    ids=["auto", "checkpointing", "4 bits padded", "gradients larger than activations"])
+SHAPES = {"qwen2": dict(), "llama": dict(model_type="llama"), "of two kinds": dict(model_type="gemma2", head_dim=16)}
+WAYS = {"auto": dict(), "checkpointing": dict(gradient_checkpointing=True), "4 bits padded": dict(load_in_4bit=True, packing=False),
+    "gradients larger than activations": dict(max_length=32, gradient_accumulation_steps=1, per_device_train_batch_size=1, lora=dict(r=256))}
+# Each shape and each way once; the other pairs, which take long, in make test-full.
+ONCE = {("auto", "of two kinds"), ("checkpointing", "llama"), ("4 bits padded", "qwen2"), ("gradients larger than activations", "qwen2")}
+
+
+@pytest.mark.parametrize("overrides, shape", [pytest.param(WAYS[way], SHAPES[name], id=f"{way}-{name}",
+    marks=[pytest.mark.full] * ((way, name) not in ONCE)) for way in WAYS for name in SHAPES])
 def test_a_few_layers_stand_for_all(tmp_path, monkeypatch, shape, overrides):
     "Whichever moment is the fullest; where the layers are of two kinds, all are rehearsed anyway"
     config = TrainingConfig(model_name=folder(tmp_path/"model", **MANY | shape), bf16=True, **dict(max_length=128) | overrides)

@@ -56,7 +56,7 @@ def workers(process):
     return sorted(found, key=lambda worker: int(worker.environ()["RANK"])) if len(found) == 2 else []
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.full), 1])
 def test_one_of_two_is_killed(straight, ready, tmp_path, rank):
     "The other ends by itself, nothing hangs, and the run goes on to the same bytes"
     run = copy(ready, tmp_path/"run")

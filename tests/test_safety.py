@@ -87,7 +87,8 @@ def test_killed_six_times_it_ends_with_the_same_bytes(straight, ready, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("seed", [2, 3])
 def test_killed_thirty_times_it_ends_with_the_same_bytes(straight, ready, tmp_path, seed):
     run = copy(ready, tmp_path/"run")
     change(run, save_steps=1)
@@ -356,7 +357,7 @@ def test_memory_that_runs_out(tmp_path):
     assert any("memory ran out, so batches are half as large" in row["note"] for row in metrics(tmp_path/"smaller"))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_memory_that_runs_out_for_held_out_rows(tmp_path):
     "They are long, and the rows that are trained on are short, so the operating system refuses memory only in the evaluation"

@@ -122,7 +122,7 @@ print(panel.state, done.steps, panel.control.worker.process)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("steps", [pytest.param(0, marks=pytest.mark.full), 3])
 def test_found_again_by_a_new_kernel(straight, tmp_path, steps):
     "Also before the first step; it sees the whole curve, and its Stop is heard"
     panel = TrainPanel(like(straight, tmp_path, max_steps=5000, num_train_epochs=1000))
