@@ -200,7 +200,8 @@ HELD_OUT = [  # shapes that nothing was fitted on
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the highest resident size is reset through /proc")
-@pytest.mark.parametrize("shape, overrides", [*HELD_OUT[:2], pytest.param(*HELD_OUT[2], marks=pytest.mark.full)], ids=["bf16", "fp32", "checkpointing"])
+@pytest.mark.parametrize("shape, overrides", [*HELD_OUT[:2], pytest.param(*HELD_OUT[2], marks=pytest.mark.full)],
+    ids=["bf16", "fp32", "checkpointing"])
 def test_a_process_takes_what_was_predicted_but_for_fragmentation(tmp_path, shape, overrides):
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -223,7 +224,8 @@ MANY = dict(num_hidden_layers=11, hidden_size=64, intermediate_size=256)
 
 SHAPES = {"qwen2": dict(), "llama": dict(model_type="llama"), "of two kinds": dict(model_type="gemma2", head_dim=16)}
 WAYS = {"auto": dict(), "checkpointing": dict(gradient_checkpointing=True), "4 bits padded": dict(load_in_4bit=True, packing=False),
-    "gradients larger than activations": dict(max_length=32, gradient_accumulation_steps=1, per_device_train_batch_size=1, lora=dict(r=256))}
+    "gradients larger than activations": dict(max_length=32, gradient_accumulation_steps=1, per_device_train_batch_size=1,
+        lora=dict(r=256))}
 # Each shape and each way once; the other pairs, which take long, in make test-full.
 ONCE = {("auto", "of two kinds"), ("checkpointing", "llama"), ("4 bits padded", "qwen2"), ("gradients larger than activations", "qwen2")}
 
