@@ -277,13 +277,13 @@ def test_tables_fit_the_terminal(columns, place, capsys, monkeypatch):
         assert re.search(r"\bcompleted\b", out), out
 
 
-def in_terminal(arguments, answers, cwd, columns=60, interrupt=None):
-    """A command in a real terminal; each answer is typed when its prompt is there. What the screen got, and the status.
+def in_terminal(arguments, answers, cwd, columns=60, interrupt=None, variables=()):
+    """A command in a real terminal; each answer is typed when its prompt is there, Ctrl-C when the pattern `interrupt` is. What the screen got, and the status.
     Python's `input` misses a Ctrl-C in the moment before it waits: as a person would, it is pressed again when nothing happens."""
     pid, screen = pty.fork()
     if pid == 0:  # the child
         os.chdir(cwd)
-        os.environ.update(COLUMNS=str(columns), TERM="dumb")
+        os.environ.update({"COLUMNS": str(columns), "TERM": "dumb", **dict(variables)})
         os.execv(sys.executable, [sys.executable, "-m", "sage_finetune.cli", *arguments])
     said, waiting, until, pressed = "", list(answers), time.monotonic() + 300, None
     while time.monotonic() < until:
@@ -295,7 +295,7 @@ def in_terminal(arguments, answers, cwd, columns=60, interrupt=None):
             said += piece
         if waiting and said.endswith(waiting[0][0]):
             os.write(screen, waiting.pop(0)[1].encode())
-        if interrupt and interrupt in said: os.write(screen, b"\x03"); interrupt, pressed = None, time.monotonic()
+        if interrupt and re.search(interrupt, said): os.write(screen, b"\x03"); interrupt, pressed = None, time.monotonic()
     if time.monotonic() > until: os.kill(pid, signal.SIGKILL)
     os.close(screen)
     _, status = os.waitpid(pid, 0)

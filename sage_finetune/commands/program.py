@@ -16,8 +16,8 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +28,7 @@ from typer.core import TyperGroup
 from ..config import TrainingConfig
 from ..core.errors import ConfigError, FinetuneError, RunError
 from ..core.flags import in_flags
+from ..core.hub_errors import error_chain
 from ..core.secrets import redact_object
 from ..core.storage import expand_home
 from ..core.text import describe_encode_error, safe_streams, sanitize_line
@@ -153,11 +154,23 @@ def _failed(error: Exception, arguments: list[str], status: int) -> int:
     "Say what went wrong"
     encoding = isinstance(error, UnicodeEncodeError)
     said = in_shell_words(describe_encode_error(error) if encoding else error, arguments)  # type: ignore[arg-type]  # one of the two
-    if '--json' in arguments:
-        fields = list(getattr(error, 'fields', ()))
-        print(json.dumps(dict(error=dict(kind=type(error).__name__, message=said, fields=fields), exit_status=status)))
+    if '--json' in arguments: _print_error(type(error).__name__, said, getattr(error, 'fields', ()), status)
     print(f'error: {said}', file=sys.stderr)
     return status
+
+def _print_error(kind: str, message: str, fields: Iterable[str], status: int):
+    "An error for a script"
+    print(json.dumps(dict(error=dict(kind=kind, message=message, fields=list(fields)), exit_status=status)))
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    "While this is open, libraries draw no progress bars, unless the environment insists on them"
+    from huggingface_hub import constants
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    if are_progress_bars_disabled() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None: return (yield)
+    disable_progress_bars()
+    try: yield
+    finally: enable_progress_bars()
 
 def run_program(
     arguments: list[str] | None = None # command line without the program's name; None: the real one
@@ -172,19 +185,31 @@ def _run(arguments: list[str]) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = note
             _teach_shells()
-            with notes_printed(): app(args=arguments, prog_name='sage-finetune')
-    except SystemExit as done: return _ended(int(done.code or 0), arguments)
+            with notes_printed(), _no_bars() if '--json' in arguments else nullcontext(): app(args=arguments, prog_name='sage-finetune')
+    except SystemExit as done: return _ended(int(done.code or 0), arguments, done)
     except RunFailed as failed: return _failed(failed.error, arguments, 1)
     except (FinetuneError, UnicodeEncodeError) as error: return _failed(error, arguments, 2)
     except OSError as error: return _failed(RunError(f'{type(error).__name__}: {error}'), arguments, 2)
-    except KeyboardInterrupt: return _ended(130, arguments)
+    except KeyboardInterrupt as error: return _ended(130, arguments, error)
     return 0
 
-def _ended(status: int, arguments: list[str]) -> int:
-    "How typer ended: with a number, after it has said why"
-    if status == 130:
-        print('interrupted. A run that has saved a checkpoint goes on with: sage-finetune run RUN --resume', file=sys.stderr)
+_GOES_ON = 'A run that has saved a checkpoint goes on with: sage-finetune run RUN --resume'
+
+def _ended(status: int, arguments: list[str], error: BaseException) -> int:
+    "How typer ended: with a number, after it has said why to people; a script is told too, where no answer was given before"
+    causes = [*error_chain(error)]
+    pressed = next((one for one in causes if isinstance(one, KeyboardInterrupt)), None)
+    refused = next((one for one in causes if hasattr(one, 'format_message')), None)
+    said = f'interrupted. {pressed and in_shell_words(pressed, arguments) or _GOES_ON}'
+    if status == 130: print(said, file=sys.stderr)
+    if '--json' in arguments and refused: _print_error('UsageError', in_shell_words(refused.format_message(), arguments), _named(refused), status)
+    elif '--json' in arguments and pressed: _print_error('KeyboardInterrupt', said, (), status)
     return status
+
+def _named(refused: Any) -> list[str]:
+    "The parameter that the parser did not take, as far as it says"
+    name = getattr(getattr(refused, 'param', None), 'name', None) or getattr(refused, 'option_name', None)
+    return [name] if name else []
 
 # %% ../../nbs/commands/10_program.ipynb #program-report
 def report(

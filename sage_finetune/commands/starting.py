@@ -17,8 +17,19 @@ from ..core.storage import expand_home
 from ..core.text import sanitize_line
 from ..runs.folder import TASK_NAMES, read_meta, read_status
 from .menu import Choice, Menu
-from .preparing import _config_of, _ready
-from .program import OutputPath, TrustCode, _home, app, quoted, save_typed, status_1_once_begun, takes_settings, typed_settings
+from .preparing import _config_of, _ready, run_answer
+from sage_finetune.commands.program import (
+    AsJson,
+    OutputPath,
+    TrustCode,
+    app,
+    quoted,
+    report,
+    save_typed,
+    status_1_once_begun,
+    takes_settings,
+    typed_settings,
+)
 
 # %% ../../nbs/commands/25_starting.ipynb #starting-menus
 TASKS_TO_CHOOSE = (Choice('instruction', 'it does what it is told: instruction, output'),
@@ -63,14 +74,16 @@ def _check_words(framework: str, row_format: str | None):
     known = ('alpaca', 'qa', 'conversation', 'messages', 'prompt', 'text', 'mixed')
     if row_format and row_format not in known: raise ConfigError(f'--format {row_format} is not one of: {", ".join(known)}.')
 
-def _write_for_unsloth(folder: Path):
+def _write_for_unsloth(folder: Path, as_json: bool):
     "Write what Unsloth trains from, and say what cannot be said there"
     from sage_finetune.data.files import load_training_data
     from sage_finetune.data.unsloth import unsloth_remarks, write_unsloth
     meta = read_meta(folder)
     config = meta.to_config(())
     path = write_unsloth(config, folder/'unsloth_config.yaml', meta.format, len(load_training_data(config.data_path)))
-    for remark in unsloth_remarks(config): print(sanitize_line(f'note: {remark}'))
+    remarks = [*unsloth_remarks(config)]
+    if as_json: return report(run_answer(folder) | dict(unsloth_config=str(path), remarks=remarks), True)
+    for remark in remarks: print(sanitize_line(f'note: {remark}'))
     print('\n' + sanitize_line(f'{path} is written. Train it with: unsloth train --config {path}'))
 
 def _check_format(folder: Path, row_format: str | None):
@@ -96,25 +109,27 @@ def start_command(
     skip_secrets: Annotated[bool, typer.Option('--skip-secrets', help='leave out rows of the file that seem to hold a secret')] = False,
     prepare_only: Annotated[bool, typer.Option(help='make the folder, do not train')] = False,
     trust_remote_code: TrustCode = False,
+    as_json: AsJson = False,
     **typed: Any # the settings
 ):
     "Ask for what is missing, prepare a run, train it."
     _check_words(framework, row_format)
     settings = typed_settings(typed, trust_remote_code=trust_remote_code)
-    menu = Menu(False if auto else None)
+    menu = Menu(False if auto or as_json else None)
     asked = ask_for_run(menu, task, model or settings.get('model_name'), data or settings.get('data_path'), code_root,
         str(output or settings.get('output_dir') or '') or None)
     folder, config = asked['output'], _config_of(asked['model'], settings)[1]
     from sage_finetune.data.tasks import prepare_run
     options = granted(trust_remote_code=trust_remote_code)
-    prepare_run(asked['task'], folder, asked['model'], asked['data'], asked['code_root'], config, overwrite=overwrite, show=True,
+    prepare_run(asked['task'], folder, asked['model'], asked['data'], asked['code_root'], config, overwrite=overwrite, show=not as_json,
         skip_secrets=skip_secrets, **options)
     _check_format(folder, row_format)
     save_typed(read_meta(folder).to_config(()), typed)
-    if framework == 'unsloth': return _write_for_unsloth(folder)
+    if framework == 'unsloth': return _write_for_unsloth(folder, as_json)
     now = not prepare_only and (not menu.asks or menu.choose('train now', (Choice('yes'), Choice('no')), 'yes', '--auto') == 'yes')
-    if not now: return print(_ready(folder, trust_remote_code))
+    if not now: return report(run_answer(folder) if as_json else _ready(folder, trust_remote_code), as_json)
     from sage_finetune.trainer import train_from_meta
-    with status_1_once_begun(folder): print(f'\n{train_from_meta(folder, trust_remote_code=trust_remote_code)}')
+    with status_1_once_begun(folder): result = train_from_meta(folder, trust_remote_code=trust_remote_code, show=not as_json)
+    report(run_answer(folder) if as_json else f'\n{result}', as_json)
     if read_status(folder).state == 'cancelled': raise typer.Exit(130)
-    print(f'\nNext: sage-finetune chat {quoted(folder)}')
+    if not as_json: print(f'\nNext: sage-finetune chat {quoted(folder)}')
