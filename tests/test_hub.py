@@ -35,7 +35,7 @@ def large_files():
     tensors = load_file(tiny_path()/WEIGHTS)
     body = save(tensors | {"nobody.asks": torch.arange(10_000_000, dtype=torch.int32)}, dict(format="pt"))
     others = ("pytorch_model.bin", "model.pt", "consolidated.safetensors", "model.onnx", "tf_model.h5", "original/consolidated.00.pth")
-    return FILES | {WEIGHTS: body} | {name: b"not wanted" for name in others}
+    return FILES | {WEIGHTS: body} | dict.fromkeys(others, b"not wanted")
 
 
 def sharded_files():
@@ -317,7 +317,8 @@ def test_ctrl_c_while_it_downloads(calm, train, tmp_path):
     kept, whole = partial(tmp_path), len(REPOS["large"][WEIGHTS])
     assert status == 130 and "Traceback" not in said and 0 < kept < whole, said
     told = [line for line in said.replace("\r", "\n").splitlines() if "interrupted" in line]
-    assert len(told) == 1 and f"interrupted. the download of house/large: {kept / 1e6:.1f} MB of {whole / 1e6:.1f} MB are kept" in told[0], told
+    sentence = f"interrupted. the download of house/large: {kept / 1e6:.1f} MB of {whole / 1e6:.1f} MB are kept"
+    assert len(told) == 1 and sentence in told[0], told
     assert read_status(tmp_path/"run").state == "cancelled"
     calm.ranges, calm.served = [], {}
     said, status = train()
@@ -335,6 +336,6 @@ def test_a_script_sees_no_bar(calm, train, tmp_path):
     shutil.rmtree(tmp_path/"home")
     environment = dict({name: value for name, value in os.environ.items() if "OFFLINE" not in name},
         HF_ENDPOINT=address(calm), HF_HOME=str(tmp_path/"home"))
-    done = subprocess.run([sys.executable, "-m", "sage_finetune.cli", "quickstart", "custom", "-d", "rows.json", "-m", "house/large", "-o", "piped",
-        "--set", "max_steps=2"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    line = ["quickstart", "custom", "-d", "rows.json", "-m", "house/large", "-o", "piped", "--set", "max_steps=2"]
+    done = subprocess.run([sys.executable, "-m", "sage_finetune.cli", *line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "%|" not in done.stdout + done.stderr and "B/s" not in done.stdout + done.stderr, done.stderr

@@ -112,8 +112,9 @@ def run_answer(
     from sage_finetune.runs.details import run_details
     from sage_finetune.runs.folder import read_meta
     meta, adapter = read_meta(folder), folder.absolute()/'lora_weights'
-    return run_details(folder).to_dict() | dict(task=meta.task_type, model=meta.model, format=meta.format, rows=_row_counts(meta.to_config(())),
+    made = dict(task=meta.task_type, model=meta.model, format=meta.format, rows=_row_counts(meta.to_config(())),
         adapter=str(adapter) if (adapter/'adapter_config.json').is_file() else None)
+    return run_details(folder).to_dict() | made
 
 def _scores(report: Any) -> dict[str, Any]:
     "Held-out questions and old skills that were answered rightly, before and after; null where none were asked"
@@ -148,8 +149,8 @@ def quickstart_command(
     folder, data = Path(output or settings.get('output_dir') or Path('finetune_output')/task), _data_of(data, settings)
     model, config = _config_of(model, settings)
     options: dict[str, Any] = dict(model=model, data=data, code_root=code_root, max_facts=max_facts, config=config, overwrite=overwrite,
-        skip_secrets=skip_secrets, kinds=kinds, max_per_file=max_per_file, skip_licences=skip_licences or ())
-    options |= granted(trust_remote_code=trust_remote_code)
+        skip_secrets=skip_secrets, kinds=kinds, max_per_file=max_per_file, skip_licences=skip_licences or (),
+        **granted(trust_remote_code=trust_remote_code))
     from sage_finetune.data.tasks import prepare_run
     from sage_finetune.runs.folder import read_meta, read_status
     if prepare_only:

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'app', 'RunDir', 'OutputPath', 'TrustCode', 'AsJson', 'Commands', 'quoted', 'in_shell_words', 'RunFailed',
-           'has_begun', 'status_1_once_begun', 'run_program', 'report', 'takes_settings', 'typed_settings',
-           'save_typed']
+           'status_1_once_begun', 'run_program', 'report', 'takes_settings', 'typed_settings', 'save_typed']
 
 # %% ../../nbs/commands/10_program.ipynb #program-imports
 import dataclasses
@@ -32,7 +31,7 @@ from ..core.hub_errors import error_chain
 from ..core.secrets import redact_object
 from ..core.storage import expand_home
 from ..core.text import describe_encode_error, safe_streams, sanitize_line
-from ..runs.folder import Status, notes_printed, read_status
+from ..runs.folder import has_begun, notes_printed, read_status
 from sage_finetune.commands.settings import (
     FIELD_NAMES,
     apply_settings,
@@ -131,13 +130,6 @@ class RunFailed(Exception):
         error: FinetuneError # what it ended with
     ): self.error = error
 
-def has_begun(
-    before: Status, # of a run, when a command was typed
-    after: Status # of the same run, now
-) -> bool:
-    "Whether a run has planned its first step since."
-    return bool(after.total) and after.updated != before.updated
-
 @contextmanager
 def status_1_once_begun(
     run_dir: Path # run folder
@@ -172,6 +164,7 @@ def _no_bars() -> Iterator[None]:
     try: yield
     finally: enable_progress_bars()
 
+# %% ../../nbs/commands/10_program.ipynb #program-run
 def run_program(
     arguments: list[str] | None = None # command line without the program's name; None: the real one
 ) -> int: # exit status: 0 done, 1 begun and failed, 2 something to put right, 130 interrupted
@@ -193,6 +186,7 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt as error: return _ended(130, arguments, error)
     return 0
 
+# %% ../../nbs/commands/10_program.ipynb #program-ended
 _GOES_ON = 'A run that has saved a checkpoint goes on with: sage-finetune run RUN --resume'
 
 def _ended(status: int, arguments: list[str], error: BaseException) -> int:
@@ -202,8 +196,9 @@ def _ended(status: int, arguments: list[str], error: BaseException) -> int:
     refused = next((one for one in causes if hasattr(one, 'format_message')), None)
     said = f'interrupted. {pressed and in_shell_words(pressed, arguments) or _GOES_ON}'
     if status == 130: print(said, file=sys.stderr)
-    if '--json' in arguments and refused: _print_error('UsageError', in_shell_words(refused.format_message(), arguments), _named(refused), status)
-    elif '--json' in arguments and pressed: _print_error('KeyboardInterrupt', said, (), status)
+    if '--json' not in arguments: return status
+    if refused: _print_error('UsageError', in_shell_words(refused.format_message(), arguments), _named(refused), status)
+    elif pressed: _print_error('KeyboardInterrupt', said, (), status)
     return status
 
 def _named(refused: Any) -> list[str]:

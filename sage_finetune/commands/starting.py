@@ -120,9 +120,8 @@ def start_command(
         str(output or settings.get('output_dir') or '') or None)
     folder, config = asked['output'], _config_of(asked['model'], settings)[1]
     from sage_finetune.data.tasks import prepare_run
-    options = granted(trust_remote_code=trust_remote_code)
     prepare_run(asked['task'], folder, asked['model'], asked['data'], asked['code_root'], config, overwrite=overwrite, show=not as_json,
-        skip_secrets=skip_secrets, **options)
+        skip_secrets=skip_secrets, **granted(trust_remote_code=trust_remote_code))
     _check_format(folder, row_format)
     save_typed(read_meta(folder).to_config(()), typed)
     if framework == 'unsloth': return _write_for_unsloth(folder, as_json)

@@ -85,9 +85,9 @@ def _remote_file(model_name: str, name: str) -> RemoteFile | None:
     "What the Hub says of a file; None where that is not enough to fetch it piece by piece"
     url = hf_hub_url(model_name, name)
     about = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    if not re.fullmatch(r'[\w-]+', about.etag or '') or not 0 < (about.size or 0) <= constants.MAX_HTTP_DOWNLOAD_SIZE: return None
+    if not re.fullmatch(r'[\w-]+', about.etag or '') or not about.size: return None
     folder = Path(constants.HF_HUB_CACHE)/repo_folder_name(repo_id=model_name, repo_type='model')
-    return RemoteFile(name, url, about.size or 0, folder/'blobs'/str(about.etag))
+    return RemoteFile(name, url, about.size, folder/'blobs'/str(about.etag))
 
 def _shards(model_name: str) -> list[str]:
     "The files that the index of a model names"
@@ -143,8 +143,8 @@ def _download(model_name: str, file: RemoteFile, bar: tqdm):
     lock = Path(constants.HF_HUB_CACHE)/'.locks'/file.blob.parent.parent.name/f'{file.blob.name}.lock'
     for path in (lock, file.blob): path.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
-        if not file.blob.exists(): fetch_file(file, bar)
-    hf_hub_download(model_name, file.name)
+        if not file.blob.exists() and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE: fetch_file(file, bar)
+    hf_hub_download(model_name, file.name)  # also fetches what is too large to be asked for in pieces
 
 # %% ../../nbs/modeling/21_download.ipynb #download-weights
 def download_weights(
