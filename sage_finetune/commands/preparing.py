@@ -130,8 +130,7 @@ def quickstart_command(
     model: Annotated[str | None, typer.Option('-m', '--model', help='"tiny" (packaged), a Hub name, or a folder')] = None,
     data: Annotated[Path | None, typer.Option('-d', '--data', help='file with the rows; without one the packaged example of the task',
         callback=_home)] = None,
-    code_root: Annotated[Path | None, typer.Option(help='task code: folder with Python files; this package by default',
-        callback=_home)] = None,
+    code_root: Annotated[Path | None, typer.Option(help='task code: folder of Python files; else this package', callback=_home)] = None,
     max_facts: Annotated[int | None, typer.Option(min=1, help='task code: keep so many facts')] = None,
     kinds: Annotated[list[str] | None, typer.Option('--kind', help='task code: a kind of facts to take; as often as needed')] = None,
     max_per_file: Annotated[int, typer.Option(min=1, help='task code: facts of one file at most')] = 300,
@@ -153,13 +152,12 @@ def quickstart_command(
         **granted(trust_remote_code=trust_remote_code))
     from sage_finetune.data.tasks import prepare_run
     from sage_finetune.runs.folder import read_meta, read_status
-    if prepare_only:
-        prepare_run(task, folder, show=not as_json, **options)
-        save_typed(read_meta(folder).to_config(()), typed)
-        return report(run_answer(folder) if as_json else _ready(folder, trust_remote_code), as_json)
-    from sage_finetune.tiny.demo import quickstart
-    with status_1_once_begun(folder): done = quickstart(task, folder, show=not as_json, **options)
+    if prepare_only: prepare_run(task, folder, show=not as_json, **options)
+    else:
+        from sage_finetune.tiny.demo import quickstart
+        with status_1_once_begun(folder): done = quickstart(task, folder, show=not as_json, **options)
     save_typed(read_meta(folder).to_config(()), typed)
+    if prepare_only: return report(run_answer(folder) if as_json else _ready(folder, trust_remote_code), as_json)
     if as_json: report(run_answer(folder) | dict(scores=_scores(done)), True)
     if read_status(folder).state == 'cancelled': raise typer.Exit(130)
     if not as_json: print(f'\nThe adapter is in {quoted(folder)}. Next: sage-finetune chat {quoted(folder)}')

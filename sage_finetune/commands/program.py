@@ -164,7 +164,7 @@ def _no_bars() -> Iterator[None]:
     try: yield
     finally: enable_progress_bars()
 
-# %% ../../nbs/commands/10_program.ipynb #program-run
+# %% ../../nbs/commands/10_program.ipynb #b5afd259
 def run_program(
     arguments: list[str] | None = None # command line without the program's name; None: the real one
 ) -> int: # exit status: 0 done, 1 begun and failed, 2 something to put right, 130 interrupted

@@ -86,6 +86,8 @@ def _write_for_unsloth(folder: Path, as_json: bool):
     for remark in remarks: print(sanitize_line(f'note: {remark}'))
     print('\n' + sanitize_line(f'{path} is written. Train it with: unsloth train --config {path}'))
 
+_YES_NO = (Choice('yes'), Choice('no'))
+
 def _check_format(folder: Path, row_format: str | None):
     "Refuse rows that are not what was typed"
     if row_format and row_format != (found := read_meta(folder).format):
@@ -99,8 +101,7 @@ def start_command(
     model: Annotated[str | None, typer.Option('-m', '--model', help='"tiny" (packaged), a Hub name, or a folder')] = None,
     data: Annotated[str | None, typer.Option('-d', '--data', help='file with the rows, or "example" (packaged)')] = None,
     output: OutputPath = None,
-    framework: Annotated[str, typer.Option('-f', '--framework',
-        help='who trains: native (this package), or unsloth, for which a config is written')] = 'native',
+    framework: Annotated[str, typer.Option('-f', '--framework', help='native: trained here; unsloth: a config is written')] = 'native',
     row_format: Annotated[str | None, typer.Option('--format', help='what the rows must be: alpaca, qa, messages …')] = None,
     code_root: Annotated[str | None, typer.Option(help='task code: folder with Python files')] = None,
     auto: Annotated[bool, typer.Option('--auto', help='ask nothing: take the defaults, and train')] = False,
@@ -118,15 +119,15 @@ def start_command(
     menu = Menu(False if auto or as_json else None)
     asked = ask_for_run(menu, task, model or settings.get('model_name'), data or settings.get('data_path'), code_root,
         str(output or settings.get('output_dir') or '') or None)
-    folder, config = asked['output'], _config_of(asked['model'], settings)[1]
     from sage_finetune.data.tasks import prepare_run
+    folder, config = asked['output'], _config_of(asked['model'], settings)[1]
     prepare_run(asked['task'], folder, asked['model'], asked['data'], asked['code_root'], config, overwrite=overwrite, show=not as_json,
         skip_secrets=skip_secrets, **granted(trust_remote_code=trust_remote_code))
     _check_format(folder, row_format)
     save_typed(read_meta(folder).to_config(()), typed)
     if framework == 'unsloth': return _write_for_unsloth(folder, as_json)
-    now = not prepare_only and (not menu.asks or menu.choose('train now', (Choice('yes'), Choice('no')), 'yes', '--auto') == 'yes')
-    if not now: return report(run_answer(folder) if as_json else _ready(folder, trust_remote_code), as_json)
+    if prepare_only or menu.asks and menu.choose('train now', _YES_NO, 'yes', '--auto') == 'no':
+        return report(run_answer(folder) if as_json else _ready(folder, trust_remote_code), as_json)
     from sage_finetune.trainer import train_from_meta
     with status_1_once_begun(folder): result = train_from_meta(folder, trust_remote_code=trust_remote_code, show=not as_json)
     report(run_answer(folder) if as_json else f'\n{result}', as_json)
