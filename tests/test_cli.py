@@ -372,8 +372,9 @@ def test_tables_fit_the_terminal(columns, place, capsys, monkeypatch):
 
 
 def in_terminal(arguments, answers, cwd, columns=60, interrupt=None, variables=()):
-    """A command in a real terminal; each answer is typed when its prompt is there, Ctrl-C when the pattern `interrupt` is. What the screen got, and the status.
-    Python's `input` misses a Ctrl-C in the moment before it waits: as a person would, it is pressed again when nothing happens."""
+    """A command in a real terminal; each answer is typed when its prompt is there, Ctrl-C when the pattern `interrupt`
+    is. What the screen got, and the status. Python's `input` misses a Ctrl-C in the moment before it waits: as a person would,
+    it is pressed again when nothing happens."""
     pid, screen = pty.fork()
     if pid == 0:  # the child
         os.chdir(cwd)

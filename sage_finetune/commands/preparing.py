@@ -101,7 +101,7 @@ def _row_counts(config: TrainingConfig) -> dict[str, int]:
     "How many rows a prepared run trains on, and how many it holds out"
     from sage_finetune.data.eval_split import split
     from sage_finetune.data.files import load_training_data, packaged_held_out
-    rows, apart = load_training_data(config.data_path), config.eval_path or packaged_held_out(config.data_path)
+    rows, apart = load_training_data(config.data_path), config.eval_path or packaged_held_out(config.data_path or '')
     trained, held_out = (rows, load_training_data(apart)) if apart else split(rows, config.eval_ratio)
     return dict(trained=len(trained), held_out=len(held_out))
 

@@ -70,7 +70,7 @@ def fetch_file(
     kept = file.kept
     with file.partial.open('ab' if kept else 'wb') as out:
         http_get(file.url, out, resume_size=kept, headers=build_hf_headers(), expected_size=file.size, displayed_filename=file.name,
-            tqdm_class=lambda **about: _Share(bar, kept, **about))  # type: ignore[arg-type]  # all that is asked of a bar
+            tqdm_class=lambda **about: _Share(bar, kept, **about))  # all that is asked of a bar
     if kept and re.fullmatch('[0-9a-f]{64}', file.blob.name) and _sha256(file.partial) != file.blob.name:
         file.partial.unlink()
         raise ModelError(f'{sanitize_line(file.name)} arrived damaged, and its pieces were deleted. Start again.')
