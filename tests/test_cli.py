@@ -327,7 +327,7 @@ def test_what_rows_made_is_told_in_json(place, capsys):
 
 @pytest.mark.parametrize("line, field", [("quickstart", "task"), ("quickstart custom --rank x", "rank"),
     ("start --lr fast", "learning_rate"), ("rows", "source"),
-    ("rows a.md --wrong", "--wrong"), ("fly", None), ("show a b", None), ("estimate --max-length", "--max-length")])
+    ("rows a.md --wrong", "--wrong"), ("fly", None), ("show a b", None), ("estimate --max-length x", "max_length")])
 def test_what_the_parser_refuses_is_told_in_json(line, field, place, capsys):
     said = answer(capsys, *line.split(), schema=ERROR, status=2)
     assert said["error"]["kind"] == "UsageError" and said["error"]["fields"] == [field] * bool(field) and said["exit_status"] == 2, said
@@ -501,7 +501,7 @@ def test_list_and_show_say_the_same_of_a_run(place, capsys):
     (foreign/"status.json").unlink()
     (foreign/"lora_weights").mkdir()
     (foreign/"lora_weights"/"adapter_config.json").write_text("{}")
-    listed = {run["name"]: run for run in json.loads(call(capsys, "list", "runs", "--json")[1])}
+    listed = {run["name"]: run for run in json.loads(call(capsys, "list", place/"runs", "--json")[1])}
     for run, state in ((killed, "failed"), (cancelled, "cancelled"), (foreign, "completed")):
         shown = json.loads(call(capsys, "show", run, "--json")[1])["status"]
         assert shown["state"] == listed[run.name]["state"] == state and shown["message"] == listed[run.name]["message"], (shown, listed)
