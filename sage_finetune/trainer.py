@@ -39,7 +39,7 @@ from .modeling.identity import base_fingerprint, note_identity
 from .modeling.optimizer import make_lr_scheduler, make_optimizer
 from .modeling.precision import pick_device, plan_precision
 from .modeling.tokenizer import run_tokenizer
-from .runs.folder import notes_printed, read_meta, read_status
+from .runs.folder import Status, has_begun, notes_printed, read_meta, read_status
 from .runs.launch import error_noted
 from .training.batches import BatchPlan
 from .training.callbacks import CallbackHandler
@@ -330,7 +330,7 @@ def _meta_config(run_dir: str | Path, **allowed: Any) -> TrainingConfig:
 # %% ../nbs/10_trainer.ipynb #e0bfcaf0
 def main(
     arguments: list[str] | None = None # command line without the program's name; None: the real one
-) -> int: # exit status: 0 trained, 2 something to put right, 130 stopped before its last step and saved
+) -> int: # exit status: 0 trained, 1 begun and failed, 2 something to put right, 130 cancelled
     "Train a prepared run folder from a shell; under `torchrun` or `accelerate launch`, one of several processes."
     parser = ArgumentParser(prog='python -m sage_finetune.trainer', description='Train a prepared run folder.')
     parser.add_argument('run_dir', metavar='RUN_DIR', help='run folder')
@@ -347,14 +347,29 @@ def main(
         try: return _train(parser.parse_args(arguments))
         except SystemExit as done: return done.code  # type: ignore[return-value]  # a number: argparse's own
 
+# %% ../nbs/10_trainer.ipynb #trainer-status
+def _known_status(run_dir: str) -> Status:
+    "What a folder says of its run; nothing where it cannot be read"
+    try: return read_status(run_dir)
+    except FinetuneError: return Status()
+
+def _failed_status(run_dir: str, before: Status) -> int:
+    "1 for a run that had planned its first step, 2 for what was wrong before"
+    after = _known_status(run_dir)
+    return 1 if has_begun(before, after) and after.state == 'failed' else 2
+
 def _train(asked: argparse.Namespace) -> int:
     "What was asked for; the exit status"
+    before = _known_status(asked.run_dir)
     try:
         with notes_printed(is_main()), error_noted(asked.run_dir, is_main()): result = train_from_meta(**vars(asked))
+    except KeyboardInterrupt as error:
+        print(f'interrupted. {sanitize_line(error)}'.rstrip(), file=sys.stderr)
+        return 130
     except (FinetuneError, UnicodeEncodeError) as error:
         sentence = sanitize_line(describe_encode_error(error) if isinstance(error, UnicodeEncodeError) else error)
         print(f'error: {sentence}' if is_main() else f'process {os.environ["RANK"]}: {sentence}', file=sys.stderr)
-        return 2
+        return _failed_status(asked.run_dir, before)
     if is_main(): print(result)
     return 130 if read_status(asked.run_dir).state == 'cancelled' and 'RANK' not in os.environ else 0  # torchrun would call it a failure
 

@@ -1,4 +1,5 @@
 "The program in a shell: settings, wrong words, JSON, pipes, narrow terminals, hostile names, the Tab key"
+import fcntl
 import json
 import os
 import pty
@@ -7,8 +8,10 @@ import select
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -240,6 +243,97 @@ def test_json_is_all_that_is_printed(place, capsys):
     assert status == said["exit_status"] == 2 and said["error"]["kind"] == "RunError" and said["error"]["message"] in err
 
 
+ERROR = dict(error=dict(kind=str, message=str, fields=list), exit_status=int)
+RUN = dict(folder=str, task=str, model=str, format=str, rows=dict(trained=int, held_out=int), adapter=(str, None), can_do=list,
+    settings=dict, status=dict(state=str, step=int, total=int, message=str),
+    curve=dict(steps=int, loss=(list, None), eval_loss=(list, None), best=(list, None)))
+MIGRATED = dict(RUN, file=str, taken_over=[dict(name=str, here=str)], explained=[dict(name=str, here=str, remark=str)], refused=list)
+MADE_ROWS = dict(file=str, rows=int, eval_file=(str, None), held_out=int, flagged=list, report=[dict(what=str, count=int, remark=str)])
+
+
+def fits(value, schema):
+    "Whether a JSON value has what a schema names: types, alternatives, objects with fields, lists of such"
+    if isinstance(schema, dict):
+        return isinstance(value, dict) and all(name in value and fits(value[name], one) for name, one in schema.items())
+    if isinstance(schema, list): return isinstance(value, list) and all(fits(one, schema[0]) for one in value)
+    if isinstance(schema, tuple): return any(fits(value, one) for one in schema)
+    return value is None if schema is None else type(value) is schema
+
+
+def answer(capsys, *arguments, schema, status=0):
+    "The one JSON value that a command with --json prints"
+    ended, out, err = call(capsys, *arguments, "--json")
+    said = json.loads(out)
+    assert ended == status and fits(said, schema), (arguments, out, err)
+    return said
+
+
+def test_a_run_that_is_made_is_told_in_json(place, capsys):
+    "Prepared or trained, by either command; nobody is asked"
+    typed = ("-d", "rows.json", "--set", "max_steps=2", "--set", "eval_ratio=0.4")
+    said = answer(capsys, "quickstart", "instruction", *typed, "-o", "one", "--prepare-only", schema=RUN)
+    assert (said["task"], said["model"], said["adapter"], said["status"]["state"], said["can_do"]) == (
+        "instruction", "tiny", None, "pending", ["run"])
+    assert sum(said["rows"].values()) == len(ROWS) and 0 < said["rows"]["held_out"] < len(ROWS) and Path(said["folder"]) == place/"one"
+    said = answer(capsys, "start", "-t", "instruction", *typed, "-o", "two", "--prepare-only", schema=RUN)
+    assert (said["status"]["state"], said["settings"]["max_steps"]) == ("pending", 2)
+    told = dict(RUN, unsloth_config=str, remarks=list)
+    said = answer(capsys, "start", "-t", "instruction", *typed, "-o", "three", "-f", "unsloth", schema=told)
+    assert Path(said["unsloth_config"]).exists()
+    assert answer(capsys, "start", "--task", "qa", schema=ERROR, status=2)["error"]["message"].startswith("--data is missing")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_trained_is_told_in_json(place, capsys):
+    typed = ("-d", "rows.json", "--set", "max_steps=2", "--set", "eval_ratio=0.4")
+    scores = dict(scores=dict(before=dict(correct=int, total=int), after=dict(correct=int, total=int)))
+    for command, schema in ((("quickstart", "instruction"), RUN | scores), (("start", "-t", "instruction"), RUN)):
+        said = answer(capsys, *command, *typed, "-o", f"by_{command[0]}", schema=schema)
+        assert (said["status"]["state"], said["status"]["step"], said["curve"]["steps"]) == ("completed", 2, 2)
+        assert Path(said["adapter"], "adapter_config.json").is_file() and len(said["curve"]["loss"]) == 2
+    said = answer(capsys, "quickstart", "custom", "-d", "rows.json", "-o", "bad", "--lr", "1", "--set", "max_grad_norm=1e6",
+        "--set", "warmup_ratio=0", "--set", "eval_ratio=0", "--set", "optim=sgd", "--set", "lora.lora_alpha=4096", schema=ERROR, status=1)
+    assert "--lr" in said["error"]["message"]
+
+
+def test_what_migrate_made_is_told_in_json(place, capsys):
+    "Each key once: taken over, explained or refused"
+    Path("data").mkdir()
+    Path("data", "dataset_info.json").write_text('{"doors": {"file_name": "doors.json"}}')
+    Path("data", "doors.json").write_text(json.dumps(ROWS))
+    keys = dict(model_name_or_path="tiny", stage="sft", dataset="doors", template="qwen", lora_rank=4, plot_loss=True,
+        trust_remote_code=True)
+    Path("sft.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in keys.items()))
+    said = answer(capsys, "migrate", "sft.yaml", "-o", "theirs", schema=MIGRATED)
+    names = [key["name"] for group in ("taken_over", "explained", "refused") for key in said[group]]
+    assert {*keys} - {"trust_remote_code"} <= {*names}
+    assert dict(name="lora_rank", value="4", here="lora.r=4", remark="") in said["taken_over"]
+    assert [key["name"] for key in said["refused"]] == ["trust_remote_code"] and said["rows"]["trained"] == len(ROWS)
+    Path("dpo.yaml").write_text("model_name_or_path: tiny\nstage: dpo\ndataset: doors\n")
+    assert "stage" in answer(capsys, "migrate", "dpo.yaml", "-o", "never", schema=ERROR, status=2)["error"]["message"]
+
+
+def test_what_rows_made_is_told_in_json(place, capsys):
+    Path("manual.md").write_text("# Till\n\n## Change\n\nThe till gives back the change in coins, the largest first.\n\n"
+        "## Paper\n\nThe paper is changed on the first of each month.\n")
+    said = answer(capsys, "rows", "manual.md", "-o", "made.jsonl", schema=MADE_ROWS)
+    lines = [path and len(Path(path).read_text().splitlines()) or 0 for path in (said["file"], said["eval_file"])]
+    assert lines == [said["rows"], said["held_out"]] and said["rows"] > 0
+    Path("chat.txt").write_text("[12.03.24, 14:05:33] Anna: <Media omitted>\n[12.03.24, 14:06:01] Till: Nice picture.\n"
+        "[12.03.24, 14:07:00] Anna: When does it open?\n[12.03.24, 14:08:00] Till: At nine.\n")
+    said = answer(capsys, "rows", "chat.txt", "--chat", "--assistant", "Till", "-o", "chat.jsonl", schema=MADE_ROWS)
+    assert said["rows"] == 1 and said["flagged"] and fits(said["flagged"], [dict(place=str, reason=str)]), said
+    assert answer(capsys, "rows", "nowhere.md", "-o", "n.jsonl", schema=ERROR, status=2)["error"]["fields"] == []
+
+
+@pytest.mark.parametrize("line, field", [("quickstart", "task"), ("quickstart custom --rank x", "rank"),
+    ("start --lr fast", "learning_rate"), ("rows", "source"),
+    ("rows a.md --wrong", "--wrong"), ("fly", None), ("show a b", None), ("estimate --max-length x", "max_length")])
+def test_what_the_parser_refuses_is_told_in_json(line, field, place, capsys):
+    said = answer(capsys, *line.split(), schema=ERROR, status=2)
+    assert said["error"]["kind"] == "UsageError" and said["error"]["fields"] == [field] * bool(field) and said["exit_status"] == 2, said
+
+
 def test_secrets_are_not_in_answers(place, capsys):
     token = "hf_" + "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC2dF4h"
     run = make_run(place/"run")
@@ -278,14 +372,16 @@ def test_tables_fit_the_terminal(columns, place, capsys, monkeypatch):
         assert re.search(r"\bcompleted\b", out), out
 
 
-def in_terminal(arguments, answers, cwd, columns=60, interrupt=None):
-    """A command in a real terminal; each answer is typed when its prompt is there. What the screen got, and the status.
-    Python's `input` misses a Ctrl-C in the moment before it waits: as a person would, it is pressed again when nothing happens."""
+def in_terminal(arguments, answers, cwd, columns=60, interrupt=None, variables=()):
+    """A command in a real terminal; each answer is typed when its prompt is there, Ctrl-C when the pattern `interrupt`
+    is. What the screen got, and the status. Python's `input` misses a Ctrl-C in the moment before it waits: as a person would,
+    it is pressed again when nothing happens."""
     pid, screen = pty.fork()
     if pid == 0:  # the child
         os.chdir(cwd)
-        os.environ.update(COLUMNS=str(columns), TERM="dumb")
+        os.environ.update({"COLUMNS": str(columns), "TERM": "dumb", **dict(variables)})
         os.execv(sys.executable, [sys.executable, "-m", "sage_finetune.cli", *arguments])
+    fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     said, waiting, until, pressed = "", list(answers), time.monotonic() + 300, None
     while time.monotonic() < until:
         if pressed and said.endswith("^C") and time.monotonic() > pressed + 5: os.write(screen, b"\x03"); pressed = time.monotonic()
@@ -296,7 +392,7 @@ def in_terminal(arguments, answers, cwd, columns=60, interrupt=None):
             said += piece
         if waiting and said.endswith(waiting[0][0]):
             os.write(screen, waiting.pop(0)[1].encode())
-        if interrupt and interrupt in said: os.write(screen, b"\x03"); interrupt, pressed = None, time.monotonic()
+        if interrupt and re.search(interrupt, said): os.write(screen, b"\x03"); interrupt, pressed = None, time.monotonic()
     if time.monotonic() > until: os.kill(pid, signal.SIGKILL)
     os.close(screen)
     _, status = os.waitpid(pid, 0)
@@ -443,3 +539,47 @@ def test_completion_in_zsh(words, expected, place, completion_script):
         os.kill(pid, signal.SIGKILL)
         os.close(screen)
         os.waitpid(pid, 0)
+
+
+# ---- one word for a state, one status for an end --------------------------------------------------------------------
+
+def test_list_and_show_say_the_same_of_a_run(place, capsys):
+    "Killed, cancelled, trained elsewhere; what it said last stands in flags"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    killed, cancelled, foreign = (make_run(place/"runs"/name) for name in ("killed", "cancelled", "foreign"))
+    status = json.loads((killed/"status.json").read_text())
+    (killed/"status.json").write_text(json.dumps(status | dict(state="training", pid=gone.pid)))
+    write_status(cancelled, "cancelled", 2, 3, "interrupted after step 2 of 3; `resume=True` goes on")
+    (foreign/"status.json").unlink()
+    (foreign/"lora_weights").mkdir()
+    (foreign/"lora_weights"/"adapter_config.json").write_text("{}")
+    listed = {run["name"]: run for run in json.loads(call(capsys, "list", place/"runs", "--json")[1])}
+    for run, state in ((killed, "failed"), (cancelled, "cancelled"), (foreign, "completed")):
+        shown = json.loads(call(capsys, "show", run, "--json")[1])["status"]
+        assert shown["state"] == listed[run.name]["state"] == state and shown["message"] == listed[run.name]["message"], (shown, listed)
+    for arguments in (("list", "runs"), ("show", killed), ("show", cancelled)):
+        out = call(capsys, *arguments)[1]
+        assert "--resume" in out and "resume=True" not in out and "`" not in out, out
+
+
+@pytest.mark.slow
+def test_the_trainers_status_tells_what_failed(place, capsys):
+    "1: it had begun; 2: something was to be put right before; 130: cancelled; 0: trained"
+    def prepared(name, *settings):
+        sets = [one for setting in ("logging_steps=1", "eval_ratio=0", *settings) for one in ("--set", setting)]
+        assert call(capsys, "quickstart", "custom", "-d", "rows.json", "-o", name, "--prepare-only", *sets)[0] == 0
+        return [sys.executable, "-m", "sage_finetune.trainer", name]
+    diverges = ("learning_rate=1", "max_grad_norm=1e6", "warmup_ratio=0", "optim=sgd", "lora.lora_alpha=4096")
+    done = subprocess.run(prepared("diverges", *diverges), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and read_status("diverges").step > 0, done.stderr
+    wrong = prepared("wrong", "max_steps=1")
+    next(Path("wrong").glob("training_data_*")).write_text("[{")
+    done = subprocess.run(wrong, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    process = subprocess.Popen(prepared("cancelled", "num_train_epochs=9000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "epoch" not in (line := process.stdout.readline()): assert line, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=300)[1]
+    assert process.returncode == 130 and read_status("cancelled").state == "cancelled" and "Traceback" not in err, err
+    assert subprocess.run(prepared("fine", "max_steps=1"), capture_output=True, timeout=300).returncode == 0

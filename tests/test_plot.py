@@ -291,7 +291,7 @@ def test_runs_in_every_state(tmp_path):
     gone.wait()
     assert title_of(plot_run(folder_of(tmp_path/"done", rows, "completed"))) == "done: completed 40/40"
     assert title_of(plot_run(folder_of(tmp_path/"live", rows, "training"))) == "live: training 40/40"
-    assert title_of(plot_run(folder_of(tmp_path/"dead", rows, "training", pid=gone.pid))) == "dead: failed (process gone) 40/40"
+    assert title_of(plot_run(folder_of(tmp_path/"dead", rows, "training", pid=gone.pid))) == "dead: failed 40/40: its process is gone"
     assert title_of(plot_run(folder_of(tmp_path/"old", rows))) == "old"
     cut = folder_of(tmp_path/"cut", rows, "failed")
     with open(cut/"metrics.jsonl", "a") as file: file.write('{"step": 41, "lo')

@@ -160,7 +160,7 @@ def test_a_process_that_was_killed_is_noticed(tmp_path):
     finally:
         child.kill()
         child.wait()
-    assert is_stale(claim(tmp_path, **mine)) and run_info(tmp_path).state == "failed (process gone)"
+    assert is_stale(claim(tmp_path, **mine)) and run_info(tmp_path).state == "failed"
 
 
 def test_a_number_that_was_given_out_again_is_noticed(tmp_path):

@@ -81,7 +81,7 @@ def test_started_stopped_and_resumed(straight, tmp_path, capfd):
     panel.buttons["stop"].click()
     assert panel.failure is None and enabled(panel) == set()
     half = panel.join(300)
-    assert half.stopped and panel.state == status(panel.run_dir)["state"].replace("cancelled", "stopped") and first < half.steps < 72
+    assert half.stopped and panel.state == status(panel.run_dir)["state"] and first < half.steps < 72
     assert (f"after step {half.steps} of 72" in panel.view.line.value and f"checkpoint-{half.steps} (" in panel.view.line.value
         and enabled(panel) == {"start", "resume"})
     # the GPU is free
@@ -130,7 +130,7 @@ def test_found_again_by_a_new_kernel(straight, tmp_path, steps):
     until(lambda: panel.control.watch.curve.count >= steps)
     said = ended(subprocess.Popen([sys.executable, "-c", NEW_KERNEL, str(panel.run_dir)], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True)).split()
-    assert said[0] == "stopped" and 8 <= int(said[1]) < 5000 and said[2] == "None"
+    assert said[0] == "cancelled" and 8 <= int(said[1]) < 5000 and said[2] == "None"
     assert panel.join(300).stopped and panel.summary.steps == int(said[1])
 
 
@@ -139,7 +139,7 @@ def test_stopped_before_it_began(straight, tmp_path):
     panel = TrainPanel(like(straight, tmp_path))
     panel.start()
     panel.stop()
-    assert (panel.join(300).steps == 0 and panel.state == "stopped" and "before the first step" in panel.view.line.value
+    assert (panel.join(300).steps == 0 and panel.state == "cancelled" and "before the first step" in panel.view.line.value
         and enabled(panel) == {"start"} and panel.failure is None)
 
 

@@ -175,7 +175,7 @@ def goes_on(book):
 def stops(book):
     "Stop: saved, and the button for going on can be pressed"
     book.find(".sage-stop").click()
-    expect(book.find(".sage-train-panel .sage-status")).to_contain_text("Stopped after step")
+    expect(book.find(".sage-train-panel .sage-status")).to_contain_text("Cancelled after step")
     expect(book.find(".sage-resume")).to_be_enabled()
     assert 0 < step_of(book) < STEPS, "it was over before it could be stopped"
     book.shot("stopped", ".sage-train-panel")

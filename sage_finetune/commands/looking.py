@@ -16,7 +16,8 @@ from ..core.errors import ConfigError
 from ..core.text import sanitize_line
 from ..runs.details import run_details, run_differences
 from ..runs.folder import list_runs, write_beside
-from .program import AsJson, RunDir, _home, _runs_there, app, report
+from ..runs.launch import run_status
+from .program import AsJson, RunDir, _home, _runs_there, app, in_shell_words, report
 
 
 # %% ../../nbs/commands/40_looking.ipynb #looking-doctor
@@ -34,13 +35,16 @@ def doctor_command(
     if diagnosis.problems: raise typer.Exit(2)
 
 # %% ../../nbs/commands/40_looking.ipynb #looking-list
+def _in_words_of_run(message: str) -> str: return in_shell_words(message, ['run'])
+
 @app.command('list')
 def list_command(
     folder: Annotated[Path, typer.Argument(help='folder in which to look for runs', callback=_home)] = Path('finetune_output'),
     as_json: AsJson = False
 ):
     "Show the runs below a folder."
-    runs = list_runs(folder)
+    runs = list_runs(folder, status_of=run_status)
+    for run in runs: run.message = _in_words_of_run(run.message)
     report([asdict(run) for run in runs] if as_json else runs, as_json)
 
 # %% ../../nbs/commands/40_looking.ipynb #looking-show
@@ -50,7 +54,9 @@ def show_command(
     as_json: AsJson = False
 ):
     "Show everything about one run."
-    report(run_details(run_dir), as_json)
+    details = run_details(run_dir)
+    if details.status: details.status.message = _in_words_of_run(details.status.message)
+    report(details, as_json)
 
 # %% ../../nbs/commands/40_looking.ipynb #looking-compare
 def _named_png(path: Path | None) -> Path | None:

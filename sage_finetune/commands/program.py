@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'app', 'RunDir', 'OutputPath', 'TrustCode', 'AsJson', 'Commands', 'quoted', 'in_shell_words', 'RunFailed',
-           'has_begun', 'status_1_once_begun', 'run_program', 'report', 'takes_settings', 'typed_settings',
-           'save_typed']
+           'status_1_once_begun', 'run_program', 'report', 'takes_settings', 'typed_settings', 'save_typed']
 
 # %% ../../nbs/commands/10_program.ipynb #program-imports
 import dataclasses
@@ -16,8 +15,8 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,10 +27,11 @@ from typer.core import TyperGroup
 from ..config import TrainingConfig
 from ..core.errors import ConfigError, FinetuneError, RunError
 from ..core.flags import in_flags
+from ..core.hub_errors import error_chain
 from ..core.secrets import redact_object
 from ..core.storage import expand_home
 from ..core.text import describe_encode_error, safe_streams, sanitize_line
-from ..runs.folder import Status, notes_printed, read_status
+from ..runs.folder import has_begun, notes_printed, read_status
 from sage_finetune.commands.settings import (
     FIELD_NAMES,
     apply_settings,
@@ -130,13 +130,6 @@ class RunFailed(Exception):
         error: FinetuneError # what it ended with
     ): self.error = error
 
-def has_begun(
-    before: Status, # of a run, when a command was typed
-    after: Status # of the same run, now
-) -> bool:
-    "Whether a run has planned its first step since."
-    return bool(after.total) and after.updated != before.updated
-
 @contextmanager
 def status_1_once_begun(
     run_dir: Path # run folder
@@ -153,12 +146,25 @@ def _failed(error: Exception, arguments: list[str], status: int) -> int:
     "Say what went wrong"
     encoding = isinstance(error, UnicodeEncodeError)
     said = in_shell_words(describe_encode_error(error) if encoding else error, arguments)  # type: ignore[arg-type]  # one of the two
-    if '--json' in arguments:
-        fields = list(getattr(error, 'fields', ()))
-        print(json.dumps(dict(error=dict(kind=type(error).__name__, message=said, fields=fields), exit_status=status)))
+    if '--json' in arguments: _print_error(type(error).__name__, said, getattr(error, 'fields', ()), status)
     print(f'error: {said}', file=sys.stderr)
     return status
 
+def _print_error(kind: str, message: str, fields: Iterable[str], status: int):
+    "An error for a script"
+    print(json.dumps(dict(error=dict(kind=kind, message=message, fields=list(fields)), exit_status=status)))
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    "While this is open, libraries draw no progress bars, unless the environment insists on them"
+    from huggingface_hub import constants
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    if are_progress_bars_disabled() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None: return (yield)
+    disable_progress_bars()
+    try: yield
+    finally: enable_progress_bars()
+
+# %% ../../nbs/commands/10_program.ipynb #b5afd259
 def run_program(
     arguments: list[str] | None = None # command line without the program's name; None: the real one
 ) -> int: # exit status: 0 done, 1 begun and failed, 2 something to put right, 130 interrupted
@@ -172,19 +178,33 @@ def _run(arguments: list[str]) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = note
             _teach_shells()
-            with notes_printed(): app(args=arguments, prog_name='sage-finetune')
-    except SystemExit as done: return _ended(int(done.code or 0), arguments)
+            with notes_printed(), _no_bars() if '--json' in arguments else nullcontext(): app(args=arguments, prog_name='sage-finetune')
+    except SystemExit as done: return _ended(int(done.code or 0), arguments, done)
     except RunFailed as failed: return _failed(failed.error, arguments, 1)
     except (FinetuneError, UnicodeEncodeError) as error: return _failed(error, arguments, 2)
     except OSError as error: return _failed(RunError(f'{type(error).__name__}: {error}'), arguments, 2)
-    except KeyboardInterrupt: return _ended(130, arguments)
+    except KeyboardInterrupt as error: return _ended(130, arguments, error)
     return 0
 
-def _ended(status: int, arguments: list[str]) -> int:
-    "How typer ended: with a number, after it has said why"
-    if status == 130:
-        print('interrupted. A run that has saved a checkpoint goes on with: sage-finetune run RUN --resume', file=sys.stderr)
+# %% ../../nbs/commands/10_program.ipynb #program-ended
+_GOES_ON = 'A run that has saved a checkpoint goes on with: sage-finetune run RUN --resume'
+
+def _ended(status: int, arguments: list[str], error: BaseException) -> int:
+    "How typer ended: with a number, after it has said why to people; a script is told too, where no answer was given before"
+    causes = [*error_chain(error)]
+    pressed = next((one for one in causes if isinstance(one, KeyboardInterrupt)), None)
+    refused = next((one for one in causes if hasattr(one, 'format_message')), None)
+    said = f'interrupted. {pressed and in_shell_words(pressed, arguments) or _GOES_ON}'
+    if status == 130: print(said, file=sys.stderr)
+    if '--json' not in arguments: return status
+    if refused: _print_error('UsageError', in_shell_words(refused.format_message(), arguments), _named(refused), status)
+    elif pressed: _print_error('KeyboardInterrupt', said, (), status)
     return status
+
+def _named(refused: Any) -> list[str]:
+    "The parameter that the parser did not take, as far as it says"
+    name = getattr(getattr(refused, 'param', None), 'name', None) or getattr(refused, 'option_name', None)
+    return [name] if name else []
 
 # %% ../../nbs/commands/10_program.ipynb #program-report
 def report(

@@ -17,8 +17,19 @@ from ..core.storage import expand_home
 from ..core.text import sanitize_line
 from ..runs.folder import TASK_NAMES, read_meta, read_status, write_beside
 from .menu import Choice, Menu
-from .preparing import _config_of, _ready
-from .program import OutputPath, TrustCode, _home, app, quoted, save_typed, status_1_once_begun, takes_settings, typed_settings
+from .preparing import _config_of, _ready, run_answer
+from sage_finetune.commands.program import (
+    AsJson,
+    OutputPath,
+    TrustCode,
+    app,
+    quoted,
+    report,
+    save_typed,
+    status_1_once_begun,
+    takes_settings,
+    typed_settings,
+)
 
 # %% ../../nbs/commands/25_starting.ipynb #starting-menus
 TASKS_TO_CHOOSE = (Choice('instruction', 'it does what it is told: instruction, output'),
@@ -63,7 +74,7 @@ def _check_words(framework: str, row_format: str | None):
     known = ('alpaca', 'qa', 'conversation', 'messages', 'prompt', 'text', 'mixed')
     if row_format and row_format not in known: raise ConfigError(f'--format {row_format} is not one of: {", ".join(known)}.')
 
-def _write_for_unsloth(folder: Path):
+def _write_for_unsloth(folder: Path, as_json: bool):
     "Write what Unsloth trains from, and say what cannot be said there"
     from sage_finetune.data.files import load_training_data
     from sage_finetune.data.unsloth import unsloth_remarks, write_unsloth
@@ -71,8 +82,12 @@ def _write_for_unsloth(folder: Path):
     config = meta.to_config(())
     rows = len(load_training_data(config.data_path))
     path = write_beside(folder, 'unsloth_config.yaml', lambda path: write_unsloth(config, path, meta.format, rows))
-    for remark in unsloth_remarks(config): print(sanitize_line(f'note: {remark}'))
+    remarks = [*unsloth_remarks(config)]
+    if as_json: return report(run_answer(folder) | dict(unsloth_config=str(path), remarks=remarks), True)
+    for remark in remarks: print(sanitize_line(f'note: {remark}'))
     print('\n' + sanitize_line(f'{path} is written. Train it with: unsloth train --config {path}'))
+
+_YES_NO = (Choice('yes'), Choice('no'))
 
 def _check_format(folder: Path, row_format: str | None):
     "Refuse rows that are not what was typed"
@@ -87,8 +102,7 @@ def start_command(
     model: Annotated[str | None, typer.Option('-m', '--model', help='"tiny" (packaged), a Hub name, or a folder')] = None,
     data: Annotated[str | None, typer.Option('-d', '--data', help='file with the rows, or "example" (packaged)')] = None,
     output: OutputPath = None,
-    framework: Annotated[str, typer.Option('-f', '--framework',
-        help='who trains: native (this package), or unsloth, for which a config is written')] = 'native',
+    framework: Annotated[str, typer.Option('-f', '--framework', help='native: trained here; unsloth: a config is written')] = 'native',
     row_format: Annotated[str | None, typer.Option('--format', help='what the rows must be: alpaca, qa, messages …')] = None,
     code_root: Annotated[str | None, typer.Option(help='task code: folder with Python files')] = None,
     auto: Annotated[bool, typer.Option('--auto', help='ask nothing: take the defaults, and train')] = False,
@@ -97,25 +111,26 @@ def start_command(
     skip_secrets: Annotated[bool, typer.Option('--skip-secrets', help='leave out rows of the file that seem to hold a secret')] = False,
     prepare_only: Annotated[bool, typer.Option(help='make the folder, do not train')] = False,
     trust_remote_code: TrustCode = False,
+    as_json: AsJson = False,
     **typed: Any # the settings
 ):
     "Ask for what is missing, prepare a run, train it."
     _check_words(framework, row_format)
     settings = typed_settings(typed, trust_remote_code=trust_remote_code)
-    menu = Menu(False if auto else None)
+    menu = Menu(False if auto or as_json else None)
     asked = ask_for_run(menu, task, model or settings.get('model_name'), data or settings.get('data_path'), code_root,
         str(output or settings.get('output_dir') or '') or None)
-    folder, config = asked['output'], _config_of(asked['model'], settings)[1]
     from sage_finetune.data.tasks import prepare_run
-    options = granted(trust_remote_code=trust_remote_code)
-    prepare_run(asked['task'], folder, asked['model'], asked['data'], asked['code_root'], config, overwrite=overwrite, show=True,
-        skip_secrets=skip_secrets, **options)
+    folder, config = asked['output'], _config_of(asked['model'], settings)[1]
+    prepare_run(asked['task'], folder, asked['model'], asked['data'], asked['code_root'], config, overwrite=overwrite, show=not as_json,
+        skip_secrets=skip_secrets, **granted(trust_remote_code=trust_remote_code))
     _check_format(folder, row_format)
     save_typed(read_meta(folder).to_config(()), typed)
-    if framework == 'unsloth': return _write_for_unsloth(folder)
-    now = not prepare_only and (not menu.asks or menu.choose('train now', (Choice('yes'), Choice('no')), 'yes', '--auto') == 'yes')
-    if not now: return print(_ready(folder, trust_remote_code))
+    if framework == 'unsloth': return _write_for_unsloth(folder, as_json)
+    if prepare_only or menu.asks and menu.choose('train now', _YES_NO, 'yes', '--auto') == 'no':
+        return report(run_answer(folder) if as_json else _ready(folder, trust_remote_code), as_json)
     from sage_finetune.trainer import train_from_meta
-    with status_1_once_begun(folder): print(f'\n{train_from_meta(folder, trust_remote_code=trust_remote_code)}')
+    with status_1_once_begun(folder): result = train_from_meta(folder, trust_remote_code=trust_remote_code, show=not as_json)
+    report(run_answer(folder) if as_json else f'\n{result}', as_json)
     if read_status(folder).state == 'cancelled': raise typer.Exit(130)
-    print(f'\nNext: sage-finetune chat {quoted(folder)}')
+    if not as_json: print(f'\nNext: sage-finetune chat {quoted(folder)}')

@@ -19,7 +19,7 @@ from ..core.errors import ConfigError, FinetuneError
 from ..core.storage import write_atomic
 from ..core.text import sanitize_line
 from ..runs.details import run_details
-from ..runs.folder import CONFIG, META, read_meta, read_status
+from ..runs.folder import CONFIG, META, has_begun, read_meta, read_status
 from ..training.run_writer import check_folder
 from .settings import apply_settings, settings_that_differ
 from sage_finetune.commands.program import (
@@ -28,7 +28,6 @@ from sage_finetune.commands.program import (
     _home,
     _runs_there,
     app,
-    has_begun,
     quoted,
     report,
     save_typed,

@@ -40,7 +40,7 @@ HUB_REASONS = dict(
     busy='the Hub was asked too often from here and says to wait. Try again in some minutes, or log in: hf auth login',
     down='{endpoint} is out of order ({status}). Try again later, or name a mirror: HF_ENDPOINT=https://…',
     slow='{endpoint} does not answer in time. Check the network, or name a mirror: HF_ENDPOINT=https://…',
-    dropped='the connection to {endpoint} was dropped. Start again: what was downloaded is kept, and the rest follows',
+    dropped='the connection to {endpoint} was dropped. Start again, and it goes on with what is missing',
     unreachable='{endpoint} is not reached. Check the network; behind a wall a mirror may help: HF_ENDPOINT=https://…',
     full='there is no room, or no permission, in the cache folder ({path}). Free some space, or set HF_HOME')
 

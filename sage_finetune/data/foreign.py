@@ -144,10 +144,18 @@ class ForeignConfig:
     def _rows(self) -> list[tuple]:
         lines = [(key.name, _shown(key.name, key.value), key.here, key.remark) for key in self.keys]
         return lines + [(name, '', 'not without your word', sentence) for name, sentence in self.refused.items()]
+    def to_dict(self) -> dict[str, Any]:
+        "What became of each key, as JSON can hold it: fields of ours, those that are explained, and what only you can allow."
+        keys = [key._replace(value=_shown(key.name, key.value)) for key in self.keys]
+        taken = [key for key in keys if '=' in key.here and not key.remark]
+        rest = [key for key in keys if key not in taken]
+        return dict(file=str(self.path), taken_over=[key._asdict() for key in taken], explained=[key._asdict() for key in rest],
+            refused=[dict(name=name, reason=reason) for name, reason in self.refused.items()])
     def __str__(self): return text_table(('there', '', 'here', 'what is different'), self._rows())
     __repr__ = __str__
     def _repr_html_(self): return html_table(('there', '', 'here', 'what is different'), self._rows(), caption=str(self.path))
 
+# %% ../../nbs/data/54_foreign.ipynb #foreign-config-make
 def foreign_config(
     path: Path, # the file
     content: dict, # its keys

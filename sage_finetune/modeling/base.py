@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -24,6 +25,7 @@ from ..chat_format.template import end_of_turn
 from ..config import TrainingConfig, as_config, resolve_model
 from ..core.errors import ModelError
 from ..core.protocols import CausalLM
+from .download import download_weights, shows_bars
 from .model_files import check_weights_size, describe_load_failure, read_config, refuse_kernels, refusing
 from .precision import Precision, pick_device, plan_precision
 from .tokenizer import NewTokens, run_tokenizer
@@ -69,7 +71,7 @@ def suppress_library_warnings(
     bars: bool = True # let progress bars be
 ) -> Iterator[None]:
     "Hold back what libraries say about each other and nobody can act on, and bars that would be over at once."
-    had_bars = transformers_logging.is_progress_bar_enabled()
+    had_bars, silenced = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
     if not bars: transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -82,6 +84,7 @@ def suppress_library_warnings(
             yield
     finally:
         if had_bars: transformers_logging.enable_progress_bar()
+        if silenced and not are_progress_bars_disabled(): disable_progress_bars()  # the line above enables those of the Hub too
 
 def takes_long(
     model: str # what `resolve_model` found
@@ -107,12 +110,13 @@ def load_base(
     Raises `ModelError` when either cannot be loaded or weights are missing."""
     config = as_config(config, 'load_base').check()
     tokenizer, new = run_tokenizer(config)
+    failed = lambda error: describe_load_failure('model', config.model_name, error, config.trust_remote_code)
+    with refusing(failed): download_weights(config.model_name)
     check_weights_size(config.model_name)
     precision, device = plan_precision(config), pick_device(config)
     quantisation = _quantization_config(config, precision)
     extra = dict(quantization_config=quantisation, device_map={'': device}) if quantisation else {}
-    failed = lambda error: describe_load_failure('model', config.model_name, error, config.trust_remote_code)
-    with LOADING, refusing(failed), suppress_library_warnings(bars=takes_long(resolve_model(config.model_name))):
+    with LOADING, refusing(failed), suppress_library_warnings(bars=shows_bars() and takes_long(resolve_model(config.model_name))):
         shape = read_config(config.model_name, config.trust_remote_code)
         if not config.trust_remote_code: refuse_kernels(shape, config.model_name)
         model, loading = AutoModelForCausalLM.from_pretrained(resolve_model(config.model_name), dtype=precision.dtype, use_safetensors=True,

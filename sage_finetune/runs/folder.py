@@ -8,8 +8,8 @@ __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'LOCK', 'RUN_FOLDERS', 'TASK_N
            'is_number', 'typed', 'can_be_path', 'read_object', 'confine', 'read_meta', 'write_meta', 'Status', 'moment',
            'write_status', 'parse_status', 'read_status', 'trainer_process', 'is_stale', 'is_running',
            'describe_trainer', 'metrics_row', 'MetricsTail', 'read_metrics', 'is_own_state', 'is_rewritten', 'is_run',
-           'old_files', 'run_files', 'other_files', 'refuse_replacing', 'write_beside', 'RunInfo', 'run_info', 'Runs',
-           'list_runs']
+           'old_files', 'run_files', 'other_files', 'refuse_replacing', 'write_beside', 'checked_status', 'has_begun',
+           'RunInfo', 'run_info', 'Runs', 'list_runs']
 
 # %% ../../nbs/runs/00_folder.ipynb #1fd28dcd
 import io
@@ -615,13 +615,34 @@ def write_beside(
         note_files(run_dir, {name: Path(folder)/name})
         return copy_atomic(Path(folder)/name, path)
 
+# %% ../../nbs/runs/00_folder.ipynb #checked-status
+def checked_status(
+    run_dir: str | Path, # run folder
+    status: Status | None = None # as read from it a moment ago; None: it is read
+) -> Status: # with a state of `STATES`
+    "How a run is doing, as far as its folder tells. Raises `RunError` when the file is broken."
+    folder = as_folder(run_dir)
+    if status is None: status = read_status(folder)
+    if is_stale(status, folder):
+        gone = f'the process that trained {run_dir} is gone. `resume=True` goes on from its last checkpoint.'
+        return replace(status, state='failed', pid=None, message=gone)
+    trained = not status.updated and (folder/'lora_weights'/'adapter_config.json').is_file() and not (folder/STATUS).exists()
+    return replace(status, state='completed') if trained else status
+
+def has_begun(
+    before: Status, # of a run, when a command was typed
+    after: Status # of the same run, now
+) -> bool:
+    "Whether a run has planned its first step since."
+    return bool(after.total) and after.updated != before.updated
+
 # %% ../../nbs/runs/00_folder.ipynb #0e8f7606
 @dataclass
 class RunInfo:
     "One run in a list"
     name: str # path below the folder that was listed
     folder: Path # run folder
-    state: str = 'pending' # one of `STATES`, "failed (process gone)", or "unreadable"
+    state: str = 'pending' # one of `STATES`, or "unreadable"
     model: str = '' # base model
     task: str = '' # task type
     step: int = 0 # optimizer steps done
@@ -647,7 +668,8 @@ RUN_COLUMNS = ('run', 'state', 'task', 'model', 'steps', 'loss', 'adapter', 'mer
 # %% ../../nbs/runs/00_folder.ipynb #de14b689
 def run_info(
     run_dir: str | Path, # run folder
-    name: str = ''       # how to call it; its folder's name when empty
+    name: str = '',      # how to call it; its folder's name when empty
+    status_of: Callable[[Path], Status] = checked_status # how it is doing
 ) -> RunInfo:            # never raises: what is broken stands in `message`
     "One run at a glance."
     folder = expand_home(run_dir)
@@ -655,10 +677,8 @@ def run_info(
     try:
         info.adapter, info.merged = (folder/'lora_weights'/'adapter_config.json').is_file(), (folder/'merged_model'/'config.json').is_file()
         info.task, info.model = _task_and_model(folder)
-        status = read_status(folder)
+        status = status_of(folder)
         info.state, info.step, info.total, info.message = status.state, status.step, status.total, redact_secrets(status.message)
-        if is_stale(status, folder): info.state = 'failed (process gone)'
-        elif info.adapter and not (folder/STATUS).exists(): info.state = 'completed'
         info.loss = _last_loss(folder)
     except (FinetuneError, OSError) as error: info.state, info.message = 'unreadable', str(error)
     return info
@@ -703,7 +723,8 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
 
 def list_runs(
     folder: str | Path = 'finetune_output', # where runs are kept
-    depth: int = 3                          # levels of folders to search
+    depth: int = 3,                         # levels of folders to search
+    status_of: Callable[[Path], Status] = checked_status # how a run is doing; `run_status` knows of processes that were started too
 ) -> Runs:                                  # sorted by path
     "All runs in a folder, each with its state. Raises `RunError` when the folder is missing."
     folder = as_folder(folder, 'folder')
@@ -713,5 +734,6 @@ def list_runs(
         name = path.relative_to(folder).as_posix() if path != folder else '.'
         late = time.monotonic() > until
         runs.append(RunInfo(name, path, 'unreadable',
-            message=f'not looked at: the runs before it took {MAX_LIST:g} seconds. List its own folder.') if late else run_info(path, name))
+            message=f'not looked at: the runs before it took {MAX_LIST:g} seconds. List its own folder.') if late
+            else run_info(path, name, status_of))
     return runs

@@ -35,6 +35,7 @@ from ..core.trust import safe_environment
 from sage_finetune.runs.folder import (
     MetricsTail,
     Status,
+    checked_status,
     describe_trainer,
     is_running,
     is_stale,
@@ -225,7 +226,7 @@ def _last_error_line(run_dir: str | Path, launch: Launch | None) -> str:
 # %% ../../nbs/runs/20_launch.ipynb #cc6d4a31
 def run_status(
     run_dir: str | Path # a run folder
-) -> Status: # "preparing" while a process that was started has said nothing yet; "failed" with what it said when it is gone
+) -> Status: # "preparing" while a process that was started has said nothing yet, "failed" with what it said where it is gone
     "Where a run stands, whoever asks; `is_running` of it says whether somebody trains there."
     launch = last_launch(run_dir)
     starts = launch and is_running(launch.status, run_dir)
@@ -235,7 +236,8 @@ def run_status(
         if launch.stopped: return replace(launch.status, state='cancelled', pid=None, message='stopped before it began')
         message = _last_error_line(run_dir, launch) or f'the process that was to train {run_dir} ended before it began.'
         return replace(launch.status, state='failed', pid=None, message=message)
-    if not is_stale(status, run_dir) or not is_stale(status := read_status(run_dir), run_dir): return status
+    if not is_stale(status, run_dir) or not is_stale(status := read_status(run_dir), run_dir):
+        return checked_status(run_dir, status)
     own = launch and (launch.pid == status.pid or launch.processes > 1)  # else the log is about another run than somebody's in a terminal
     parts = [f'the process that trained {run_dir} is gone.', _last_error_line(run_dir, launch) if own else '']
     message = ' '.join(filter(None, [*parts, '`resume=True` goes on from its last checkpoint.']))

@@ -540,7 +540,8 @@ def state_of(
 
 def _state_text(status: Status, run_dir: str | Path) -> str:
     "The status in words; nothing where none was ever written"
-    return f'failed (process gone) {status.step}/{status.total}' if is_stale(status, run_dir) else str(status) if status.updated else ''
+    if is_stale(status, run_dir): return f'failed {status.step}/{status.total}: its process is gone'
+    return str(status) if status.updated else ''
 
 def plot_run(
     run_dir: str | Path, # a run folder

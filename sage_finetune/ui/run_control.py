@@ -364,9 +364,9 @@ class FolderBackup:
 def _content(path: Path) -> bytes | None: return path.read_bytes() if path.exists() else None
 
 # %% ../../nbs/ui/35_run_control.ipynb #77d20015
-RUN_STATES = ('ready', 'starting', 'training', 'stopping', 'completed', 'stopped', 'failed')
+RUN_STATES = ('ready', 'starting', 'training', 'stopping', 'completed', 'cancelled', 'failed')
 BUSY = ('starting', 'training', 'stopping')
-_ENDS = dict(completed='completed', cancelled='stopped', failed='failed')
+_ENDS = ('completed', 'cancelled', 'failed')
 
 class RunControl:
     "A run folder that can be started, stopped and resumed, and where it stands."
@@ -408,7 +408,7 @@ def poll(self: RunControl) -> bool: # False when it has ended and all was read
     if begun and self.backup and is_running(self.status): self.backup.forget()
     while self.watch.poll(rows=begun or self.resumed) and self.watch.behind and time.monotonic() < until: pass
     at_work = 'starting' if not begun else 'stopping' if self.stop_requested else 'training'
-    self.state = _ENDS.get(self.status.state, 'ready') if ended else at_work
+    self.state = (self.status.state if self.status.state in _ENDS else 'ready') if ended else at_work
     if ended and not self.watch.behind: self._note_end()
     return not ended or self.watch.behind
 
@@ -416,7 +416,7 @@ def poll(self: RunControl) -> bool: # False when it has ended and all was read
 def _note_end(self: RunControl):
     "What is known only at the end"
     if self.backup: self.backup.restore()
-    if self.state in ('stopped', 'failed'): self.saved = describe_checkpoint(self.folder)
+    if self.state in ('cancelled', 'failed'): self.saved = describe_checkpoint(self.folder)
     if self.state == 'failed' and not self.error: self.error = self.worker.failure(self.status)
 
 # %% ../../nbs/ui/35_run_control.ipynb #77d2001b
@@ -464,7 +464,7 @@ def _launch(self: RunControl, prepare: Callable, **how: bool):
 def compare(self: RunControl):
     """Show that going on gives what the run would have given without the stop (`uninterrupted_losses`).
     Takes as long as the steps it makes again."""
-    if self.state != 'stopped': raise RunError(f'{self.folder} was not stopped, so there is nothing to compare.')
+    if self.state != 'cancelled': raise RunError(f'{self.folder} was not stopped, so there is nothing to compare.')
     losses = uninterrupted_losses(self.folder, **self.allowed)
     self.watch.losses.expect(losses)
     self.losses_ahead = {step: loss for step, loss in losses.items() if step > self.watch.row['step']}
@@ -508,7 +508,7 @@ def status_line(
     if state == 'training': return _who_trains(control.status)
     if state == 'stopping': return 'The step is finished, then all is saved.'
     if state == 'completed': return f'Done {_reached(control)}. The adapter is in {short_path(summary.lora_dir)}.'
-    if state == 'stopped' and not summary.steps: return 'Stopped before the first step: Start.'
+    if state == 'cancelled' and not summary.steps: return 'Cancelled before the first step: Start.'
     return f'{state.capitalize()} {_reached(control)}. {_way_on(control)}'
 
 def _reached(control: RunControl) -> str:

@@ -139,7 +139,7 @@ class RunSummary:
     @property
     def stopped(self) -> bool:
         "Whether the run ended before its last step, saved."
-        return self.state == 'stopped'
+        return self.state == 'cancelled'
     @property
     def tokens_per_second(self) -> float:
         "Real tokens a second, over the whole run."

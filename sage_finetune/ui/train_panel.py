@@ -58,8 +58,8 @@ class CurveImage:
         return time.monotonic() - self.drawn_at > min(5, max(0.7, 30 * self.cost))
 
 # %% ../../nbs/ui/40_train_panel.ipynb #77d40004
-_KINDS = dict(completed='good', failed='warning', stopped='good')  # of the line that says where a run stands
-_BAR_STYLES = dict(completed='success', failed='danger', stopped='warning')
+_KINDS = dict(completed='good', failed='warning', cancelled='good')  # of the line that says where a run stands
+_BAR_STYLES = dict(completed='success', failed='danger', cancelled='warning')
 _LOG_STYLE = 'font-family:monospace;font-size:12px;max-height:16em;overflow:auto;display:flex;flex-direction:column-reverse'
 
 class RunView:
@@ -118,7 +118,7 @@ class RunButtons:
         idle = state not in BUSY and not comparing
         allowed = dict(start=idle, here=True, resume=idle and has_run and state != 'completed',
                        stop=state in ('starting', 'training') and control.status.state in RUNNING_STATES,
-                       compare=idle and state == 'stopped' and bool(control.watch.row))
+                       compare=idle and state == 'cancelled' and bool(control.watch.row))
         for name, button in self.buttons.items(): button.disabled = not allowed[name]
         self.replace.disabled = not idle or not has_run
 
@@ -332,7 +332,7 @@ def stop(self: TrainPanel):
 def compare(self: TrainPanel):
     """Show that Resume gives what the run would have given without the stop; a copy is trained meanwhile.
     Raises `RunError` when it was not stopped."""
-    if self.state != 'stopped': raise RunError(f'{self.run_dir} was not stopped, so there is nothing to compare.')
+    if self.state != 'cancelled': raise RunError(f'{self.run_dir} was not stopped, so there is nothing to compare.')
     with self.poller.lock:
         self.comparing = True
         self._show()

@@ -96,7 +96,7 @@ def nobody_works(run):
     assert said is False or isinstance(said, str)
     assert "is in use" not in str(asked(check_folder, read_meta(run).to_config(), resume="auto"))
     assert "is working on" not in str(asked(ensure_empty, run, overwrite=True))
-    assert run_info(run).state in ("failed (process gone)", "unreadable", "pending")
+    assert run_info(run).state in ("failed", "unreadable", "pending")
     status = asked(run_status, run)
     assert isinstance(status, str) or status.state in ("failed", "pending") and not is_running(status)
 
@@ -223,7 +223,7 @@ def test_who_holds_the_lock_is_stopped(run, changes):
         assert run_info(run).state == "training" == run_status(run).state and is_running(run_status(run))
         assert stop_run(run) and trainer.wait(timeout=30) == -signal.SIGTERM
     finally: end(trainer)
-    assert not stop_run(run) and run_info(run).state == "failed (process gone)"
+    assert not stop_run(run) and run_info(run).state == "failed"
 
 
 def test_a_number_without_a_mark_is_in_use_and_not_signalled(run, sent):
