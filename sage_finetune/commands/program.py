@@ -182,7 +182,9 @@ def _run(arguments: list[str]) -> int:
 
 def _ended(status: int, arguments: list[str]) -> int:
     "How typer ended: with a number, after it has said why"
-    if status == 130:
+    if status == 130 and arguments[:1] == ['rows']:
+        print('interrupted. What was made is kept, and the same line typed again goes on from there.', file=sys.stderr)
+    elif status == 130:
         print('interrupted. A run that has saved a checkpoint goes on with: sage-finetune run RUN --resume', file=sys.stderr)
     return status
 
