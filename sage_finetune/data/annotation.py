@@ -344,7 +344,9 @@ def lines(self: AnnotationSession) -> list[tuple]:
         for row, note in every[:MOST_SHOWN]]
     return shown + [(f'… {len(every) - MOST_SHOWN:,} more', '', '', '')] * (len(every) > MOST_SHOWN)
 
-def _place_of(source: dict) -> str: return ' › '.join(map(str, [source['file'], *(source.get('headings') or ())]))
+def _place_of(source: dict) -> str:
+    headings = source.get('headings')
+    return ' › '.join(map(str, [source['file'], *(headings if isinstance(headings, list) else ())]))
 
 _HEADER = 'question', 'answer', 'from', ''
 

@@ -36,9 +36,9 @@ def piece_html(
 
 def _done_html(session: AnnotationSession) -> str:
     "What to do when all pieces are done"
-    if not session.rows: return alert_html('good', 'all pieces are done, and no question was added.')
+    if not session.rows: return alert_html('good', 'no question was added.')
     held_out = f', the held-out ones in {session.eval_path.name}' if session.held_out else ''
-    return alert_html('good', f'all pieces are done. The rows are in {session.path.name}{held_out}. DataPanel and prepare_run take them.')
+    return alert_html('good', f'the rows are in {session.path.name}{held_out}. DataPanel and prepare_run take them.')
 
 def _questions_html(questions: list[AnnotatedQuestion]) -> str:
     "The questions of a piece"
@@ -51,12 +51,14 @@ class QuestionBoxes:
     def __init__(self):
         layout = dict(width='98%', max_width='900px')
         box = lambda name, height, hint: W.Textarea(description=name, placeholder=hint, style=dict(description_width='70px'),
-            layout=W.Layout(height=height, **layout))
+            continuous_update=False, layout=W.Layout(height=height, **layout))
         self.question = add_class(box('question', '52px', 'as people would ask it, without seeing the piece'), 'sage-question')
         self.answer = add_class(box('answer', '76px', 'short, complete, in the words of the piece'), 'sage-answer')
         self.hold = add_class(W.Checkbox(description='hold out', indent=False, layout=W.Layout(width='auto')), 'sage-hold')
         self.hint = add_class(W.HTML(), 'sage-hint')
-        self.parts = self.question, self.answer, flex_row(self.hold, self.hint)
+        row = flex_row(self.hold, self.hint)
+        row.layout.margin = '0 0 0 76px'  # below the boxes, not below their names
+        self.parts = self.question, self.answer, row
 
     @property
     def typed(self) -> tuple[str, str]:
@@ -92,10 +94,12 @@ class QuestionPanel(Panel):
         max_characters: int = 2000 # of a piece; fenced code stays whole
     ):
         self.session, self.boxes = AnnotationSession(source, path, max_characters), QuestionBoxes()
+        self.doubted: tuple = ()  # what stood in the boxes when it was doubted
         names = ('progress', 'shown', 'questions', 'notes')
         self.progress, self.shown, self.listed, self.notes = (add_class(W.HTML(), f'sage-{name}') for name in names)
         self.skip_button = self.button('Skip piece', self.skip, 'this piece is done', css='sage-skip')
         self.keep_button = self.button('Keep anyway', self.keep_anyway, 'add it whatever speaks against it', 'warning', 'sage-keep')
+        self.keep_button.layout.align_self = 'flex-start'
         self.add_button = self.button('Add', self.add, 'keep this question', 'primary', 'sage-add')
         buttons = flex_row(self.add_button, self.skip_button,
             self.button('Back', self.back, 'the piece before this one', css='sage-back'),
@@ -144,6 +148,7 @@ def show_error(
     self.error_line.show(error)
     if isinstance(error, DoubtfulQuestion): self.problem.value = alert_html('warning', str(error))
     self._offer(isinstance(error, DoubtfulQuestion))
+    self.doubted = (*self.boxes.typed, self.boxes.hold.value)
     self.update_static_output()
 
 # %% ../../nbs/ui/32_question_panel.ipynb #question-panel-clicks
@@ -154,8 +159,8 @@ def add(self: QuestionPanel):
 
 @patch
 def keep_anyway(self: QuestionPanel):
-    "The same, whatever speaks against it."
-    self._add(True)
+    "The same, whatever speaks against it, where it is still what was doubted."
+    self._add(self.doubted == (*self.boxes.typed, self.boxes.hold.value))
 
 @patch
 def _add(self: QuestionPanel, anyway: bool):
