@@ -345,7 +345,7 @@ def question_panel(folder):
     made = QuestionPanel(annotation_session(folder).pieces, folder/"rows.jsonl")
     made.session.notes = [PAYLOAD]
     made.show()
-    made.boxes.question.value = made.boxes.answer.value = PAYLOAD.replace("\ud800", "") + " again"
+    made.boxes.question.value, made.boxes.answer.value = f"{PAYLOAD} again", "made\u202eup \x1b[2J<script>" * 60
     made.add_button.click()
     assert made.failure
     return made
