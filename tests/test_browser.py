@@ -74,7 +74,7 @@ def test_questions_by_keyboard(tmp_path):
         keys.press("Tab"), keys.press("Enter")  # past the tick, to Add
         expect(done).to_have_text("piece 1 of 2 · 1 question")
         expect(book.find(".sage-question textarea")).to_be_focused()
-        for step in range(4): keys.press("Tab")
+        for _ in range(4): keys.press("Tab")
         expect(book.find(".sage-skip")).to_be_focused()
         keys.press("Enter")
         expect(done).to_have_text("piece 2 of 2 · 1 question")
