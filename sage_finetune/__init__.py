@@ -48,6 +48,7 @@ _home = {
     "free": "ui.diagnosis",
     "ConfigForm": "ui.form",
     "DataPanel": "ui.data_panel",
+    "QuestionPanel": "ui.question_panel",
     "TrainPanel": "ui.train_panel",
     "ChatPanel": "ui.chat_panel",
     "Studio": "ui.studio",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:  # the same for editors and type checkers, which run nothing
     from .ui.data_panel import DataPanel as DataPanel
     from .ui.diagnosis import doctor as doctor, free as free
     from .ui.form import ConfigForm as ConfigForm
+    from .ui.question_panel import QuestionPanel as QuestionPanel
     from .ui.studio import Studio as Studio
     from .ui.train_panel import TrainPanel as TrainPanel
     # isort: on

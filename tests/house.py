@@ -31,7 +31,7 @@ MAY_IMPORT = {
         "ui.fields": "a control for a field", "ui.presets": "the list of presets", "ui.upload": "a button for a file",
         "ui.memory_view": "a bar",
         "ui.form": "the settings", "ui.data_panel": "the rows", "ui.train_panel": "the run", "ui.chat_panel": "the conversation",
-        "ui.conversation_view": "what was said in it", "ui.chat_controls": "how it is said",
+        "ui.question_panel": "questions made by hand", "ui.conversation_view": "what was said in it", "ui.chat_controls": "how it is said",
         "ui.studio": "all of them in one place"},
     "matplotlib": {"runs.plot": "the pictures; a run on a server needs none"},
     "detect_secrets": {"core.secrets": "rules that others keep, inside a function: "

@@ -59,6 +59,34 @@ def test_a_panel_lives_fails_and_leaves_something_behind(tmp_path):
         assert book.find(".jp-OutputArea-output img:not(.jp-RenderedImage img)").count() == 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_questions_by_keyboard(tmp_path):
+    "Typed, added and gone on with by Tab and Enter; nothing in the document runs; another kernel goes on; the table stays"
+    (tmp_path/"book").mkdir()
+    (tmp_path/"book"/"pot.md").write_text("# Pot\n\nThe pot holds four cups of tea.\n\n## A </textarea><script>harmed=1</script> lid\n\n"
+        "It is <img src=x onerror='harmed=1'> made of clay.\n")
+    with opened(tmp_path, ["from sage_finetune import QuestionPanel", "QuestionPanel('pot.md', 'rows.jsonl')"], label="questions") as book:
+        book.run_all()
+        keys, done = book.page.keyboard, book.find(".sage-question-panel .sage-progress")
+        book.find(".sage-question textarea").click()
+        for text in ("How much tea does the pot hold?", "Four cups."): keys.type(text), keys.press("Tab")
+        keys.press("Tab"), keys.press("Enter")  # past the tick, to Add
+        expect(done).to_have_text("piece 1 of 2 · 1 question")
+        expect(book.find(".sage-question textarea")).to_be_focused()
+        for _ in range(4): keys.press("Tab")
+        expect(book.find(".sage-skip")).to_be_focused()
+        keys.press("Enter")
+        expect(done).to_have_text("piece 2 of 2 · 1 question")
+        expect(book.find(".sage-piece")).to_contain_text("<img src=x")
+        book.restart()
+        book.run_all()
+        expect(done).to_have_text("piece 2 of 2 · 1 question")
+        book.reopen()
+        expect(book.find("[class^=sage-left]")).to_contain_text("How much tea does the pot hold?")
+        assert not book.page.evaluate("window.harmed")
+
+
 # ---- the whole way ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ WRONG = {
     "quikstart code": "Did you mean 'quickstart'?",
     "run": "Missing argument",
     "run nowhere": "there is no run folder nowhere",
+    "rows rows.json --by-hand --json": "Type one of them",
     "run rows.json": "rows.json",
     "run run": "already holds a run (metrics.jsonl). Choose another RUN, go on with it by --resume, or replace it by --overwrite",
     "run run --resume --overwrite": "Type one of them",
@@ -118,6 +119,9 @@ WRONG = {
     "chat run --compare --merged": "Type one of them",
     "rows rows.json --assistant me": "Add --chat",
     "rows rows.json --key-env KEY": "need --endpoint",
+    "rows rows.json --by-hand": "nobody can be asked here",
+    "rows rows.json --by-hand --overwrite": "does not go with --overwrite",
+    "rows rows.json --by-hand --chat": "does not go with --chat",
     "estimate --device cuda --measure": "--measure times one batch here",
     "completion cmd": "there is no completion for 'cmd'",
     "migrate nowhere.yaml": "nowhere.yaml",
@@ -422,6 +426,24 @@ def test_a_picture_in_a_run_goes_with_it_and_one_of_yours_stays(place, capsys):
 def test_ctrl_c_in_a_menu(place):
     said, status = in_terminal(["start"], [], place, interrupt="task: ")
     assert status == 130 and "Traceback" not in said and not list(place.glob("finetune_output*"))
+
+
+def test_questions_by_hand_in_a_terminal(place):
+    "Asked, doubted, kept; stopped by Ctrl-C, and gone on with where it was"
+    (place/"manual.md").write_text("# Pot\n\nThe pot holds four cups.\n\n## Lid\n\nThe lid is \x1b[31mred\x1b[0m clay.\n")
+    line = ["rows", "manual.md", "-o", "made.jsonl", "--by-hand"]
+    said, status = in_terminal(line, [("question: ", "How much does it hold?\n"), ("answer: ", "Four cups.\n"),
+        ("question: ", "Who made it?\n"), ("answer: ", "Ada.\n"),
+        ("anyway? [no]: ", "y\n"), ("question: ", "\n")], place, interrupt="piece 2 of 2")
+    assert status == 130 and "Traceback" not in said and "2 rows are in" in said and "goes on from there" in said, said
+    assert "“ada” is not in it" in said and "\x1b[31m" not in said
+    answers = [json.loads(row)["answer"] for row in (place/"made.jsonl").read_text().splitlines()]
+    assert answers == ["Four cups.", "Ada."]
+    said, status = in_terminal(line, [("question: ", ":stop\n")], place)
+    assert status == 0 and "piece 2 of 2 · 2 questions" in said and "Next: sage-finetune data made.jsonl" in said, said
+    (place/"theirs.jsonl").write_text(json.dumps(dict(question="Mine?", answer="Yes.")) + "\n")
+    said, status = in_terminal(["rows", "manual.md", "-o", "theirs.jsonl", "--by-hand"], [], place)
+    assert status == 2 and "were not made by hand here" in said, said
 
 
 def test_ctrl_c_while_it_trains(place):

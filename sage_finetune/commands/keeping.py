@@ -48,6 +48,7 @@ _LINES = (
     ('sage-finetune data example', 'the packaged rows, token by token, and their health'),
     ('sage-finetune quickstart qa -o finetune_output/first', 'the packaged model answers; also: instruction, chat, custom, code'),
     ('sage-finetune rows MANUAL.pdf -o rows.jsonl', 'rows out of documents or chats'),
+    ('sage-finetune rows MANUAL.pdf --by-hand', 'questions that you make, piece by piece'),
     ('sage-finetune migrate sft.yaml', 'what was trained elsewhere: LLaMA-Factory, axolotl, Unsloth and TRL notebooks'),
     ('sage-finetune quickstart code --code-root YOUR/FOLDER', 'questions about your own source code'),
     ('sage-finetune quickstart instruction -d rows.jsonl -m Qwen/Qwen2.5-0.5B-Instruct --bits 4', 'your own rows and a real model'),

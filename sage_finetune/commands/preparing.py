@@ -16,7 +16,7 @@ import typer
 from ..config import TrainingConfig, granted
 from ..core.errors import ConfigError, DataError, FinetuneError
 from ..core.limits import parse_json
-from ..core.storage import expand_home, write_atomic
+from ..core.storage import expand_home, write_json_lines
 from ..core.text import sanitize_line
 from .settings import apply_settings
 from sage_finetune.commands.program import (
@@ -214,6 +214,8 @@ def migrate_command(
 
 # %% ../../nbs/commands/20_preparing.ipynb #preparing-rows
 _CHATS, _DOCUMENTS = 'chat', 'docs'
+_NO_QUESTIONS = ('\nNeither --endpoint nor --by-hand was typed, so no questions were made: '
+    'the rows are headings with their sections, and plain text.')
 
 def _rows_of(source: Path, kind: str, assistant: str | None, gap: float, skip_personal: bool) -> Any:
     "Rows out of a chat or documents, with a report that shows itself"
@@ -226,12 +228,12 @@ def _rows_of(source: Path, kind: str, assistant: str | None, gap: float, skip_pe
 def _asked(found: Any, endpoint: str, model: str | None, key_env: str | None, output: Path, skip_personal: bool) -> Any:
     "Questions about pieces, made by a server"
     if not model: raise ConfigError('--endpoint needs the name of a model there. Add --question-model.')
-    from sage_finetune.data.questions import ask_questions
-    return ask_questions(found.pieces, endpoint, model, output.with_suffix('.asked.jsonl'), skip_personal=skip_personal, key_env=key_env)
+    from sage_finetune.data.questions import ask_questions, asked_path
+    return ask_questions(found.pieces, endpoint, model, asked_path(output), skip_personal=skip_personal, key_env=key_env)
 
 def _write_rows(path: Path, rows: list[dict], show: bool):
     "Rows as JSON lines"
-    write_atomic(path, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+    write_json_lines(path, rows)
     if show: print(sanitize_line(f'{len(rows)} rows written to {path}'))
 
 def _rows_answer(found: Any, output: Path, eval_file: Path) -> dict[str, Any]:
@@ -242,6 +244,36 @@ def _rows_answer(found: Any, output: Path, eval_file: Path) -> dict[str, Any]:
     lines = [dict(what=what, count=count, remark=remark) for what, count, remark in found.lines]
     return dict(file=str(output), rows=len(found.rows), eval_file=str(eval_file) if held_out else None, held_out=len(held_out),
         flagged=flagged, report=lines)
+
+# %% ../../nbs/commands/20_preparing.ipynb #preparing-by-hand
+def _check_rows(source: Path, output: Path, typed: dict[str, Any], about_chat: bool, about_server: bool) -> Path:
+    "Where held-out rows go. Raises `ConfigError` for flags that do not go together, and for files that are there"
+    from sage_finetune.data.questions import held_out_path
+    chat, endpoint, by_hand, overwrite = (typed[name] for name in ('chat', 'endpoint', 'by_hand', 'overwrite'))
+    if output.suffix != '.jsonl': raise ConfigError(f'--output {output} is no .jsonl file.')
+    eval_file = held_out_path(output)
+    if there := next((path for path in (output, eval_file) if path.exists() and not overwrite and not by_hand), None):
+        raise ConfigError(f'{there} is there already. Choose another --output, or pass --overwrite.')
+    if not chat and about_chat: raise ConfigError('--assistant and --gap are about a chat. Add --chat, or leave them out.')
+    if not endpoint and about_server: raise ConfigError('--question-model and --key-env need --endpoint.')
+    if endpoint and chat: raise ConfigError('--endpoint asks about documents; a chat has its questions already.')
+    if by_hand and (other := next((name for name in ('chat', 'endpoint', 'overwrite') if typed[name]), '')):
+        raise ConfigError(f'--by-hand asks you about documents, and goes on where it was left. It does not go with --{other}.')
+    if not source.exists(): raise ConfigError(f'there is no file or folder {source}.')
+    return eval_file
+
+def _by_hand(source: Path, output: Path):
+    "Ask for questions in a terminal, from where it was left; each is written at once"
+    from sage_finetune.commands.by_hand import ask_by_hand, check_asks
+    from sage_finetune.commands.menu import Menu
+    from sage_finetune.data.annotation import AnnotationSession
+    check_asks(menu := Menu())
+    session = AnnotationSession(source, output)
+    try: ask_by_hand(session, menu)
+    finally:
+        for path, rows in ((session.path, session.rows), (session.eval_path, session.held_out)):
+            if rows: print(sanitize_line(f'{len(rows)} rows are in {path}'))
+    print(f'Next: sage-finetune data {quoted(output)}' if session.rows else 'No question was added.')
 
 # %% ../../nbs/commands/20_preparing.ipynb #preparing-rows-2
 @app.command('rows')
@@ -255,25 +287,22 @@ def rows_command(
     endpoint: Annotated[str | None, typer.Option(metavar='URL', help='a server that answers as OpenAI does and asks the questions')] = None,
     question_model: Annotated[str | None, typer.Option(help='with --endpoint: the name of the model there')] = None,
     key_env: Annotated[str | None, typer.Option(metavar='NAME', help='with --endpoint: the environment variable with its key')] = None,
+    by_hand: Annotated[bool, typer.Option('--by-hand', help='you make the questions, in this terminal; goes on where it was left')] = False,
     keep_personal: Annotated[bool, typer.Option('--keep-personal', help='keep rows with addresses, numbers and the like; '
         'with --endpoint they are sent too')] = False,
     overwrite: Annotated[bool, typer.Option(help='replace the file if it is there')] = False,
     as_json: AsJson = False
 ):
     "Make rows out of documents or chats."
-    if output.suffix != '.jsonl': raise ConfigError(f'--output {output} is no .jsonl file.')
-    eval_file = output.with_name(f'{output.stem}_eval.jsonl')
-    if there := next((path for path in (output, eval_file) if path.exists() and not overwrite), None):
-        raise ConfigError(f'{there} is there already. Choose another --output, or pass --overwrite.')
-    if not chat and (assistant or gap != 6.): raise ConfigError('--assistant and --gap are about a chat. Add --chat, or leave them out.')
-    if not endpoint and (question_model or key_env): raise ConfigError('--question-model and --key-env need --endpoint.')
-    if endpoint and chat: raise ConfigError('--endpoint asks about documents; a chat has its questions already.')
-    if not source.exists(): raise ConfigError(f'there is no file or folder {source}.')
+    typed: dict[str, Any] = dict(chat=chat, endpoint=endpoint, by_hand=by_hand, overwrite=overwrite)
+    eval_file = _check_rows(source, output, typed, bool(assistant or gap != 6.), bool(question_model or key_env))
+    if by_hand and as_json: raise ConfigError('--by-hand asks in this terminal, and --json is for scripts. Type one of them.')
+    if by_hand: return _by_hand(source, output)
     found = _rows_of(source, _CHATS if chat else _DOCUMENTS, assistant, gap, not keep_personal)
     show = print if not as_json else lambda *said: None
     show(found)
     if endpoint: show(found := _asked(found, endpoint, question_model, key_env, output, not keep_personal))
-    elif not chat: show('\nNo --endpoint was named, so no questions were made: the rows are headings with their sections, and plain text.')
+    elif not chat: show(_NO_QUESTIONS)
     _write_rows(output, found.rows, not as_json)
     if held_out := getattr(found, 'held_out', None): _write_rows(eval_file, held_out, not as_json)
     if as_json: return report(_rows_answer(found, output, eval_file), True)

@@ -188,13 +188,14 @@ def _run(arguments: list[str]) -> int:
 
 # %% ../../nbs/commands/10_program.ipynb #program-ended
 _GOES_ON = 'A run that has saved a checkpoint goes on with: sage-finetune run RUN --resume'
+_ROWS_GO_ON = 'What was made is kept, and the same line typed again goes on from there.'
 
 def _ended(status: int, arguments: list[str], error: BaseException) -> int:
     "How typer ended: with a number, after it has said why to people; a script is told too, where no answer was given before"
     causes = [*error_chain(error)]
     pressed = next((one for one in causes if isinstance(one, KeyboardInterrupt)), None)
     refused = next((one for one in causes if hasattr(one, 'format_message')), None)
-    said = f'interrupted. {pressed and in_shell_words(pressed, arguments) or _GOES_ON}'
+    said = f'interrupted. {pressed and in_shell_words(pressed, arguments) or (_ROWS_GO_ON if arguments[:1] == ['rows'] else _GOES_ON)}'
     if status == 130: print(said, file=sys.stderr)
     if '--json' not in arguments: return status
     if refused: _print_error('UsageError', in_shell_words(refused.format_message(), arguments), _named(refused), status)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PART', 'OLD', 'expand_home', 'describe_bad_name', 'checked_path', 'replace_path', 'write_atomic',
-           'describe_write_error', 'write_json', 'copy_atomic', 'open_append', 'atomic_directory']
+           'describe_write_error', 'write_json', 'write_json_lines', 'copy_atomic', 'open_append', 'atomic_directory']
 
 # %% ../../nbs/core/01_storage.ipynb #8d2bf4ec
 import errno
@@ -163,6 +163,14 @@ def write_json(
 ) -> Path:            # the file
     "Write an object as indented JSON, whole or not at all (`write_atomic`)."
     return write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + '\n')
+
+# %% ../../nbs/core/01_storage.ipynb #storage-json-lines
+def write_json_lines(
+    path: str | Path,    # the file to make or to replace
+    rows: Iterable[dict] # anything `json` can write
+) -> Path:               # the file
+    "Write rows as JSON, each in a line of its own, whole or not at all (`write_atomic`)."
+    return write_atomic(path, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
 
 # %% ../../nbs/core/01_storage.ipynb #63da9c85
 def copy_atomic(

@@ -36,7 +36,8 @@ _SIGNS = dict(error=('✗', 'problem', '--jp-error-color1', '#d32f2f'), warning=
               good=('✓', 'fine', '--jp-success-color1', '#2e7d32'), note=('·', '', '--jp-border-color1', '#9e9e9e'))
 _LINE_STYLE = 'padding:2px 8px;margin:2px 0;line-height:1.4;white-space:normal;overflow-wrap:anywhere'
 
-_BUTTONS = {'resume=True': 'Resume', 'overwrite=True': '“replace what is there”', 'overwrite_output_dir=True': '“replace what is there”'}
+_BUTTONS = {'resume=True': 'Resume', 'overwrite=True': '“replace what is there”', 'overwrite_output_dir=True': '“replace what is there”',
+    'anyway=True': '“Keep anyway”'}
 
 def _on_buttons(name: str, value: str | None) -> str:
     "A setting as it is written on a button or beside a field"

@@ -331,6 +331,26 @@ def data_panel(folder):
     return DataPanel(tiny_config(named, data_path=data, max_length=4096)).join()
 
 
+def annotation_session(folder):
+    from sage_finetune.data.annotation import AnnotationSession
+    from sage_finetune.data.documents import Piece
+    session = AnnotationSession([Piece(PAYLOAD, PAYLOAD, 0, 9, (PAYLOAD,))], folder/"rows.jsonl")
+    session.add(PAYLOAD, PAYLOAD, anyway=True)
+    session.outdated, session.notes = session.rows, [PAYLOAD]
+    return session
+
+
+def question_panel(folder):
+    from sage_finetune.ui.question_panel import QuestionPanel
+    made = QuestionPanel(annotation_session(folder).pieces, folder/"rows.jsonl")
+    made.session.notes = [PAYLOAD]
+    made.show()
+    made.boxes.question.value, made.boxes.answer.value = f"{PAYLOAD} again", "made\u202eup \x1b[2J<script>" * 60
+    made.add_button.click()
+    assert made.failure
+    return made
+
+
 def code_corpus(folder):
     from sage_finetune.data.corpus import PHRASINGS, CodeCorpus, Fact, Skip
     return CodeCorpus(Path(PAYLOAD), 1, [filled(Fact, kind=next(iter(PHRASINGS)))], 1, [filled(Skip)])
@@ -376,7 +396,7 @@ FACTORIES = {
     "RunSummary": lambda: filled(of("ui.run_watch").RunSummary, losses=(1., 2.), eval_losses=(1., 2.), best=(1., 2)),
     "TrainingResult": lambda: filled(of("training.result").TrainingResult, eval_losses=[(1, 2.)], best=(1., 2)),
     "Panel": lambda: of("ui.panel").Panel(), "ConfigForm": hostile_form, "DataPanel": data_panel, "TrainPanel": train_panel,
-    "ChatPanel": chat_panel}
+    "ChatPanel": chat_panel, "AnnotationSession": annotation_session, "QuestionPanel": question_panel}
 
 
 def text_forms(one):
