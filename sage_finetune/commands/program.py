@@ -195,7 +195,8 @@ def _ended(status: int, arguments: list[str], error: BaseException) -> int:
     causes = [*error_chain(error)]
     pressed = next((one for one in causes if isinstance(one, KeyboardInterrupt)), None)
     refused = next((one for one in causes if hasattr(one, 'format_message')), None)
-    said = f'interrupted. {pressed and in_shell_words(pressed, arguments) or (_ROWS_GO_ON if arguments[:1] == ['rows'] else _GOES_ON)}'
+    goes_on = _ROWS_GO_ON if arguments[:1] == ['rows'] else _GOES_ON
+    said = f'interrupted. {pressed and in_shell_words(pressed, arguments) or goes_on}'
     if status == 130: print(said, file=sys.stderr)
     if '--json' not in arguments: return status
     if refused: _print_error('UsageError', in_shell_words(refused.format_message(), arguments), _named(refused), status)
