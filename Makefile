@@ -33,10 +33,10 @@ test-fast: $(VENV)/.dev ## the same without the slow tests (the package in an em
 	@echo "== test-fast: pytest -m 'not slow and not full'"
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not full"
 
-test-full: $(VENV)/.dev ## what takes long: the oldest versions that settings.ini allows, Colab's versions, Notebook 7 and Voila in a browser, the benchmark's real runs, the rest of the kills and of the packaged examples, a release
+test-full: $(VENV)/.dev ## what takes long: the oldest versions that settings.ini allows, Colab's versions, LLaMA-Factory, Notebook 7 and Voila in a browser, the benchmark's real runs, the rest of the kills and of the packaged examples, a release
 	@echo "== test-full: pytest -m full"
 	@$(BIN)/python -m pytest -m full tests/test_lowest.py tests/test_colab.py tests/test_browser.py tests/test_benchmarks.py tests/test_benchmark_gpu.py \
-		tests/test_release.py tests/test_safety.py tests/test_tiny.py
+		tests/test_release.py tests/test_safety.py tests/test_tiny.py tests/test_llamafactory_engine.py
 
 bench: $(VENV)/.dev ## measure speed and memory against peers on this machine in under ten minutes (LONG=1: at full length)
 ifdef LONG
