@@ -18,6 +18,8 @@ from sage_finetune.runs.folder import read_metrics, read_status, run_info
 from sage_finetune.runs.launch import stop_run
 from sage_finetune.training.llamafactory import WHERE, prepare_job, sensible_line, train_with_llamafactory
 
+pytestmark = pytest.mark.filterwarnings("ignore:LLaMA-Factory.*:UserWarning")
+
 # It reads the config it is given, tells of three steps, and then does what STAND_IN says.
 STAND_IN = """#!{python}
 import json, os, pathlib, shutil, subprocess, sys, time
@@ -64,6 +66,7 @@ def run(tmp_path):
 
 def made(folder):
     "A prepared run folder"
+    folder.parent.mkdir(exist_ok=True)
     (folder.parent/"rows.json").write_text(json.dumps(rows(24)))
     config = PresetConfigs.tiny(max_steps=3, device="cpu", eval_ratio=.2)
     prepare_run("instruction", folder, "tiny", folder.parent/"rows.json", config=config)
@@ -111,13 +114,13 @@ def test_only_an_adapter_in_ordinary_files_is_taken(run, program, mode, said):
 
 @pytest.mark.slow
 def test_an_adapter_lies_where_ours_would_and_replaces_only_when_asked(run, program, tmp_path):
-    (tmp_path/"ours").mkdir()
     native = made(tmp_path/"ours"/"run")
     train_from_meta(native, show=False)
     program(native/"lora_weights")
     result = without_notes(run)
     assert (result.steps, result.losses, result.eval_losses) == (3, [2.5, 2., 1.5], [(3, 1.25)])
-    assert sorted(path.name for path in (run/"lora_weights").iterdir()) == sorted(path.name for path in (native/"lora_weights").iterdir())
+    names = [{path.name for path in (one/"lora_weights").iterdir()} for one in (run, native)]
+    assert names[0] == names[1] - {"README.md"}  # PEFT's card of a model it has in memory
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json"):
         assert (run/"lora_weights"/name).read_bytes() == (native/"lora_weights"/name).read_bytes(), name
     assert json.loads((run/"lora_weights"/"adapter_identity.json").read_text()) == json.loads(
@@ -150,7 +153,7 @@ def test_whoever_ends_it_ends_all_of_it(run, program, how):
     said, _ = child.communicate(timeout=60)
     assert child.returncode == 130, said
     status = read_status(run)
-    assert status.state == "cancelled" and "after step 2 of 6" in status.message and "Its checkpoints are in" in status.message
+    assert status.state == "cancelled" and "after step 3 of 6" in status.message and "Its checkpoints are in" in status.message
     until(lambda: not psutil.pid_exists(helper) or psutil.Process(helper).status() == psutil.STATUS_ZOMBIE, 20)
     assert not (place/"process.json").exists() and "loading 1" in said and not (run/"lora_weights").exists()
 
@@ -167,6 +170,7 @@ def test_a_process_that_outlived_its_run_is_not_joined_by_another(run, program):
     finally: os.killpg(noted["pid"], signal.SIGKILL)
     until(lambda: not psutil.pid_exists(noted["pid"]) or psutil.Process(noted["pid"]).status() == psutil.STATUS_ZOMBIE, 20)
     program("fail")
+    (run/"metrics.jsonl").unlink()  # of a killed run, it is in no manifest: moved away by hand, as for every run
     with pytest.raises(RunError, match="no kernel image"): without_notes(run, overwrite=True)
     assert (run/"llamafactory"/"output").exists()  # the checkpoints of the killed one are nobody's to remove
 

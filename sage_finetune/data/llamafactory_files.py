@@ -159,6 +159,7 @@ def _said_of_rows(config: TrainingConfig, rows: LlamafactoryRows) -> list[str]:
     if rows.left_out: said.append(f'on_bad_row="skip": {rows.left_out:,} rows are left out, those LLaMA-Factory cannot read among them')
     if rows.thinks and config.thinking == 'ignore_empty': said.append("thinking='ignore_empty': answers that do not think learn an empty block")
     if any(row.get('tools') for row in rows.train): said.append('tools: they are written in a form of its own, not by the chat template')
+    if not rows.is_text: said.append('losses: what the chat template writes behind an answer, often a line break, is trained on and counted')
     if rows.held_out: said.append('held-out loss: the mean over batches, not over tokens')
     return said
 

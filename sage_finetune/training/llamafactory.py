@@ -298,8 +298,8 @@ def prepare_job(
     "See whether LLaMA-Factory can train a run. Raises a `FinetuneError` before anything is replaced."
     program = find_llamafactory()
     config = read_meta(run_dir).to_config(**allowed)
-    check_folder(config)
     _refuse_second(config.output_dir/'llamafactory')
+    check_folder(config)
     config, precision = copy.deepcopy(config), plan_precision(config).name
     config.fp16, config.bf16, config.device = precision == 'fp16', precision == 'bf16', pick_device(config).type
     _check_start(config)
@@ -343,6 +343,7 @@ class LlamafactoryRun:
         self.stop_request, self.result = StopRequest(), TrainingResult(job.config.output_dir)
         self.place = self.config.output_dir.absolute()/'llamafactory'
         self.output = self.place/_free_name(self.place)
+        self.log = TrainerLog(self.output/'trainer_log.jsonl')
 
     def add(self, step: LoggedStep, writer: RunWriter):
         "Write a step down"
@@ -355,10 +356,13 @@ class LlamafactoryRun:
 
     def follow(self, child: subprocess.Popen, writer: RunWriter):
         "Write every step down, until the process ends or somebody wants it to"
-        log = TrainerLog(self.output/'trainer_log.jsonl')
+        said = 0
         while True:
             ended = child.poll() is not None
-            for step in log.read(ended): self.add(step, writer)
+            for step in self.log.read(ended): self.add(step, writer)
+            if writer.last != said and time.monotonic() - writer.status_written > 1:  # steps that came together
+                writer.set_status('training')
+                said = writer.last
             if stop_requested(self.config.output_dir): self.stop_request()
             if ended or self.stop_request: return
             time.sleep(.2)
@@ -369,6 +373,7 @@ class LlamafactoryRun:
         path = write_llamafactory(self.config, self.place, self.job.rows, self.output.name)
         with _started([str(self.job.program), 'train', str(path)], self.config, self.out, self.lines) as child:
             self.follow(child, writer)
+        for step in self.log.read(ended=True): self.add(step, writer)  # the last one before a request to stop
         if self.stop_request: return self.cancelled(writer)
         if child.returncode: raise _failure(child, self.lines, self.config.output_dir)
         take_adapter(self.job, self.output)
