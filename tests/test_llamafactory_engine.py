@@ -47,7 +47,8 @@ def clean(**more):
 
 def run(*command, **more):
     "What a command prints; fails with all it said"
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, env=clean(**more), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, env=clean(**more), capture_output=True, text=True,
+        stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -120,7 +121,8 @@ class TestEngine:
         for name in ("train", "held_out"):
             for row, (ids, labels) in encoded(program, trained[0], name):
                 ours = render(row["messages"], load_tokenizer("tiny"))
-                assert ids[:len(ours.ids)] == ours.ids and [one for one in labels if one != -100][:-1] == [one for one in ours.labels if one != -100]
+                assert ids[:len(ours.ids)] == ours.ids
+                assert [one for one in labels if one != -100][:-1] == [one for one in ours.labels if one != -100]
         assert "what the chat template writes behind an answer" in (trained[0]/"llamafactory"/"llamafactory_config.yaml").read_text()
 
     def test_its_held_out_loss_is_ours(self, program, trained):

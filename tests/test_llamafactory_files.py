@@ -22,7 +22,8 @@ from sage_finetune.modeling.tokenizer import load_tokenizer
 DECLARED = dict(model_name_or_path=str, stage=str, do_train=bool, finetuning_type=str, lora_rank=int, lora_alpha=int, lora_dropout=float,
     lora_target=str, additional_target=str, use_rslora=bool, use_dora=bool, pissa_init=bool, pissa_iter=int, pissa_convert=bool,
     adapter_name_or_path=str, quantization_bit=int, per_device_train_batch_size=int, per_device_eval_batch_size=int,
-    gradient_accumulation_steps=int, learning_rate=float, lr_scheduler_type=str, warmup_ratio=float, weight_decay=float, max_grad_norm=float,
+    gradient_accumulation_steps=int, learning_rate=float, lr_scheduler_type=str, warmup_ratio=float, weight_decay=float,
+    max_grad_norm=float,
     save_steps=int, save_total_limit=int, save_strategy=str, save_only_model=bool, seed=int, optim=str, dataloader_num_workers=int,
     max_steps=int, fp16=bool, bf16=bool, loraplus_lr_ratio=float, neftune_noise_alpha=float, trust_remote_code=bool, num_train_epochs=int,
     disable_gradient_checkpointing=bool, logging_steps=int, report_to=(str, list), output_dir=str, plot_loss=bool, disable_tqdm=bool,
@@ -31,7 +32,8 @@ DECLARED = dict(model_name_or_path=str, stage=str, do_train=bool, finetuning_typ
 
 CASES = [dict(), dict(max_steps=7, load_in_4bit=True, bf16=True), dict(load_in_8bit=True, fp16=True, optim="adamw_8bit"),
     dict(gradient_checkpointing=True, report_to=["tensorboard", "trackio"], warmup_ratio=.3, lr_scheduler_type="polynomial"),
-    dict(lora=LoRAConfig(r=4, lora_alpha=9, lora_dropout=.1, use_dora=True, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])),
+    dict(lora=LoRAConfig(r=4, lora_alpha=9, lora_dropout=.1, use_dora=True, target_modules=["q_proj", "v_proj"],
+        modules_to_save=["lm_head"])),
     dict(lora=LoRAConfig(init_lora_weights="pissa", use_rslora=True)), dict(lora=LoRAConfig(init_lora_weights="pissa_niter_16")),
     dict(eval_steps=3, loraplus_lr_ratio=4., neftune_noise_alpha=5., weight_decay=.1, device="cpu", seed=7, max_grad_norm=.5)]
 # fields that are not read back: decided by the rows, by where it is run, or of this package alone
@@ -74,7 +76,8 @@ def test_all_that_is_written_is_declared_and_read_back_equal(place, fields):
     (dict(new_tokens=["<|tool|>"]), "new_tokens"), (dict(eval_prompts=["Who?"]), "no questions are answered"),
     (dict(auto_find_batch_size=True), "too little memory"), (dict(lora=LoRAConfig(bias="all")), "lora.bias='all': no bias is trained"),
     (dict(lora=LoRAConfig(target_parameters=["experts.down_proj"])), "lora.target_parameters"),
-    (dict(lora=LoRAConfig(init_lora_weights="gaussian")), "start as by default"), (dict(fp16=None, bf16=None), "not chosen from the hardware"),
+    (dict(lora=LoRAConfig(init_lora_weights="gaussian")), "start as by default"),
+    (dict(fp16=None, bf16=None), "not chosen from the hardware"),
     (dict(fp16=False, bf16=False), "stay so where the GPU has it"), (dict(device="cuda", bf16=True), "computes on what it finds"),
     (dict(early_stopping_patience=2, eval_steps=4), "a checkpoint is written at every evaluation"),
     (dict(load_best_model_at_end=True), "every epoch, to keep the best")], ids=str)
@@ -82,7 +85,8 @@ def test_what_means_something_else_is_said(place, changes, said):
     config = config_of(place, **changes)
     assert any(said in one for one in llamafactory_remarks(config)), llamafactory_remarks(config)
     if changes.get("lora", LoRAConfig()).target_parameters is None:
-        assert f"# Not said here: {next(one for one in llamafactory_remarks(config) if said in one)}." in write_llamafactory(config).read_text()
+        whole = next(one for one in llamafactory_remarks(config) if said in one)
+        assert f"# Not said here: {whole}." in write_llamafactory(config).read_text()
 
 
 def test_the_best_adapter_is_kept_where_that_is_wanted(place):
@@ -181,7 +185,8 @@ def test_an_adapter_to_go_on_with_is_its_folder(place):
         assert llamafactory_config(config_of(place, continue_from=named))["adapter_name_or_path"] == str(place/"old"/"lora_weights")
 
 
-@pytest.mark.parametrize("fields, said", [(dict(data_path=None), "data_path"), (dict(lora=LoRAConfig(target_modules=".*q_proj|v")), "List them"),
+@pytest.mark.parametrize("fields, said", [(dict(data_path=None), "data_path"),
+    (dict(lora=LoRAConfig(target_modules=".*q_proj|v")), "List them"),
     (dict(eval_ratio=0., load_best_model_at_end=True), "none are held out"), (dict(data_path="none.jsonl"), "none.jsonl")], ids=str)
 def test_what_cannot_be_written_writes_nothing(place, fields, said):
     with pytest.raises((ConfigError, DataError), match=said): write_llamafactory(config_of(place, **fields))

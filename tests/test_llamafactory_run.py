@@ -81,7 +81,8 @@ def test_without_the_program_nothing_is_written(run, monkeypatch):
     monkeypatch.delenv(WHERE, raising=False)
     monkeypatch.setenv("PATH", str(run))
     before = sorted(path.name for path in run.rglob("*"))
-    with pytest.raises(RunError, match=r"neither on the PATH nor beside this Python.*pip install llamafactory"): train_with_llamafactory(run)
+    with pytest.raises(RunError, match=r"neither on the PATH nor beside this Python.*pip install llamafactory"):
+        train_with_llamafactory(run)
     assert sorted(path.name for path in run.rglob("*")) == before
     assert run_info(run).state == "failed" and "llamafactory-cli is not there" in run_info(run).message
 

@@ -107,7 +107,8 @@ def check_engine(
     if use_native and use_llamafactory: raise ConfigError('--use-native and --use-llamafactory name two programs that train. Type one of them.')
     if not use_llamafactory: return
     if num_processes > 1: raise ConfigError('--num-processes shares the steps of runs of this package. Leave it or --use-llamafactory out.')
-    if goes_on: raise ConfigError('--resume and --auto-resume go on with runs of this package. With --use-llamafactory a run begins anew: --overwrite.')
+    if goes_on:
+        raise ConfigError('--resume and --auto-resume go on with runs of this package. With --use-llamafactory a run begins anew: --overwrite.')
     from sage_finetune.training.llamafactory import find_llamafactory
     find_llamafactory()
 

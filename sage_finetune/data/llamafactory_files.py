@@ -132,7 +132,8 @@ _SAME = ('per_device_train_batch_size', 'gradient_accumulation_steps', 'learning
     'max_grad_norm', 'save_steps', 'save_total_limit', 'seed', 'optim', 'dataloader_num_workers')
 _IF_SET = ('max_steps', 'fp16', 'bf16', 'loraplus_lr_ratio', 'neftune_noise_alpha', 'trust_remote_code')
 _WRITTEN = (*_SAME, *_IF_SET, *_BY_ROWS, 'model_name', 'load_in_8bit', 'load_in_4bit', 'max_length', 'output_dir', 'num_train_epochs',
-    'gradient_checkpointing', 'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'report_to', 'lora', 'continue_from', 'device')
+    'gradient_checkpointing', 'eval_steps', 'early_stopping_patience', 'load_best_model_at_end', 'report_to', 'lora',
+    'continue_from', 'device')
 _LORA_WRITTEN = ('r', 'lora_alpha', 'target_modules', 'lora_dropout', 'use_rslora', 'use_dora', 'init_lora_weights', 'modules_to_save',
     'task_type')
 
@@ -140,7 +141,8 @@ _LORA_WRITTEN = ('r', 'lora_alpha', 'target_modules', 'lora_dropout', 'use_rslor
 def _half_said(config: TrainingConfig) -> list[str]:
     "What is written, and means something else under some values"
     keeps_best, said = _keeps_best(config), []
-    if config.fp16 is config.bf16 is None: said.append('fp16=None, bf16=None: the precision is that of the files, not chosen from the hardware')
+    if config.fp16 is config.bf16 is None:
+        said.append('fp16=None, bf16=None: the precision is that of the files, not chosen from the hardware')
     elif not (config.fp16 or config.bf16) and config.device != 'cpu':
         said.append('fp16=False, bf16=False: weights that are bf16 in their files stay so where the GPU has it')
     if config.lora.init_lora_weights == 'gaussian': said.append("lora.init_lora_weights='gaussian': the matrices start as by default")
@@ -148,7 +150,8 @@ def _half_said(config: TrainingConfig) -> list[str]:
         said.append('lora.init_lora_weights: an adapter that is continued has its start behind it')
     if keeps_best and config.eval_steps and config.save_steps != config.eval_steps:
         said.append(f'save_steps={config.save_steps}: a checkpoint is written at every evaluation, to keep the best one')
-    if keeps_best and not config.eval_steps: said.append(f'save_steps={config.save_steps}: a checkpoint is written every epoch, to keep the best')
+    if keeps_best and not config.eval_steps:
+        said.append(f'save_steps={config.save_steps}: a checkpoint is written every epoch, to keep the best')
     if config.device in ('cuda', 'mps'): said.append(f'device={config.device!r}: it computes on what it finds')
     return said
 
@@ -157,9 +160,11 @@ def _said_of_rows(config: TrainingConfig, rows: LlamafactoryRows) -> list[str]:
     said = []
     if rows.marked: said.append(f'turns with "weight": 0 or "train": false ({rows.marked:,} rows): every answer is trained on')
     if rows.left_out: said.append(f'on_bad_row="skip": {rows.left_out:,} rows are left out, those LLaMA-Factory cannot read among them')
-    if rows.thinks and config.thinking == 'ignore_empty': said.append("thinking='ignore_empty': answers that do not think learn an empty block")
+    if rows.thinks and config.thinking == 'ignore_empty':
+        said.append("thinking='ignore_empty': answers that do not think learn an empty block")
     if any(row.get('tools') for row in rows.train): said.append('tools: they are written in a form of its own, not by the chat template')
-    if not rows.is_text: said.append('losses: what the chat template writes behind an answer, often a line break, is trained on and counted')
+    if not rows.is_text:
+        said.append('losses: what the chat template writes behind an answer, often a line break, is trained on and counted')
     if rows.held_out: said.append('held-out loss: the mean over batches, not over tokens')
     return said
 
@@ -179,7 +184,7 @@ def _keeps_best(config: TrainingConfig) -> bool:
     return config.load_best_model_at_end or config.early_stopping_patience is not None
 
 # %% ../../nbs/data/61_llamafactory_files.ipynb #data-lffiles-19
-def _names(field: str, value: Any) -> str:
+def _joined_names(field: str, value: Any) -> str:
     "Names of layers with commas between"
     names = [value] if isinstance(value, str) else value
     if bad := [name for name in names if not re.fullmatch(r'[\w.]+', name)]:
@@ -190,9 +195,9 @@ def _adapter_keys(config: TrainingConfig) -> dict:
     "Keys of the adapter"
     lora, old = config.lora, config.continue_from
     keys: dict[str, Any] = dict(finetuning_type='lora', lora_rank=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout,
-        lora_target='all' if lora.target_modules == 'all-linear' else _names('lora.target_modules', lora.target_modules),
+        lora_target='all' if lora.target_modules == 'all-linear' else _joined_names('lora.target_modules', lora.target_modules),
         use_rslora=lora.use_rslora, use_dora=lora.use_dora)
-    if lora.modules_to_save: keys['additional_target'] = _names('lora.modules_to_save', lora.modules_to_save)
+    if lora.modules_to_save: keys['additional_target'] = _joined_names('lora.modules_to_save', lora.modules_to_save)
     if lora.init_lora_weights.startswith('pissa') and not old:
         keys |= dict(pissa_init=True, pissa_iter=16 if lora.init_lora_weights.endswith('16') else -1, pissa_convert=True)
     if old:
@@ -203,7 +208,7 @@ def _adapter_keys(config: TrainingConfig) -> dict:
 def _evaluation_keys(config: TrainingConfig) -> dict:
     "Keys of the evaluation of held-out rows"
     often = dict(eval_strategy='steps', eval_steps=config.eval_steps) if config.eval_steps else dict(eval_strategy='epoch')
-    keys = dict(eval_dataset='held_out', per_device_eval_batch_size=config.per_device_train_batch_size, **often)
+    keys: dict[str, Any] = dict(eval_dataset='held_out', per_device_eval_batch_size=config.per_device_train_batch_size, **often)
     if not _keeps_best(config): return keys
     keys |= dict(load_best_model_at_end=True, save_strategy='steps' if config.eval_steps else 'epoch')
     if config.eval_steps: keys['save_steps'] = config.eval_steps
@@ -247,7 +252,7 @@ def llamafactory_config(
         raise ConfigError('early_stopping_patience and load_best_model_at_end need rows to evaluate on, and none are held out. '
             'Set `eval_ratio` above 0, or name a file of them: `eval_path`.')
     bits = 8 if config.load_in_8bit else 4 if config.load_in_4bit else None
-    keys = dict(model_name_or_path=resolve_model(config.model_name), stage='pt' if rows.is_text else 'sft', do_train=True)
+    keys: dict[str, Any] = dict(model_name_or_path=resolve_model(config.model_name), stage='pt' if rows.is_text else 'sft', do_train=True)
     keys |= dict(quantization_bit=bits) if bits else {}
     keys |= _adapter_keys(config) | {name: getattr(config, name) for name in _SAME}
     keys |= {name: getattr(config, name) for name in _IF_SET if getattr(config, name) is not None}

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 from fastcore.basics import patch
@@ -122,7 +122,9 @@ class TrainerLog:
     "The `trainer_log.jsonl` of a run that is going on: each step once, as it comes."
     def __init__(self,
         path: Path # there already or not
-    ): self.path, self.place, self.waiting = path, 0, None
+    ):
+        self.path, self.place = path, 0
+        self.waiting: LoggedStep | None = None
 
     def _lines(self) -> list[bytes]:
         "Whole lines that are new"
@@ -226,7 +228,7 @@ def _started(command: list[str], config: TrainingConfig, out: IO | None, lines: 
 # %% ../../nbs/training/80_llamafactory.ipynb #tr-lf-21
 _ADAPTER = ('adapter_model.safetensors', 'adapter_config.json')
 
-def _check_weights(path: Path):
+def _check_adapter_weights(path: Path):
     "Raise `RunError` for weights with numbers that are none; say of an adapter that it changes nothing"
     changes = False
     try:
@@ -247,7 +249,7 @@ def _copy_adapter(source: Path, target: Path):
         if not stat.S_ISREG(place.st_mode): raise RunError(f'{source/name} is no ordinary file, so it is not taken.')
         shutil.copyfile(source/name, target/name)
     read_adapter_config(target)
-    _check_weights(target/_ADAPTER[0])
+    _check_adapter_weights(target/_ADAPTER[0])
 
 # %% ../../nbs/training/80_llamafactory.ipynb #tr-lf-22
 class Job(NamedTuple):
@@ -335,6 +337,9 @@ def _tidy(output: Path, done: bool) -> str:
 # %% ../../nbs/training/80_llamafactory.ipynb #tr-lf-28
 class LlamafactoryRun:
     "A run that LLaMA-Factory makes: started, watched, and ended in one of three ways."
+    if TYPE_CHECKING:  # what is patched in below
+        def __getattr__(self, name: str) -> Any: ...
+
     def __init__(self,
         job: Job, # what is to be done
         out: IO | None = None # where its output is shown, too; None: nowhere
@@ -385,11 +390,12 @@ def completed(self: LlamafactoryRun # whose adapter was taken
 ) -> dict:
     "How it ended, when all went well"
     evaluations, restored = self.result.eval_losses, False
-    if evaluations: self.result.best = min((loss, step) for step, loss in evaluations)
+    best = min(((loss, step) for step, loss in evaluations), default=(0., 0))
+    if evaluations: self.result.best = best
     said = 'trained by LLaMA-Factory'
     if evaluations and (self.config.load_best_model_at_end or self.config.early_stopping_patience):
-        restored = self.result.best[1] != evaluations[-1][0]
-        said += f'; the adapter is that of step {self.result.best[1]}, where the held-out loss was lowest' * restored
+        restored = best[1] != evaluations[-1][0]
+        said += f'; the adapter is that of step {best[1]}, where the held-out loss was lowest' * restored
     _tidy(self.output, done=True)
     return dict(state='completed', message=said, best_restored=restored)
 
@@ -399,7 +405,8 @@ def cancelled(self: LlamafactoryRun, # was asked to stop
 ) -> dict:
     "How it ended, when somebody wanted it to"
     self.result.stopped = True
-    return dict(state='cancelled', message=f'{self.stop_request.why} after step {writer.last} of {writer.total}.{_tidy(self.output, False)}')
+    said = f'{self.stop_request.why} after step {writer.last} of {writer.total}.'
+    return dict(state='cancelled', message=said + _tidy(self.output, False))
 
 @patch
 def failed(self: LlamafactoryRun, # ended by an error
