@@ -62,12 +62,13 @@ def ask_for_run(
     return dict(task=task, model=model, data=data, code_root=code_root, output=Path(output))
 
 # %% ../../nbs/commands/25_starting.ipynb #starting-check
-def _check_words(framework: str, row_format: str | None):
-    "Refuse words that name nothing here"
+def _check_words(framework: str, row_format: str | None, prepare_only: bool):
+    "Refuse words that name nothing here, and a program that is not there"
     if framework not in FRAMEWORKS:
         raise ConfigError(f'--framework {framework} is not one of: {", ".join(FRAMEWORKS)}.')
     known = ('alpaca', 'qa', 'conversation', 'messages', 'prompt', 'text', 'mixed')
     if row_format and row_format not in known: raise ConfigError(f'--format {row_format} is not one of: {", ".join(known)}.')
+    if framework == 'llamafactory' and not prepare_only: check_program()
 
 def _write_for_llamafactory(folder: Path):
     "Write what LLaMA-Factory trains from, and say what cannot be said there"
@@ -110,7 +111,7 @@ def start_command(
     data: Annotated[str | None, typer.Option('-d', '--data', help='file with the rows, or "example" (packaged)')] = None,
     output: OutputPath = None,
     framework: Annotated[str, typer.Option('-f', '--framework',
-        help='who trains: native (this package), llamafactory, where that is installed, or unsloth, for which a config is written')] = 'native',
+        help='who trains: native (this package), llamafactory (where installed), or unsloth (a config is written)')] = 'native',
     row_format: Annotated[str | None, typer.Option('--format', help='what the rows must be: alpaca, qa, messages …')] = None,
     code_root: Annotated[str | None, typer.Option(help='task code: folder with Python files')] = None,
     auto: Annotated[bool, typer.Option('--auto', help='ask nothing: take the defaults, and train')] = False,
@@ -122,8 +123,7 @@ def start_command(
     **typed: Any # the settings
 ):
     "Ask for what is missing, prepare a run, train it."
-    _check_words(framework, row_format)
-    if framework == 'llamafactory' and not prepare_only: check_program()
+    _check_words(framework, row_format, prepare_only)
     settings = typed_settings(typed, trust_remote_code=trust_remote_code)
     menu = Menu(False if auto else None)
     asked = ask_for_run(menu, task, model or settings.get('model_name'), data or settings.get('data_path'), code_root,

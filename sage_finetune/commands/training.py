@@ -104,11 +104,13 @@ def check_engine(
     goes_on: bool = False # the run was begun before
 ):
     "Refuse what LLaMA-Factory cannot do here, and a program that is not there."
-    if use_native and use_llamafactory: raise ConfigError('--use-native and --use-llamafactory name two programs that train. Type one of them.')
+    if use_native and use_llamafactory:
+        raise ConfigError('--use-native and --use-llamafactory name two programs that train. Type one of them.')
     if not use_llamafactory: return
     if num_processes > 1: raise ConfigError('--num-processes shares the steps of runs of this package. Leave it or --use-llamafactory out.')
     if goes_on:
-        raise ConfigError('--resume and --auto-resume go on with runs of this package. With --use-llamafactory a run begins anew: --overwrite.')
+        raise ConfigError('--resume and --auto-resume go on with runs of this package. '
+            'With --use-llamafactory a run begins anew: --overwrite.')
     from sage_finetune.training.llamafactory import find_llamafactory
     find_llamafactory()
 

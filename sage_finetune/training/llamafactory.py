@@ -350,7 +350,7 @@ class LlamafactoryRun:
         self.output = self.place/_free_name(self.place)
         self.log = TrainerLog(self.output/'trainer_log.jsonl')
 
-    def add(self, step: LoggedStep, writer: RunWriter):
+    def _add(self, step: LoggedStep, writer: RunWriter):
         "Write a step down"
         writer.total, is_first = step.total, self.result.steps == 0
         writer.add(step)
@@ -359,12 +359,12 @@ class LlamafactoryRun:
         if step.loss is not None: self.result.losses.append(step.loss)
         if step.eval_loss is not None: self.result.eval_losses.append((step.step, step.eval_loss))
 
-    def follow(self, child: subprocess.Popen, writer: RunWriter):
+    def _follow(self, child: subprocess.Popen, writer: RunWriter):
         "Write every step down, until the process ends or somebody wants it to"
         said = 0
         while True:
             ended = child.poll() is not None
-            for step in self.log.read(ended): self.add(step, writer)
+            for step in self.log.read(ended): self._add(step, writer)
             if writer.last != said and time.monotonic() - writer.status_written > 1:  # steps that came together
                 writer.set_status('training')
                 said = writer.last
@@ -372,17 +372,21 @@ class LlamafactoryRun:
             if ended or self.stop_request: return
             time.sleep(.2)
 
-    def run(self, writer: RunWriter) -> dict:
-        "All of it; what `RunWriter.close` takes"
-        writer.set_status('preparing', 'LLaMA-Factory starts')
-        path = write_llamafactory(self.config, self.place, self.job.rows, self.output.name)
-        with _started([str(self.job.program), 'train', str(path)], self.config, self.out, self.lines) as child:
-            self.follow(child, writer)
-        for step in self.log.read(ended=True): self.add(step, writer)  # the last one before a request to stop
-        if self.stop_request: return self.cancelled(writer)
-        if child.returncode: raise _failure(child, self.lines, self.config.output_dir)
-        take_adapter(self.job, self.output)
-        return self.completed()
+# %% ../../nbs/training/80_llamafactory.ipynb #tr-lf-run
+@patch
+def run(self: LlamafactoryRun, # not yet started
+    writer: RunWriter # of its folder
+) -> dict: # what `RunWriter.close` takes
+    "All of it: files, process, adapter."
+    writer.set_status('preparing', 'LLaMA-Factory starts')
+    path = write_llamafactory(self.config, self.place, self.job.rows, self.output.name)
+    with _started([str(self.job.program), 'train', str(path)], self.config, self.out, self.lines) as child:
+        self._follow(child, writer)
+    for step in self.log.read(ended=True): self._add(step, writer)  # the last one before a request to stop
+    if self.stop_request: return self.cancelled(writer)
+    if child.returncode: raise _failure(child, self.lines, self.config.output_dir)
+    take_adapter(self.job, self.output)
+    return self.completed()
 
 # %% ../../nbs/training/80_llamafactory.ipynb #tr-lf-29
 @patch
