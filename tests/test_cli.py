@@ -281,9 +281,9 @@ def test_a_run_that_is_made_is_told_in_json(place, capsys):
     assert sum(said["rows"].values()) == len(ROWS) and 0 < said["rows"]["held_out"] < len(ROWS) and Path(said["folder"]) == place/"one"
     said = answer(capsys, "start", "-t", "instruction", *typed, "-o", "two", "--prepare-only", schema=RUN)
     assert (said["status"]["state"], said["settings"]["max_steps"]) == ("pending", 2)
-    told = dict(RUN, unsloth_config=str, remarks=list)
+    told = dict(RUN, config_file=str, remarks=list)
     said = answer(capsys, "start", "-t", "instruction", *typed, "-o", "three", "-f", "unsloth", schema=told)
-    assert Path(said["unsloth_config"]).exists()
+    assert Path(said["config_file"]).exists()
     assert answer(capsys, "start", "--task", "qa", schema=ERROR, status=2)["error"]["message"].startswith("--data is missing")
 
 
