@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import yaml
+from helpers import write_rows
 
 from sage_finetune import LoRAConfig, PresetConfigs, TrainingConfig
 from sage_finetune.config import tiny_path
@@ -16,7 +17,10 @@ from sage_finetune.data.dataset import prepare
 from sage_finetune.data.llamafactory import foreign_rows, read_llamafactory
 from sage_finetune.data.llamafactory_files import llamafactory_config, llamafactory_remarks, llamafactory_rows, write_llamafactory
 from sage_finetune.data.rows import read_row
+from sage_finetune.data.tasks import prepare_run
 from sage_finetune.modeling.tokenizer import load_tokenizer
+from sage_finetune.runs.cleaning import delete_run, look_at_run
+from sage_finetune.runs.folder import read_meta
 
 # What the dataclasses of llamafactory/hparams and transformers' TrainingArguments declare, of 0.9.5 and 5.6.0: key -> kind of its value
 DECLARED = dict(model_name_or_path=str, stage=str, do_train=bool, finetuning_type=str, lora_rank=int, lora_alpha=int, lora_dropout=float,
@@ -217,3 +221,13 @@ def test_prepared_rows_are_counted_the_same(place):
         found = prepare(place/"rows.json", load_tokenizer("tiny"), eval_ratio=ratio, cache_dir=place/f"cache-{ratio}", show=False)
         rows = llamafactory_rows(config_of(place, eval_ratio=ratio))
         assert (len(rows.train), len(rows.held_out)) == (len(found.train), len(found.evaluation or ()))
+
+
+def test_what_was_written_goes_with_the_run(tmp_path):
+    "And what somebody put beside it stays"
+    prepare_run("custom", tmp_path/"run", "tiny", write_rows(tmp_path/"rows.jsonl"))
+    write_llamafactory(read_meta(tmp_path/"run").to_config(()))
+    (tmp_path/"run"/"llamafactory"/"notes.txt").write_text("mine")
+    assert any(name.startswith("llamafactory/") for name in look_at_run(tmp_path/"run").files)
+    delete_run(tmp_path/"run")
+    assert [path.relative_to(tmp_path/"run").as_posix() for path in (tmp_path/"run").rglob("*") if path.is_file()] == ["llamafactory/notes.txt"]

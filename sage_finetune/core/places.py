@@ -80,7 +80,8 @@ PART_MANIFEST = '.linked_part.json'  # behind such a link
 _FILE = r'[\w+-][\w.+-]*\.(json|jsonl|safetensors|jinja|model|txt|md|bin|tiktoken)'
 _OURS = re.compile(rf'metrics\.jsonl|(training|eval)_data_[a-z]+_[a-z]+\.json|[\w.-]+/(checkpoint|best)-\d+/{_FILE}'
                    rf'|(lora_weights|merged_model)/([\w-]+/)?{_FILE}'
-                   r'|logs/([\w.-]+/)*events\.out\.tfevents\.[\w.-]+|curves\.png|unsloth_config\.yaml')
+                   r'|logs/([\w.-]+/)*events\.out\.tfevents\.[\w.-]+|curves\.png|unsloth_config\.yaml'
+                   r'|llamafactory/(llamafactory_config\.yaml|(dataset_info|train|held_out)\.json)')
 
 def is_own_name(
     name: Any # of a file, relative to a run folder

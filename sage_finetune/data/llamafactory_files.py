@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ..config import TrainingConfig, is_hub_name, resolve_model
 from ..core.errors import ConfigError, DataError
 from ..core.limits import parse_json, read_regular, shorten
+from ..core.places import note_folder
 from ..core.storage import atomic_directory, expand_home, write_json
 from ..core.yaml_files import write_yaml
 from .eval_split import prompt_key
@@ -291,4 +292,5 @@ def write_llamafactory(
         for name, listed in sets.items(): write_json(temp/f'{name}.json', listed)
         write_json(temp/'dataset_info.json', {name: _entry(name, rows) for name in sets})
         write_yaml(temp/LLAMAFACTORY_CONFIG, keys, above)
+        if place == (config.output_dir/'llamafactory').absolute(): note_folder(config.output_dir, 'llamafactory', temp)
     return place/LLAMAFACTORY_CONFIG
