@@ -230,4 +230,5 @@ def test_what_was_written_goes_with_the_run(tmp_path):
     (tmp_path/"run"/"llamafactory"/"notes.txt").write_text("mine")
     assert any(name.startswith("llamafactory/") for name in look_at_run(tmp_path/"run").files)
     delete_run(tmp_path/"run")
-    assert [path.relative_to(tmp_path/"run").as_posix() for path in (tmp_path/"run").rglob("*") if path.is_file()] == ["llamafactory/notes.txt"]
+    left = [path.relative_to(tmp_path/"run").as_posix() for path in (tmp_path/"run").rglob("*") if path.is_file()]
+    assert left == ["llamafactory/notes.txt"]
