@@ -544,7 +544,9 @@ def refused(
 def _refusal(path: str | Path, name: str, value: Any, model_name: Any) -> str:
     "One sentence about a permission that stays at its default"
     permission = TrainingConfig.__dataclass_fields__[name]
-    wanted = True if permission.type is bool else value if value in permission.metadata['choices'] else permission.metadata['several'][-1]
+    if permission.type is not bool and value not in permission.metadata['choices']:
+        return f'{path} asks for {name}={repr(value)[:60]}, and it takes {describe_allowed(permission)}; so it stays {permission.default!r}.'
+    wanted = True if permission.type is bool else value
     code = model_code(model_name) if name == 'trust_remote_code' and isinstance(model_name, str) else []
     which = f' (it would run {", ".join(code[:5])} of {model_name})' * bool(code)
     way_out = f'{" ".join(permission_flag(name, wanted))}, or {name}={wanted!r} in Python'

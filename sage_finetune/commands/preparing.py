@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import TrainingConfig, granted
+from ..config import DATA_SUFFIXES, TrainingConfig, granted
 from ..core.errors import ConfigError, DataError, FinetuneError
 from ..core.limits import parse_json
 from ..core.storage import expand_home, write_json_lines
@@ -43,11 +43,12 @@ def _columns(pairs: list[str] | None) -> dict[str, str] | None:
         raise ConfigError(f'--column-map {wrong!r} is no pair. Write the known name first, as in --column-map question=Frage.')
     return dict(pair.split('=', 1) for pair in pairs)
 
-def _data_of(data: Path | str | None, settings: dict[str, Any]) -> Path | str | None:
+def _data_of(data: Path | str | None, settings: dict[str, Any], field: str = 'data_path') -> Path | str | None:
     "The rows that are meant: what was typed, or what the settings say; refused where no such file is"
-    named = data or settings.get('data_path')
-    if named and Path(named).suffix and not expand_home(named).exists():
-        raise DataError(f'there is no data file {named}. Check `data_path`; the packaged example is `data_path="example"`.')
+    named = data or settings.get(field)
+    if named and Path(named).suffix.lower() in DATA_SUFFIXES and not expand_home(named).exists():
+        example = '; the packaged example is `data_path="example"`' * (field == 'data_path')
+        raise DataError(f'there is no data file {named}. Check `{field}`{example}.')
     return named
 
 # %% ../../nbs/commands/20_preparing.ipynb #preparing-data
@@ -68,7 +69,7 @@ def data_command(
 ):
     "See what will be trained on, and whether it is healthy."
     columns = _columns(column_map)
-    for named in (source, held_out): _data_of(named, {})
+    for field, named in dict(data_path=source, eval_path=held_out).items(): _data_of(named, {}, field)
     from sage_finetune.data.dataset import prepare_dataset
     from sage_finetune.data.files import packaged_held_out
     from sage_finetune.data.health import health_report
@@ -111,7 +112,8 @@ def run_answer(
     "What a script is told of a run that a command has made."
     from sage_finetune.runs.details import run_details
     from sage_finetune.runs.folder import read_meta
-    meta, adapter = read_meta(folder), folder.absolute()/'lora_weights'
+    meta = read_meta(folder)
+    adapter = meta.output_dir.absolute()/'lora_weights'
     made = dict(task=meta.task_type, model=meta.model, format=meta.format, rows=_row_counts(meta.to_config(())),
         adapter=str(adapter) if (adapter/'adapter_config.json').is_file() else None)
     return run_details(folder).to_dict() | made
@@ -250,17 +252,23 @@ def _check_rows(source: Path, output: Path, typed: dict[str, Any], about_chat: b
     "Where held-out rows go. Raises `ConfigError` for flags that do not go together, and for files that are there"
     from sage_finetune.data.questions import held_out_path
     chat, endpoint, by_hand, overwrite = (typed[name] for name in ('chat', 'endpoint', 'by_hand', 'overwrite'))
-    if output.suffix != '.jsonl': raise ConfigError(f'--output {output} is no .jsonl file.')
+    if output.suffix != '.jsonl' or output.name.endswith('.asked.jsonl'):
+        raise ConfigError(f'--output {output} is no file for rows. Name one that ends in .jsonl, such as rows.jsonl.')
     eval_file = held_out_path(output)
     if there := next((path for path in (output, eval_file) if path.exists() and not overwrite and not by_hand), None):
         raise ConfigError(f'{there} is there already. Choose another --output, or pass --overwrite.')
     if not chat and about_chat: raise ConfigError('--assistant and --gap are about a chat. Add --chat, or leave them out.')
     if not endpoint and about_server: raise ConfigError('--question-model and --key-env need --endpoint.')
     if endpoint and chat: raise ConfigError('--endpoint asks about documents; a chat has its questions already.')
-    if by_hand and (other := next((name for name in ('chat', 'endpoint', 'overwrite') if typed[name]), '')):
-        raise ConfigError(f'--by-hand asks you about documents, and goes on where it was left. It does not go with --{other}.')
+    if by_hand and (other := next((name for name in typed if name != 'by_hand' and typed[name]), '')):
+        raise ConfigError(f'--by-hand asks you about documents, and goes on where it was left. '
+            f'It does not go with --{other.replace("_", "-")}.')
     if not source.exists(): raise ConfigError(f'there is no file or folder {source}.')
     return eval_file
+
+def _next(output: Path, eval_file: Path | None) -> str:
+    "The line to type when rows are made"
+    return f'Next: sage-finetune data {quoted(output)}' + (f' --eval {quoted(eval_file)}' if eval_file else '')
 
 def _by_hand(source: Path, output: Path):
     "Ask for questions in a terminal, from where it was left; each is written at once"
@@ -272,8 +280,8 @@ def _by_hand(source: Path, output: Path):
     try: ask_by_hand(session, menu)
     finally:
         for path, rows in ((session.path, session.rows), (session.eval_path, session.held_out)):
-            if rows: print(sanitize_line(f'{len(rows)} rows are in {path}'))
-    print(f'Next: sage-finetune data {quoted(output)}' if session.rows else 'No question was added.')
+            if rows: print(sanitize_line(f'{path} holds {len(rows)} row{"s" * (len(rows) > 1)}'))
+    print(_next(output, session.eval_path if session.held_out else None) if session.rows else 'No question was added.')
 
 # %% ../../nbs/commands/20_preparing.ipynb #preparing-rows-2
 @app.command('rows')
@@ -294,7 +302,7 @@ def rows_command(
     as_json: AsJson = False
 ):
     "Make rows out of documents or chats."
-    typed: dict[str, Any] = dict(chat=chat, endpoint=endpoint, by_hand=by_hand, overwrite=overwrite)
+    typed: dict[str, Any] = dict(chat=chat, endpoint=endpoint, by_hand=by_hand, overwrite=overwrite, keep_personal=keep_personal)
     eval_file = _check_rows(source, output, typed, bool(assistant or gap != 6.), bool(question_model or key_env))
     if by_hand and as_json: raise ConfigError('--by-hand asks in this terminal, and --json is for scripts. Type one of them.')
     if by_hand: return _by_hand(source, output)
@@ -305,8 +313,9 @@ def rows_command(
     elif not chat: show(_NO_QUESTIONS)
     _write_rows(output, found.rows, not as_json)
     if held_out := getattr(found, 'held_out', None): _write_rows(eval_file, held_out, not as_json)
+    elif overwrite: eval_file.unlink(missing_ok=True)  # of the rows that were replaced
     if as_json: return report(_rows_answer(found, output, eval_file), True)
-    print(f'Next: sage-finetune data {quoted(output)}')
+    print(_next(output, eval_file if held_out else None))
 
 # %% ../../nbs/commands/20_preparing.ipynb #preparing-estimate
 def _estimate_config(run: Path | None, model: str | None, data: str | None, settings: dict[str, Any], trusts: bool) -> Any:

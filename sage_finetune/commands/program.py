@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'app', 'RunDir', 'OutputPath', 'TrustCode', 'AsJson', 'Commands', 'quoted', 'in_shell_words', 'RunFailed',
-           'status_1_once_begun', 'run_program', 'report', 'takes_settings', 'typed_settings', 'save_typed']
+           'status_1_once_begun', 'print_error', 'run_program', 'report', 'takes_settings', 'typed_settings',
+           'save_typed']
 
 # %% ../../nbs/commands/10_program.ipynb #program-imports
 import dataclasses
@@ -146,12 +147,17 @@ def _failed(error: Exception, arguments: list[str], status: int) -> int:
     "Say what went wrong"
     encoding = isinstance(error, UnicodeEncodeError)
     said = in_shell_words(describe_encode_error(error) if encoding else error, arguments)  # type: ignore[arg-type]  # one of the two
-    if '--json' in arguments: _print_error(type(error).__name__, said, getattr(error, 'fields', ()), status)
+    if '--json' in arguments: print_error(type(error).__name__, said, getattr(error, 'fields', ()), status)
     print(f'error: {said}', file=sys.stderr)
     return status
 
-def _print_error(kind: str, message: str, fields: Iterable[str], status: int):
-    "An error for a script"
+def print_error(
+    kind: str, # name of the error's class
+    message: str, # in the words that were typed
+    fields: Iterable[str], # of the config that are wrong
+    status: int # the command will end with
+):
+    "Tell a script of an error, as JSON."
     print(json.dumps(dict(error=dict(kind=kind, message=message, fields=list(fields)), exit_status=status)))
 
 @contextmanager
@@ -195,12 +201,14 @@ def _ended(status: int, arguments: list[str], error: BaseException) -> int:
     causes = [*error_chain(error)]
     pressed = next((one for one in causes if isinstance(one, KeyboardInterrupt)), None)
     refused = next((one for one in causes if hasattr(one, 'format_message')), None)
-    goes_on = _ROWS_GO_ON if arguments[:1] == ['rows'] else _GOES_ON
+    keeps = {'--by-hand', '--endpoint'} & {one.partition('=')[0] for one in arguments}
+    goes_on = (_ROWS_GO_ON if keeps else 'Type the same line again.') if arguments[:1] == ['rows'] else _GOES_ON
+    if '--use-llamafactory' in arguments: goes_on = 'LLaMA-Factory goes on with no run of ours: with --overwrite it begins anew.'
     said = f'interrupted. {pressed and in_shell_words(pressed, arguments) or goes_on}'
     if status == 130: print(said, file=sys.stderr)
     if '--json' not in arguments: return status
-    if refused: _print_error('UsageError', in_shell_words(refused.format_message(), arguments), _named(refused), status)
-    elif pressed: _print_error('KeyboardInterrupt', said, (), status)
+    if refused: print_error('UsageError', in_shell_words(refused.format_message(), arguments), _named(refused), status)
+    elif pressed: print_error('KeyboardInterrupt', said, (), status)
     return status
 
 def _named(refused: Any) -> list[str]:

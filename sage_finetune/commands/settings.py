@@ -75,8 +75,9 @@ def parse_setting(
     "A setting as it is typed. Raises `ConfigError`, also for a permission, which has a flag of its own."
     name, equals, value = text.partition('=')
     if not equals: raise ConfigError(f'--set {shorten(text)} is no NAME=VALUE, such as --set learning_rate=1e-4.')
-    if (known := field_name(name)) in PERMISSIONS:
-        raise ConfigError(f'--set {known} gives no permission. Type {" ".join(permission_flag(known, True)[:1])}.', (known,))
+    if (known := field_name(name)) in PERMISSIONS and refused({known: parse_value(known, value)}, '--set'):
+        raise ConfigError(f'--set {known} gives no permission. Type {" ".join(permission_flag(known, True)[:1])}, '
+            'at sage-finetune run where this command has no such flag.', (known,))
     return known, parse_value(known, value)
 
 # %% ../../nbs/commands/00_settings.ipynb #settings-apply

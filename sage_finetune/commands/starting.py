@@ -86,7 +86,8 @@ _YES_NO = (Choice('yes'), Choice('no'))
 def _check_format(folder: Path, row_format: str | None):
     "Refuse rows that are not what was typed"
     if row_format and row_format != (found := read_meta(folder).format):
-        raise ConfigError(f'--format {row_format}, but the rows are of format {found}. Leave --format out, or name other rows.')
+        raise ConfigError(f'--format {row_format}, but the rows are of format {found}. Leave --format out, or name other rows; '
+            f'add --overwrite, for {folder} is prepared.')
 
 # %% ../../nbs/commands/25_starting.ipynb #starting-elsewhere
 def _written(folder: Path, path: Path, remarks: list[str], how: str, as_json: bool):
@@ -111,7 +112,7 @@ def _write_for_unsloth(folder: Path, as_json: bool):
     config = meta.to_config(())
     rows = len(load_training_data(config.data_path))
     path = write_beside(folder, 'unsloth_config.yaml', lambda path: write_unsloth(config, path, meta.format, rows))
-    _written(folder, path, unsloth_remarks(config), f'unsloth train --config {path}', as_json)
+    _written(folder, path, unsloth_remarks(config), f'unsloth train --config {quoted(path)}', as_json)
 
 def _train(folder: Path, framework: str, trust_remote_code: bool, show: bool) -> Any:
     "Train, in one of two programs"
@@ -154,8 +155,8 @@ def start_command(
     _check_format(folder, row_format)
     save_typed(read_meta(folder).to_config(()), typed)
     if framework == 'unsloth': return _write_for_unsloth(folder, as_json)
-    if framework == 'llamafactory' and prepare_only: return _write_for_llamafactory(folder, as_json)
     if prepare_only or menu.asks and menu.choose('train now', _YES_NO, 'yes', '--auto') == 'no':
+        if framework == 'llamafactory': return _write_for_llamafactory(folder, as_json)
         return report(run_answer(folder) if as_json else _ready(folder, trust_remote_code), as_json)
     with status_1_once_begun(folder): result = _train(folder, framework, trust_remote_code, not as_json)
     report(run_answer(folder) if as_json else f'\n{result}', as_json)

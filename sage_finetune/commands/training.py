@@ -28,6 +28,7 @@ from sage_finetune.commands.program import (
     _home,
     _runs_there,
     app,
+    print_error,
     quoted,
     report,
     save_typed,
@@ -89,7 +90,7 @@ def holds_checkpoint(
 def _finished(folder: Path, settings: dict[str, Any]) -> str:
     "What is said of a run that has nothing left to do; empty where it has"
     status, config = read_status(folder), read_meta(folder).to_config(())
-    if status.state != 'completed' or settings_that_differ(settings, config): return ''
+    if status.state != 'completed' or settings_that_differ(settings, config) or not holds_checkpoint(folder): return ''
     more = [f'--set max_steps={2 * config.max_steps}'] if config.max_steps else [f'--epochs {2 * config.num_train_epochs}']
     more += ['--set early_stopping_patience=none'] * bool(config.early_stopping_patience and status.step < status.total)
     return (f'{folder} is finished: {status.step} of {status.total} steps. To train it for longer: '
@@ -131,8 +132,10 @@ def _train(folder: Path, num_processes: int, as_json: bool, use_llamafactory: bo
             before, out = read_status(folder), sys.stderr if as_json else None
             if not run_in_foreground(folder, num_processes, out=out, **how): return
             after = read_status(folder)
-            if after.state == 'cancelled' and after.updated != before.updated: raise typer.Exit(130)
-            raise typer.Exit(1 if has_begun(before, after) else 2)
+            stopped, failed = after.state == 'cancelled' and after.updated != before.updated, 1 if has_begun(before, after) else 2
+            if as_json and stopped: report(run_details(folder), True)
+            elif as_json: print_error('RunError', after.message or 'the run did not begin; why stands above', (), failed)
+            raise typer.Exit(130 if stopped else failed)
 
 # %% ../../nbs/commands/30_training.ipynb #training-run
 @app.command('run')

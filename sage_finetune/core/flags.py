@@ -19,9 +19,11 @@ FLAGS = dict( # a setting, and the flag that stands for it where a command has o
     output_dir='--output', data_path='--data', data='--data', eval_path='--eval', model_name='--model', model='--model',
     code_root='--code-root', max_facts='--max-facts', num_processes='--num-processes', column_map='--column-map',
     learning_rate='--lr', num_train_epochs='--epochs', per_device_train_batch_size='--batch',
-    max_length='--max-length', allow_other_base='--allow-other-base', fp32='--fp32', force='--force')
+    max_length='--max-length', allow_other_base='--allow-other-base', fp32='--fp32', force='--force',
+    endpoint='--endpoint', key_env='--key-env')
 FLAGS |= {'lora.r': '--rank'}
 POSITIONS = dict(output_dir='RUN', data_path='DATA', data='DATA') # what some commands take without a flag
+_OTHERWISE = dict(model='--question-model')  # where a command takes no --model
 _BITS = dict(load_in_8bit='--bits 8', load_in_4bit='--bits 4')
 _OWNERS = dict(TrainingConfig='', config='', LoRAConfig='lora.')
 
@@ -44,7 +46,7 @@ def flag_of(
         if owner in _OWNERS and rest: name = _OWNERS[owner] + rest
         if name == 'resume' and value in ('"auto"', "'auto'"): return '--auto-resume' if '--auto-resume' in options else None
         if name in _BITS and value == 'True' and '--bits' in options: return _BITS[name]
-        flag = FLAGS.get(name)
+        flag = FLAGS.get(name) if FLAGS.get(name) in options else _OTHERWISE.get(name, FLAGS.get(name))
         if flag not in options and POSITIONS.get(name) in options: return POSITIONS[name] if value is None else _as_typed(value)
         if flag in options: return flag if value in (None, 'True') else f'{flag} {_as_typed(value)}'
         if '--set' not in options or name.removeprefix('lora.') not in fields: return None

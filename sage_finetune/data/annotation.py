@@ -59,11 +59,11 @@ def _questions_of(entry: dict) -> list[AnnotatedQuestion]:
     held_out = kept if isinstance(kept, list) else []
     return [AnnotatedQuestion(question, answer, at in held_out) for at, (question, answer) in enumerate(entry['questions'])]
 
-def _entry_of(key: str, source: dict, questions: list[AnnotatedQuestion], done: bool) -> dict:
+def _entry_of(key: str, source: dict, place: str, questions: list[AnnotatedQuestion], done: bool) -> dict:
     "The same as a line"
     pairs = [dict(question=one.question, answer=one.answer) for one in questions]
     held_out = [at for at, one in enumerate(questions) if one.held_out]
-    return dict(key=key, by_hand=True, source=source, questions=pairs, held_out=held_out, done=done)
+    return dict(key=key, by_hand=True, source=source, place=place, questions=pairs, held_out=held_out, done=done)
 
 def piece_place(
     piece: Piece # of a document
@@ -103,18 +103,36 @@ def _describe_sensitive(question: str, answer: str) -> list[str]:
     return [f'what was typed seems to hold a secret or personal data: {", ".join(kinds)}'] if kinds else []
 
 # %% ../../nbs/data/48_annotation.ipynb #annotation-pieces
+def _own_pieces(source: list[Piece] | tuple[Piece, ...]) -> tuple[list[Piece], list[str]]:
+    "Each piece once, without those that seem to hold a secret. Raises `DataError` where none is left"
+    pieces = [*{piece_key(piece, 'by hand'): piece for piece in reversed(source)}.values()][::-1]
+    secret = scan_sensitive('\n'.join((piece.file, *piece.headings, piece.text)) for piece in pieces).secrets
+    kept = [piece for at, piece in enumerate(pieces) if at not in secret]
+    if not kept: raise DataError('all pieces of source seem to hold a secret, so there is none to ask about.')
+    return kept, _left_out(len(secret))
+
+def _left_out(count: int) -> list[str]:
+    "A sentence on pieces with secrets"
+    return [f'{count:,} piece{"s" * (count > 1)} with what seems to be a secret {"are" if count > 1 else "is"} left out'] * bool(count)
+
+def _root_of(source: Any) -> Path | None:
+    "The folder in which the files of pieces lie; None for a list of pieces"
+    if isinstance(source, (list, tuple)): return None
+    path = checked_path(source, 'source').absolute()
+    return path if path.is_dir() else path.parent
+
 def _pieces_of(source: Any, max_characters: int) -> tuple[list[Piece], list[str]]:
     "Pieces, and a sentence for what was left out. Raises `DataError` where there is nothing to read"
     if isinstance(source, (list, tuple)):
         if not all(isinstance(one, Piece) for one in source): raise ConfigError('source takes a document, a folder or a list of pieces.')
         if not source: raise DataError('source=[] holds no pieces to ask about.')
-        return list(source), []
+        return _own_pieces(source)
     found = document_rows(source, max_characters, 'text', held_out=0)
-    secret, left = len(found.sensitive.secrets), found.skipped
-    notes = [f'{secret:,} pieces seem to hold a secret and are left out'] * bool(secret)
+    notes, left = _left_out(len(found.sensitive.secrets)), found.skipped
     if left: notes.append(f'{len(left):,} files or parts are left out, the first {redact_secrets(left[0].place)}: {left[0].reason}')
     return found.pieces, notes
 
+# %% ../../nbs/data/48_annotation.ipynb #annotation-rows-path
 def _rows_path(path: str | Path) -> Path:
     "Where rows are written. Raises `ConfigError`"
     path = checked_path(path, 'path').absolute()
@@ -130,7 +148,7 @@ def _pairs_in(path: Path) -> set[tuple[str, str]]:
     nobodys = {('', '')}  # nobody can have typed it
     try: rows = [parse_json(line) for line in lines if line.strip()]
     except ValueError: return nobodys
-    if not all(isinstance(row, dict) for row in rows): return nobodys
+    if not all(isinstance(row, dict) and {*row} <= {'question', 'answer', 'source'} for row in rows): return nobodys
     return {(str(row.get('question')), str(row.get('answer'))) for row in rows}
 
 # %% ../../nbs/data/48_annotation.ipynb #annotation-session
@@ -148,6 +166,7 @@ class AnnotationSession:
         self.path, self.grounded = _rows_path(path), grounded
         self.file, self.eval_path = asked_path(self.path), held_out_path(self.path)
         self.pieces, self.notes = _pieces_of(source, max_characters)
+        self.root = _root_of(source)
         self.keys = [piece_key(piece, 'by hand') for piece in self.pieces]
         self._size, entries = self._kept_size(), [entry for entry in read_entries(self.file) if _is_ours(entry)]
         self._ever = {pair for entry in entries for pair in entry['questions']}
@@ -160,6 +179,13 @@ class AnnotationSession:
 
     def _kept_size(self) -> int: return self.file.stat().st_size if self.file.exists() else 0
 
+    def _place(self, source: dict) -> str: return str(self.root/source['file']) if self.root else ''
+
+    def _is_here(self, entry: dict) -> bool:
+        "Whether what is kept is about a document that is open here; another one may have its name"
+        place = self._place(entry['source'])
+        return entry['source']['file'] in {piece.file for piece in self.pieces} and entry.get('place', place) == place
+
     def _is_done(self, at: int) -> bool: return self.latest.get(self.keys[at], {}).get('done') is True
 
     def _undone(self) -> Iterator[int]: return (at for at in range(len(self.keys)) if not self._is_done(at))
@@ -168,7 +194,8 @@ class AnnotationSession:
         "Raise `ConfigError` before rows are replaced that were not made here"
         for path in (self.path, self.eval_path):
             if _pairs_in(path) - self._ever:
-                raise ConfigError(f'{path} holds rows that were not made by hand here, and would be replaced. Choose another name.')
+                raise ConfigError(f'{path} holds rows that were not made by hand here, and would be replaced. '
+                    f'Move it away, or choose another name; what was asked here is kept in {self.file}.')
 
 # %% ../../nbs/data/48_annotation.ipynb #annotation-read
 @patch(as_prop=True)
@@ -189,10 +216,17 @@ def questions(self: AnnotationSession,
 def _rows(self: AnnotationSession, held_out: bool) -> list[dict]:
     "Rows of one side: those of the pieces in their order, then those of other documents"
     mine = [one.row(piece.source()) for at, piece in enumerate(self.pieces) for one in self.questions(at) if one.held_out == held_out]
-    keys, files = {*self.keys}, {piece.file for piece in self.pieces}
-    elsewhere = [(entry['source'], one) for key, entry in self.latest.items() if key not in keys and entry['source']['file'] not in files
+    elsewhere = [(entry['source'], one) for key, entry in self.latest.items() if key not in {*self.keys} and not self._is_here(entry)
         for one in _questions_of(entry)]
     return mine + [one.row(source) for source, one in elsewhere if one.held_out == held_out]
+
+@patch(as_prop=True)
+def outdated_notes(self: AnnotationSession) -> list[str]:
+    "A sentence on questions of text that has changed; none where there are none."
+    count, first = len(self.outdated), shorten(redact_secrets(self.outdated[0]['question']), 60) if self.outdated else ''
+    if not count: return []
+    said = f'{count:,} questions are about text that has changed, the first' if count > 1 else 'a question is about text that has changed:'
+    return [f'{said} “{first}”. {"They are" if count > 1 else "It is"} in no row; ask again what is still true']
 
 @patch(as_prop=True)
 def rows(self: AnnotationSession) -> list[dict]:
@@ -211,7 +245,7 @@ def _store(self: AnnotationSession, key: str, source: dict, questions: list[Anno
     if self._kept_size() != self._size:
         raise RunError(f'{self.file} was changed meanwhile, perhaps by another panel. Open it again, so that nothing is lost.')
     self._check_ours()
-    entry = _entry_of(key, source, questions, done)
+    entry = _entry_of(key, source, self._place(source), questions, done)
     try: self.file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise RunError(describe_write_error(self.file, error)) from error
     try: keep_entry(self.file, entry)
@@ -231,7 +265,8 @@ def _change(self: AnnotationSession, questions: list[AnnotatedQuestion]):
     "Keep the questions of the piece that is asked about, then write the rows"
     if self.piece is None: raise ConfigError('all pieces are done, so none is shown. Go back to the one it is about.')
     self._store(self.keys[self.at], self.piece.source(), questions, self._is_done(self.at))
-    self._write_rows()
+    try: self._write_rows()
+    except RunError as error: raise RunError(f'it is kept in {self.file}, but not yet in the rows: {error}') from error
 
 # %% ../../nbs/data/48_annotation.ipynb #annotation-adopt
 @patch
@@ -245,9 +280,8 @@ def _new_place(self: AnnotationSession, entry: dict, one: AnnotatedQuestion) -> 
 @patch
 def _adopt(self: AnnotationSession):
     "Move questions of texts that have changed to the pieces in which their answers are found now"
-    keys, files = {*self.keys}, {piece.file for piece in self.pieces}
     for key, entry in [*self.latest.items()]:
-        if key in keys or not entry['questions'] or entry['source']['file'] not in files: continue
+        if key in {*self.keys} or not entry['questions'] or not self._is_here(entry): continue
         left = []
         for one in _questions_of(entry):
             at = self._new_place(entry, one)
@@ -278,9 +312,11 @@ def doubts(
     flags = question_flags(question, answer, self.piece, self.grounded, {text_key(row['question']) for row in self.rows + self.held_out},
         trained if held_out else None)
     if ASKED_BEFORE in flags: raise ConfigError('this question was asked before. Ask it in other words, or ask another one.')
-    said = {NOT_IN_TEXT: _describe_missing(question, answer, self.piece), NOT_TRAINED: 'a held-out question asks for an answer that '
+    sensitive = _describe_sensitive(question, answer)  # then no word of it is repeated, for a page is saved
+    missing = 'the answer is not found in this piece' if sensitive else _describe_missing(question, answer, self.piece)
+    said = {NOT_IN_TEXT: missing, NOT_TRAINED: 'a held-out question asks for an answer that '
         'is trained on, once more and in other words, and no question of this piece has that answer'}
-    return [said[flag] for flag in flags] + _describe_sensitive(question, answer)
+    return [said[flag] for flag in flags] + sensitive
 
 @patch
 def add(

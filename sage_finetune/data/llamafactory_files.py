@@ -16,16 +16,17 @@ from typing import Any, NamedTuple
 from ..config import TrainingConfig, is_hub_name, resolve_model
 from ..core.errors import ConfigError, DataError
 from ..core.limits import parse_json, read_regular, shorten
-from ..core.places import note_folder
+from ..core.places import keep_changed, note_folder
 from ..core.storage import atomic_directory, expand_home, write_json
 from ..core.yaml_files import write_yaml
+from ..runs.folder import note_old_files
 from .eval_split import prompt_key
 from .files import iter_rows, packaged_held_out
 from .raw_rows import BadRow, RawRow
 from .rows import RowError, Sample, UntrainedRow, read_row
 
 # %% ../../nbs/data/61_llamafactory_files.ipynb #data-lffiles-06
-_NATIVE = 'Train such rows with this package (--use-native).'
+_NATIVE = 'Train such rows with this package (`run` without --use-llamafactory, `start` with --framework native).'
 
 def _content_of(message: dict, keep_thinking: bool) -> str:
     "The text of a turn, its thinking before it"
@@ -292,5 +293,8 @@ def write_llamafactory(
         for name, listed in sets.items(): write_json(temp/f'{name}.json', listed)
         write_json(temp/'dataset_info.json', {name: _entry(name, rows) for name in sets})
         write_yaml(temp/LLAMAFACTORY_CONFIG, keys, above)
-        if place == (config.output_dir/'llamafactory').absolute(): note_folder(config.output_dir, 'llamafactory', temp)
+        if place == (config.output_dir/'llamafactory').absolute():
+            keep_changed(config.output_dir, 'llamafactory', temp)
+            note_old_files(config.output_dir)
+            note_folder(config.output_dir, 'llamafactory', temp)
     return place/LLAMAFACTORY_CONFIG

@@ -166,7 +166,7 @@ def _passes(error: HTTPError) -> bool:
 
 def _refused(endpoint: Endpoint, code: int, said: str) -> Refused:
     refusal = Refused(f'{endpoint.host} refuses (HTTP {code}): {said or "without a word"}. '
-        f'Look at endpoint, model={endpoint.model!r} and key_env={endpoint.key_env!r}.')
+        f'Look at `endpoint`, `model={endpoint.model!r}` and `key_env={endpoint.key_env!r}`.')
     refusal.code = code
     return refusal
 
@@ -379,6 +379,8 @@ def iter_questions(
 ) -> Iterator[Asked]: # one for each piece, in their order
     "Ask about each piece that was not asked about before. Raises `ConfigError` for what will not pass, `RunError` where the server is away."
     kept, away = _read_kept(path), 0
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise RunError(describe_write_error(path, error)) from error
     open_append(path).close()  # before anything is paid for
     answered = bool(kept)
     for piece in pieces:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from ..config import as_folder
 from ..core.errors import ConfigError, FinetuneError, RunError
-from ..core.places import MANIFEST, check_links, remove_empty_folders
+from ..core.places import MANIFEST, check_links, own_files, remove_empty_folders
 from ..core.storage import describe_write_error
 from ..core.text import format_bytes, html_table, text_table
 from .folder import LOCK, META, STATUS, describe_trainer, is_running, list_runs, other_files, refuse_replacing, run_files
@@ -85,7 +85,7 @@ def _extras(folder: Path) -> list[str]:
     names = [name for name in inside if _CACHE.fullmatch(name) and not (folder/'prepared').is_symlink()]
     try: started = last_launch(folder) is not None
     except FinetuneError: started = False
-    names += [LAUNCH, LOG] * started
+    names += [LAUNCH, LOG] * started + [LOG] * (not started and 'llamafactory/dataset_info.json' in own_files(folder))
     return [name for name in names if (folder/name).is_file() and not any((folder/part).is_symlink() for part in (name, Path(name).parent))]
 
 def look_at_run(

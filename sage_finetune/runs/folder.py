@@ -8,8 +8,8 @@ __all__ = ['META', 'STATUS', 'METRICS', 'CONFIG', 'LOCK', 'RUN_FOLDERS', 'TASK_N
            'is_number', 'typed', 'can_be_path', 'read_object', 'confine', 'read_meta', 'write_meta', 'Status', 'moment',
            'write_status', 'parse_status', 'read_status', 'trainer_process', 'is_stale', 'is_running',
            'describe_trainer', 'metrics_row', 'MetricsTail', 'read_metrics', 'is_own_state', 'is_rewritten', 'is_run',
-           'old_files', 'run_files', 'other_files', 'refuse_replacing', 'write_beside', 'checked_status', 'has_begun',
-           'RunInfo', 'run_info', 'Runs', 'list_runs']
+           'old_files', 'run_files', 'other_files', 'refuse_replacing', 'note_old_files', 'write_beside',
+           'checked_status', 'has_begun', 'RunInfo', 'run_info', 'Runs', 'list_runs']
 
 # %% ../../nbs/runs/00_folder.ipynb #1fd28dcd
 import io
@@ -567,7 +567,7 @@ def other_files(
 ) -> list[str]:         # names, relative to it
     "The files in the parts of a run that are somebody's own: not written by this toolkit, or changed since."
     folder, own = Path(run_dir), set(run_files(run_dir))
-    parts = [folder/name for name in RUN_FOLDERS] + [folder/name for name in (META, STATUS, CONFIG, METRICS)] + [path
+    parts = [folder/name for name in (*RUN_FOLDERS, 'llamafactory')] + [folder/name for name in (META, STATUS, CONFIG, METRICS)] + [path
         for path in folder.glob('*_data_*.json') if ROWS_FILE.fullmatch(path.name)]
     files = [file for part in parts if os.path.lexists(part) for file in (_files_below(part) if part.is_dir() else [part])]
     names = [file.relative_to(folder).as_posix() for file in files]
@@ -601,6 +601,12 @@ def refuse_replacing(
         warnings.warn(f'{name_some(others)} in {folder} was not written by this toolkit, or was changed since, so it stays where it is.')
 
 # %% ../../nbs/runs/00_folder.ipynb #write-beside
+def note_old_files(
+    run_dir: str | Path # a run folder
+):
+    "Write down what a run from before there were manifests certainly wrote, so that its first manifest is whole."
+    if is_run(run_dir) and read_manifest(run_dir) is None: note_files(run_dir, old_files(run_dir))
+
 def write_beside(
     run_dir: str | Path, # a run folder
     name: str, # of a file beside its parts; one of those that `is_own_name` knows
@@ -610,6 +616,7 @@ def write_beside(
     path = Path(run_dir)/name
     if os.path.lexists(path) and name not in own_files(run_dir):
         raise RunError(f'{path} was not written by this toolkit, or was changed since, so it is not replaced. Move it away, or name another file.')
+    note_old_files(run_dir)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder)/name)
         note_files(run_dir, {name: Path(folder)/name})
@@ -624,7 +631,8 @@ def checked_status(
     folder = as_folder(run_dir)
     if status is None: status = read_status(folder)
     if is_stale(status, folder):
-        gone = f'the process that trained {run_dir} is gone. `resume=True` goes on from its last checkpoint.'
+        saved = any((folder/'checkpoints').glob('checkpoint-*'))
+        gone = f'the process that trained {run_dir} is gone.' + ' `resume=True` goes on from its last checkpoint.' * saved
         return replace(status, state='failed', pid=None, message=gone)
     trained = not status.updated and (folder/'lora_weights'/'adapter_config.json').is_file() and not (folder/STATUS).exists()
     return replace(status, state='completed') if trained else status

@@ -59,7 +59,7 @@ def make_accelerator(
     precision: str # "fp32", "bf16" or "fp16"
 ) -> Accelerator:
     "A fresh accelerator. Raises `ConfigError` when a tool of `report_to` is not installed."
-    if missing := [tool for tool in config.report_tools if not importlib.util.find_spec(tool)]:
+    if missing := [tool for tool in config.report_tools if not getattr(importlib.util.find_spec(tool), 'origin', None)]:
         raise ConfigError(f'`report_to={config.report_to!r}`, but {" and ".join(missing)} is not installed. '
             f'Run: pip install {" ".join(missing)}', ('report_to',))
     for kind in ('FSDP', 'DEEPSPEED'):

@@ -69,7 +69,7 @@ from sage_finetune.data.llamafactory_files import (
 # %% ../../nbs/training/80_llamafactory.ipynb #tr-lf-06
 PROGRAM, WHERE = 'llamafactory-cli', 'SAGE_LLAMAFACTORY'
 _INSTALL = (f'Install it in an environment of its own (python3 -m venv lf; lf/bin/pip install llamafactory=={LLAMAFACTORY_VERSION}) and say where: '
-    f'{WHERE}=lf/bin/{PROGRAM}. To train with this package leave --use-llamafactory out.')
+    f'{WHERE}=lf/bin/{PROGRAM}. To train with this package leave --use-llamafactory out; at `start`, type --framework native.')
 
 def find_llamafactory() -> Path: # in full
     "The program that trains. Raises `RunError` that says how to install it."
@@ -166,7 +166,7 @@ def _pass_on(child: subprocess.Popen, log: IO[bytes], out: IO | None, lines: deq
     for line in child.stdout or ():
         text = line.decode('utf-8', errors='replace').rstrip('\r\n')
         lines.append(text)
-        with suppress(OSError): log.write(line)  # a full disk stops the run elsewhere
+        with suppress(OSError, ValueError): log.write(line)  # a full disk stops the run elsewhere
         if out is None: continue
         with suppress(OSError, ValueError): print(sanitize_for_terminal(text), file=out, flush=True)
 
@@ -175,12 +175,12 @@ def _environment(config: TrainingConfig) -> dict[str, str]:
     "The environment of the program"
     first = os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0]
     return os.environ | dict(PYTHONSAFEPATH='1', PYTHONUNBUFFERED='1', FORCE_TORCHRUN='0', USE_MCA='0', USE_V1='0', USE_RAY='0',
-        TENSORBOARD_LOGGING_DIR=str(config.log_dir.absolute())) | LOG_TEXT | (
-        dict(CUDA_VISIBLE_DEVICES=first) if config.device == 'cuda' else {})
+        TENSORBOARD_LOGGING_DIR=str(config.log_dir.absolute()), WANDB_DIR=str(config.log_dir.absolute())) | LOG_TEXT | (
+        dict(CUDA_VISIBLE_DEVICES='' if config.device == 'cpu' else first) if config.device in ('cpu', 'cuda') else {})
 
 def _signal_group(child: subprocess.Popen, number: int):
     "Tell a child and all that it started"
-    with suppress(ProcessLookupError, psutil.Error):
+    with suppress(ProcessLookupError, PermissionError, psutil.Error):
         if not on_windows(): return os.killpg(child.pid, number)
         for process in (*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)): process.kill()
 
@@ -192,8 +192,9 @@ def end_process(
     if child.poll() is not None: return
     _signal_group(child, signal.SIGTERM)
     try: child.wait(patience)
-    except subprocess.TimeoutExpired:
-        _signal_group(child, getattr(signal, 'SIGKILL', signal.SIGTERM))
+    except subprocess.TimeoutExpired: pass
+    finally:
+        _signal_group(child, getattr(signal, 'SIGKILL', signal.SIGTERM))  # what it started may have outlived it
         child.wait()
 
 # %% ../../nbs/training/80_llamafactory.ipynb #tr-lf-18
@@ -207,13 +208,13 @@ def _refuse_second(place: Path):
         raise RunError(f'{place} is in use: {PROGRAM} still runs there as process {noted["pid"]}. End that process, or wait for it.')
 
 @contextmanager
-def _started(command: list[str], config: TrainingConfig, out: IO | None, lines: deque) -> Iterator[subprocess.Popen]:
+def _started(command: list[str], config: TrainingConfig, out: IO | None, lines: deque, cache: Path) -> Iterator[subprocess.Popen]:
     "A process that trains, and is ended when this is left"
     with open_append(config.output_dir/LOG) as log:
         log.write(f'{chr(10) * bool(log.tell())}===== {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: '
             f'{sanitize_line(shlex.join([PROGRAM, *command[1:]]))} =====\n'.encode())
         try: child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=_environment(config), **detached(console=True))
+            env=_environment(config) | dict(HF_DATASETS_CACHE=str(cache)), **detached(console=True))
         except OSError as error: raise RunError(f'{command[0]} cannot be run: {error.strerror or error}. {_INSTALL}') from error
         reader = threading.Thread(target=_pass_on, args=(child, log, out, lines), daemon=True)
         reader.start()
@@ -269,7 +270,9 @@ def take_adapter(
     run_dir, name = config.output_dir, config.lora_dir.name
     converted = output/'pissa_converted'
     if not job.rows.is_text and not has_chat_template(config.model_name):  # its own, by the name of default
-        with open_regular(output/'chat_template.jinja') as file: tokenizer.chat_template = file.read().decode('utf-8')
+        try:
+            with open_regular(output/'chat_template.jinja') as file: tokenizer.chat_template = file.read().decode('utf-8')
+        except OSError as error: raise RunError(f'LLaMA-Factory left no chat_template.jinja. All it said is in {LOG}.') from error
     tokenizer.chat_template = tokenizer.chat_template or template_of(tokenizer)
     claim_links(run_dir, [name])
     with atomic_directory(config.lora_dir, own_names(run_dir, name), through_link=True) as temp:
@@ -324,13 +327,14 @@ def _free_name(place: Path) -> str:
 
 def _failure(child: subprocess.Popen, lines: deque, folder: Path) -> RunError:
     "What LLaMA-Factory ended with"
-    reason = sensible_line(lines) or 'it said nothing'
+    reason = sensible_line([*lines]) or 'it said nothing'
     if was_killed(child.returncode): reason = f'it was killed, as systems do when memory runs out; it said last: {reason}'
     return RunError(f'LLaMA-Factory ended with {child.returncode}: {reason.rstrip(".")}. All it said is in {folder/LOG}.')
 
 def _tidy(output: Path, done: bool) -> str:
     "Remove what LLaMA-Factory wrote; what is left of a run that is not done, in words"
-    if not done and any(output.glob('checkpoint-*')): return f' Its checkpoints are in {output}.'
+    kept = 'checkpoints are' if any(output.glob('checkpoint-*')) else 'adapter is' if (output/_ADAPTER[0]).is_file() else ''
+    if kept and not done: return f' Its {kept} in {output}.'
     shutil.rmtree(output, ignore_errors=True)
     return ''
 
@@ -379,11 +383,13 @@ def run(self: LlamafactoryRun, # not yet started
 ) -> dict: # what `RunWriter.close` takes
     "All of it: files, process, adapter."
     writer.set_status('preparing', 'LLaMA-Factory starts')
+    if self.config.report_tools: self.config.log_dir.mkdir(parents=True, exist_ok=True)
     path = write_llamafactory(self.config, self.place, self.job.rows, self.output.name)
-    with _started([str(self.job.program), 'train', str(path)], self.config, self.out, self.lines) as child:
+    with _started([str(self.job.program), 'train', str(path)], self.config, self.out, self.lines,
+            self.output/'cache') as child:
         self._follow(child, writer)
     for step in self.log.read(ended=True): self._add(step, writer)  # the last one before a request to stop
-    if self.stop_request: return self.cancelled(writer)
+    if self.stop_request and child.returncode: return self.cancelled(writer)
     if child.returncode: raise _failure(child, self.lines, self.config.output_dir)
     take_adapter(self.job, self.output)
     return self.completed()

@@ -39,10 +39,9 @@ from sage_finetune.runs.folder import (
     describe_trainer,
     is_own_state,
     is_rewritten,
-    is_run,
     is_running,
     is_stale,
-    old_files,
+    note_old_files,
     read_metrics,
     read_status,
     refuse_replacing,
@@ -102,6 +101,9 @@ def check_folder(
     if resume is True and not holds_run(folder):
         raise RunError(f'there is no run in {folder}, so nothing to resume. '
             f'Begin it, or say `resume="auto"`, which does either.')
+    if resume and _holds_anything(folder/'lora_weights') and not any((folder/'checkpoints').glob('checkpoint-*')):
+        raise RunError(f'{folder} holds an adapter and no checkpoint to go on from. Train it anew by `overwrite_output_dir=True`, '
+            f'or start another run from its adapter: `continue_from={str(folder)!r}`.')
     near = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not near.is_dir(): raise RunError(f'cannot write {folder}: {near} is a file, not a folder. Choose another `output_dir`.')
     if not os.access(near, os.W_OK | os.X_OK):
@@ -195,7 +197,7 @@ def _begin_run(config: TrainingConfig, last: int, total: int, goes_on: bool):
     claim_links(folder)
     remove_stale_files(folder)
     left = check_folder(config, resume=goes_on and 'auto', locked=True)  # a killed run's files may have come back
-    if goes_on and is_run(folder) and read_manifest(folder) is None: note_files(folder, old_files(folder))
+    if goes_on: note_old_files(folder)
     replaced = [name for name in run_files(folder) if name.split('/')[0] in (*left, 'logs')] if left and not goes_on else []
     with put_aside(folder, replaced): _write_first(config, last, total)
     note_files(folder, [METRICS])

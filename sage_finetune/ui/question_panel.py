@@ -118,9 +118,8 @@ def show(self: QuestionPanel):
     self.progress.value = f'<b role="status">{sanitize_html(session.progress)}</b>'
     self.shown.value = piece_html(session.piece) if session.piece else _done_html(session)
     self.listed.value = _questions_html(questions)
-    self.skip_button.description = 'Next piece' if questions else 'Skip piece'
-    outdated = [f'{len(session.outdated):,} questions are about text that has changed; they are in no row'] * bool(session.outdated)
-    self.notes.value = ''.join(alert_html('note', note) for note in (*session.notes, *outdated))
+    self.skip_button.description = 'Next open piece' if questions else 'Skip piece'
+    self.notes.value = ''.join(alert_html('note', note) for note in (*session.notes, *session.outdated_notes))
     self.boxes.empty(session.due_held_out, session.piece is None)
     self._offer(False)
     self.update_static_output()
@@ -164,10 +163,15 @@ def keep_anyway(self: QuestionPanel):
 
 @patch
 def _add(self: QuestionPanel, anyway: bool):
-    self.session.add(*self.boxes.typed, self.boxes.hold.value, anyway)
+    before = self.session.counts
+    try: self.session.add(*self.boxes.typed, self.boxes.hold.value, anyway)
+    except RunError:
+        if self.session.counts != before: self.show()  # it is kept, and only the rows are behind
+        raise
     self.show()
     self.boxes.focus()
 
+# %% ../../nbs/ui/32_question_panel.ipynb #question-panel-moves
 @patch
 def _check_added(self: QuestionPanel):
     if any(text.strip() for text in self.boxes.typed):
@@ -191,10 +195,10 @@ def back(self: QuestionPanel):
 @patch
 def remove_last(self: QuestionPanel):
     "Take back the question of this piece that was added last; it stands in the boxes again, where they are empty."
-    removed, typed = self.session.remove_last(), self.boxes.typed
+    removed, typed, held_out = self.session.remove_last(), self.boxes.typed, self.boxes.hold.value
     self.show()
     self.boxes.question.value, self.boxes.answer.value = typed if any(typed) else (removed.question, removed.answer)
-    if not any(typed): self.boxes.hold.value = removed.held_out
+    self.boxes.hold.value = held_out if any(typed) else removed.held_out
 
 # %% ../../nbs/ui/32_question_panel.ipynb #question-panel-static
 @patch
