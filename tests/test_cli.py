@@ -435,7 +435,7 @@ def test_questions_by_hand_in_a_terminal(place):
     said, status = in_terminal(line, [("question: ", "How much does it hold?\n"), ("answer: ", "Four cups.\n"),
         ("question: ", "Who made it?\n"), ("answer: ", "Ada.\n"),
         ("anyway? [no]: ", "y\n"), ("question: ", "\n")], place, interrupt="piece 2 of 2")
-    assert status == 130 and "Traceback" not in said and "2 rows are in" in said and "goes on from there" in said, said
+    assert status == 130 and "Traceback" not in said and "made.jsonl holds 2 rows" in said and "goes on from there" in said, said
     assert "“ada” is not in it" in said and "\x1b[31m" not in said
     answers = [json.loads(row)["answer"] for row in (place/"made.jsonl").read_text().splitlines()]
     assert answers == ["Four cups.", "Ada."]

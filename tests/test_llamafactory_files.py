@@ -148,7 +148,7 @@ def test_calls_of_tools_come_back(place):
     [TURNS[0], TURNS[1] | dict(content="Let me see."), *TURNS[2:]]], ids=["two results", "a call and a text"])
 def test_rows_they_would_pass_over_stop_or_are_counted(place, turns):
     (place/"rows.json").write_text(json.dumps([dict(messages=turns), dict(question="a", answer="b")]))
-    with pytest.raises(DataError, match="--use-native"): llamafactory_rows(config_of(place))
+    with pytest.raises(DataError, match="--framework native"): llamafactory_rows(config_of(place))
     config = config_of(place, on_bad_row="skip", eval_ratio=0.)
     rows = llamafactory_rows(config)
     assert (len(rows.train), rows.left_out) == (1, 1) and any("1 rows are left out" in one for one in llamafactory_remarks(config, rows))

@@ -80,7 +80,7 @@ def test_to_the_end_and_back(panel, tmp_path):
     with pytest.raises(ConfigError, match="first piece"): click(panel, "sage-back")
     assert control(panel, "sage-skip").description == "Skip piece"
     add(panel, "What does it weigh?", "900 grams.")
-    assert control(panel, "sage-skip").description == "Next piece"
+    assert control(panel, "sage-skip").description == "Next open piece"
     for _ in range(3): click(panel, "sage-skip")
     assert "all 3 pieces are done · 1 question" in panel.progress.value and "rows.jsonl" in panel.shown.value
     assert panel.boxes.question.disabled
@@ -238,7 +238,7 @@ def test_a_document_that_was_changed(panel, manual, tmp_path):
         assert [row["answer"] for row in rows] == ["Four cups.", "Soap."] and rows == lines(tmp_path/"rows.jsonl")
         for row in rows: assert row["answer"].lower().strip(".") in text[row["source"]["start"]:row["source"]["end"]].lower()
         assert rows[1]["source"]["headings"] == ["The pot", "Washing up"]
-        assert "1 questions are about text that has changed" in changed.notes.value and "900 grams." in changed.static_html()
+        assert "a question is about text that has changed" in changed.notes.value and "900 grams." in changed.static_html()
         assert "text has changed: in no row" in changed.static_html() and changed.session.at == 0
     changed.session.skip()
     changed.session.remove_last()
@@ -337,8 +337,35 @@ def test_what_is_left_out_is_said(tmp_path):
     (tmp_path/"docs"/"a.md").write_text("# Key\n\npassword = 'kX9w2mQz7Lp4' is the key.\n\n# Lamp\n\nThe lamp is green.\n")
     (tmp_path/"docs"/"b.pdf").write_bytes(b"no pdf")
     panel = QuestionPanel(tmp_path/"docs", tmp_path/"rows.jsonl")
-    assert len(panel.session.pieces) == 1 and "1 pieces seem to hold a secret" in panel.notes.value and "b.pdf" in panel.notes.value
+    assert len(panel.session.pieces) == 1 and "1 piece with what seems to be a secret is left out" in panel.notes.value and "b.pdf" in panel.notes.value
     assert "kX9w2mQz7Lp4" not in shown(panel)
+
+
+def test_two_documents_of_one_name(tmp_path):
+    "Each keeps its questions, whichever is opened"
+    for name in ("first", "second"):
+        (tmp_path/name).mkdir()
+        (tmp_path/name/"README.md").write_text(f"# The {name} project\n\nThe {name} project needs four cups of tea.\n")
+        session = AnnotationSession(tmp_path/name/"README.md", tmp_path/"rows.jsonl")
+        session.add(f"How much tea does the {name} project need?", "Four cups.")
+    for name in ("first", "second"):
+        session = AnnotationSession(tmp_path/name/"README.md", tmp_path/"rows.jsonl")
+        assert len(session.rows) == 2 == len(lines(tmp_path/"rows.jsonl")) and len(session.questions()) == 1 and not session.outdated
+
+
+def test_a_column_that_somebody_added_is_not_lost(manual, tmp_path):
+    AnnotationSession(manual, tmp_path/"rows.jsonl").add("What does it weigh?", "900 grams.")
+    row, = lines(tmp_path/"rows.jsonl")
+    (tmp_path/"rows.jsonl").write_text(json.dumps(row | dict(context="Of the pot.")) + "\n")
+    with pytest.raises(ConfigError, match="were not made by hand here"): AnnotationSession(manual, tmp_path/"rows.jsonl")
+
+
+def test_pieces_that_are_given_are_asked_about_once_and_without_secrets(manual):
+    pieces = AnnotationSession(manual).pieces
+    secret = pieces[0]._replace(text="password = 'kX9w2mQz7Lp4'")
+    session = AnnotationSession([*pieces, pieces[0], secret])
+    assert session.pieces == pieces and "1 piece with what seems to be a secret" in session.notes[0]
+    with pytest.raises(DataError, match="seem to hold a secret"): AnnotationSession([secret])
 
 
 def test_a_place_that_cannot_be_written(manual, tmp_path):

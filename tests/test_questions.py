@@ -149,7 +149,7 @@ def test_a_file_of_something_else(ask, server, tmp_path):
         with pytest.raises(ConfigError, match="holds something else"): ask(file=tmp_path/name)
     (tmp_path/"folder").mkdir()
     (tmp_path/"link.jsonl").symlink_to(tmp_path/"made.jsonl")
-    for name in ("folder", "link.jsonl", "gone/a.jsonl"):
+    for name in ("folder", "link.jsonl", "a.jsonl/b.jsonl"):
         with pytest.raises((ConfigError, RunError)): ask(file=tmp_path/name)
     assert not server.seen  # before anything is paid for
 

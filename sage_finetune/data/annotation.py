@@ -105,7 +105,9 @@ def _describe_sensitive(question: str, answer: str) -> list[str]:
 # %% ../../nbs/data/48_annotation.ipynb #annotation-pieces
 def _own_pieces(source: list[Piece] | tuple[Piece, ...]) -> tuple[list[Piece], list[str]]:
     "Each piece once, without those that seem to hold a secret. Raises `DataError` where none is left"
-    pieces = [*{piece_key(piece, 'by hand'): piece for piece in reversed(source)}.values()][::-1]
+    once: dict[str, Piece] = {}
+    for piece in source: once.setdefault(piece_key(piece, 'by hand'), piece)
+    pieces = [*once.values()]
     secret = scan_sensitive('\n'.join((piece.file, *piece.headings, piece.text)) for piece in pieces).secrets
     kept = [piece for at, piece in enumerate(pieces) if at not in secret]
     if not kept: raise DataError('all pieces of source seem to hold a secret, so there is none to ask about.')
@@ -129,7 +131,8 @@ def _pieces_of(source: Any, max_characters: int) -> tuple[list[Piece], list[str]
         return _own_pieces(source)
     found = document_rows(source, max_characters, 'text', held_out=0)
     notes, left = _left_out(len(found.sensitive.secrets)), found.skipped
-    if left: notes.append(f'{len(left):,} files or parts are left out, the first {redact_secrets(left[0].place)}: {left[0].reason}')
+    if left: notes.append(f'{len(left):,} file{"s" * (len(left) > 1)} or part{"s" * (len(left) > 1)} left out, '
+        f'the first {redact_secrets(left[0].place)}: {left[0].reason}')
     return found.pieces, notes
 
 # %% ../../nbs/data/48_annotation.ipynb #annotation-rows-path
