@@ -337,7 +337,8 @@ def test_what_is_left_out_is_said(tmp_path):
     (tmp_path/"docs"/"a.md").write_text("# Key\n\npassword = 'kX9w2mQz7Lp4' is the key.\n\n# Lamp\n\nThe lamp is green.\n")
     (tmp_path/"docs"/"b.pdf").write_bytes(b"no pdf")
     panel = QuestionPanel(tmp_path/"docs", tmp_path/"rows.jsonl")
-    assert len(panel.session.pieces) == 1 and "1 piece with what seems to be a secret is left out" in panel.notes.value and "b.pdf" in panel.notes.value
+    said = panel.notes.value
+    assert len(panel.session.pieces) == 1 and "1 piece with what seems to be a secret is left out" in said and "b.pdf" in said
     assert "kX9w2mQz7Lp4" not in shown(panel)
 
 

@@ -227,7 +227,7 @@ def test_what_was_refused_is_said(honest, tmp_path, capsys):
 
 @pytest.mark.parametrize("asked, stays, way_out", [(["tensorboard"], "tensorboard", None), (["none"], "none", None),
     (["wandb", "tensorboard"], "none", "--report-to tensorboard,wandb"), ("trackio", "none", "--report-to trackio"),
-    (["tensorboard", "swanlab"], "none", "--report-to trackio")])
+    (["tensorboard", "swanlab"], "none", "it takes one of 'none', 'tensorboard', 'wandb', 'trackio', or a list of them")])
 def test_curves_that_a_file_sends_to_several_tools(tmp_path, asked, stays, way_out):
     "What stays in the run folder needs nobody's word, and nothing else passes beside it"
     path = tmp_path/"config.json"
