@@ -3,8 +3,8 @@ from importlib import import_module
 
 _modules = (  # those without torch first
     "rows", "files", "raw_rows", "archives", "encodings", "row_limits", "json_stream", "csv_tables", "arrow_memory", "parquet_files",
-    "arrow_files", "tasks", "foreign", "llamafactory", "axolotl", "training_notebooks", "migrate", "unsloth", "llamafactory_files", "corpus", "code_sections",
-    "documents", "chat_logs", "questions", "dataset", "truncation", "eval_split", "report", "preprocessing", "writing", "store", "cache",
+    "arrow_files", "tasks", "foreign", "llamafactory", "axolotl", "training_notebooks", "migrate", "unsloth", "llamafactory_files", "corpus",
+    "code_sections", "documents", "chat_logs", "questions", "annotation", "dataset", "truncation", "eval_split", "report", "preprocessing", "writing", "store", "cache",
     "collation", "health", "findings", "read_back", "text_measures", "minhash", "question_match", "measurements",
     "length_checks", "answer_checks", "duplicate_checks", "split_checks", "character_checks", "run_data", "own_data")
 

@@ -371,7 +371,7 @@ FACTORIES = {
     "BatchPlan": plan, "Shard": lambda: plan().shard(0, 1), "BatchView": batch_view, "PlannedStep": lambda: plan()[0],
     "_BatchArgs": lambda: plan().args,
     "_Epoch": ARRAYS, "_Pattern": ARRAYS, "_Plan": ARRAYS, "_Answer": ARRAYS, "_ShapeCache": ARRAYS, "Studio": ARRAYS, "Task": ARRAYS,
-    "DataSettings": ARRAYS, "TruncationResult": ARRAYS, "TrainingSetup": ARRAYS, "_Namespace": ARRAYS,
+    "DataSettings": ARRAYS, "TruncationResult": ARRAYS, "TrainingSetup": ARRAYS, "_Namespace": ARRAYS, "Job": ARRAYS,
     "TokenView": line, "RenderedExample": lambda: of("chat_format.rendering").RenderedExample(line().ids, line().labels,
         [], tiny(), notes=[PAYLOAD]),
     "TokenLogprobDiff": lambda: of("inference.evaluation").TokenLogprobDiff([1, 2], [-1., -2.], [-2., -1.], tiny()),
