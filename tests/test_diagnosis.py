@@ -116,7 +116,8 @@ def test_extras_are_a_note_unless_asked_for(tmp_path):
         "_extras, TrainingConfig(report_to='wandb'))])\n"
         "print(*run_check('versions', _versions), sep='\\n')")
     said = ask(code, tmp_path)
-    assert said.startswith("['note', 'note', 'note'] ['note', 'problem', 'note']") and "runs from its source" in said and "not installed" in said
+    assert said.startswith("['note', 'note', 'note'] ['note', 'problem', 'note']")
+    assert "runs from its source" in said and "not installed" in said
 
 
 def test_the_front_end_must_be_of_the_same_age(tmp_path):
