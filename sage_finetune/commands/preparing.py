@@ -22,6 +22,9 @@ from .settings import apply_settings
 from sage_finetune.commands.program import (
     AsJson,
     OutputPath,
+    Overwrite,
+    PrepareOnly,
+    SkipSecrets,
     TrustCode,
     _home,
     app,
@@ -138,9 +141,9 @@ def quickstart_command(
     max_per_file: Annotated[int, typer.Option(min=1, help='task code: facts of one file at most')] = 300,
     skip_licences: Annotated[list[str] | None, typer.Option('--skip-licence',
         help='task code: leave out files under this licence, such as GPL; as often as needed')] = None,
-    overwrite: Annotated[bool, typer.Option(help='replace a run that is in the folder')] = False,
-    skip_secrets: Annotated[bool, typer.Option('--skip-secrets', help='leave out rows of the file that seem to hold a secret')] = False,
-    prepare_only: Annotated[bool, typer.Option(help='make the folder, do not train')] = False,
+    overwrite: Overwrite = False,
+    skip_secrets: SkipSecrets = False,
+    prepare_only: PrepareOnly = False,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
     **typed: Any # the settings
@@ -197,7 +200,7 @@ def migrate_command(
         metavar='NAME=COLUMN', help='of a notebook: a known name and the column it stands for; as often as needed')] = None,
     known: Annotated[list[str] | None, typer.Option(
         metavar='NAME=VALUE', help='of a notebook: what only running it would tell; as often as needed')] = None,
-    overwrite: Annotated[bool, typer.Option(help='replace a run that is in the folder')] = False,
+    overwrite: Overwrite = False,
     skip_secrets: Annotated[bool, typer.Option('--skip-secrets', help='leave out rows that seem to hold a secret')] = False,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False

@@ -22,6 +22,9 @@ from .preparing import _config_of, _ready, run_answer
 from sage_finetune.commands.program import (
     AsJson,
     OutputPath,
+    Overwrite,
+    PrepareOnly,
+    SkipSecrets,
     TrustCode,
     app,
     quoted,
@@ -136,9 +139,9 @@ def start_command(
     code_root: Annotated[str | None, typer.Option(help='task code: folder with Python files')] = None,
     auto: Annotated[bool, typer.Option('--auto', help='ask nothing: take the defaults, and train')] = False,
     skip_install: Annotated[bool, typer.Option('--skip-install', help='nothing is ever installed here; taken for old scripts')] = False,
-    overwrite: Annotated[bool, typer.Option(help='replace a run that is in the folder')] = False,
-    skip_secrets: Annotated[bool, typer.Option('--skip-secrets', help='leave out rows of the file that seem to hold a secret')] = False,
-    prepare_only: Annotated[bool, typer.Option(help='make the folder, do not train')] = False,
+    overwrite: Overwrite = False,
+    skip_secrets: SkipSecrets = False,
+    prepare_only: PrepareOnly = False,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
     **typed: Any # the settings
