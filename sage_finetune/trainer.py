@@ -287,15 +287,15 @@ def train(self: LoRATrainer, # fresh, or set up already
 ) -> TrainingResult: # what was done and where it is
     "Train to the end and save the adapter. Raises `FinetuneError` for what you can put right."
     handler = CallbackHandler(show and is_main(), self.config.logging_steps, self.config.eval_prompts, on_step, callbacks)
+    result = TrainingResult(self.config.output_dir)
     with failed_start_noted(self.config.output_dir, is_main()):
         self.setup(resume)
         if show and is_main(): print(self.describe(), flush=True)
-    result = TrainingResult(self.config.output_dir)
-    with contextlib.closing(self.steps(resume)) as steps, self.stop_request.signal_handlers():
-        handler.call_event('on_train_begin', self)
-        for step in steps:
-            result.add(step)
-            handler.step_end(step)
+        with contextlib.closing(self.steps(resume)) as steps, self.stop_request.signal_handlers():
+            handler.call_event('on_train_begin', self)
+            for step in steps:
+                result.add(step)
+                handler.step_end(step)
     result.peak_memory_gb, result.message, result.best = peak_memory_gb(), self.run.message, self.progress.best
     result.stopped, result.warnings = self.progress.step < len(self.plan), self.run.warnings
     handler.call_event('on_train_end', result)
@@ -314,8 +314,7 @@ def train_from_meta(
     Raises `RunError` when it is not a prepared run."""
     allowed: dict[str, Any] = dict(overwrite_output_dir=overwrite, trust_remote_code=trust_remote_code,
         allow_special_tokens=allow_special_tokens, report_to=report_to)
-    with failed_start_noted(as_folder(run_dir), is_main()): trainer = LoRATrainer(_meta_config(run_dir, **allowed))
-    return trainer.train(**options)
+    with failed_start_noted(as_folder(run_dir), is_main()): return LoRATrainer(_meta_config(run_dir, **allowed)).train(**options)
 
 def _meta_config(run_dir: str | Path, **allowed: Any) -> TrainingConfig:
     "The config of a prepared run; what SAGE wrote for every machine follows this one"

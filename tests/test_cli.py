@@ -592,9 +592,11 @@ def test_the_trainers_status_tells_what_failed(place, capsys):
         sets = [one for setting in ("logging_steps=1", "eval_ratio=0", *settings) for one in ("--set", setting)]
         assert call(capsys, "quickstart", "custom", "-d", "rows.json", "-o", name, "--prepare-only", *sets)[0] == 0
         return [sys.executable, "-m", "sage_finetune.trainer", name]
-    diverges = ("learning_rate=1", "max_grad_norm=1e6", "warmup_ratio=0", "optim=sgd", "lora.lora_alpha=4096")
-    done = subprocess.run(prepared("diverges", *diverges), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and read_status("diverges").step > 0, done.stderr
+    taken = subprocess.Popen(prepared("taken", "num_train_epochs=9000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (line := taken.stdout.readline()).startswith("step "): assert line, taken.stderr.read()
+    Path("taken/metrics.jsonl").unlink()
+    err = taken.communicate(timeout=300)[1]
+    assert taken.returncode == 1 and err.splitlines()[-1].startswith("error: ") and read_status("taken").step > 0, err
     wrong = prepared("wrong", "max_steps=1")
     next(Path("wrong").glob("training_data_*")).write_text("[{")
     done = subprocess.run(wrong, capture_output=True, text=True, timeout=300)

@@ -341,6 +341,12 @@ def test_a_run_that_is_there_already_is_a_note(tmp_path):
     (config.output_dir/"lora_weights").mkdir(parents=True)
     (config.output_dir/"lora_weights"/"adapter_config.json").write_text("{}")
     config.save(config.output_dir/"training_config.json")
+    found = doctor(config.output_dir, online=False)["output_dir"]  # nothing to go on from, so only replacing is left
+    assert found.state == "problem" and "continue_from" in found.found
+    config.overwrite_output_dir = True
+    assert "was not written by this toolkit" in doctor(config, online=False)["output_dir"].found  # somebody's own
+    config.overwrite_output_dir = False
+    (config.output_dir/"checkpoints"/"checkpoint-1").mkdir(parents=True)
     assert doctor(config.output_dir, online=False)["output_dir"].state == "note"
     assert doctor(tmp_path/"none", online=False)["config"].state == "problem"
     assert doctor(17, online=False)["config"].state == "problem"

@@ -127,6 +127,13 @@ def test_every_step_is_clipped(tmp_path):
     assert "always_clipped" in trained(tiny_config(tmp_path, num_train_epochs=4, max_grad_norm=1e-3))
 
 
+def test_no_gradient_arrives(tmp_path):
+    "A loss that stands still without a gradient looks as calm as one that has fallen"
+    class Dead(LoRATrainer):
+        def loss(self, batch): return 0 * super().loss(batch) + 7.34 * (batch["labels"] >= 0).sum()
+    assert "no_gradient" in trained(tiny_config(tmp_path, num_train_epochs=1), Dead)
+
+
 def test_nothing_is_left_to_learn(tmp_path):
     "What the adapter it goes on from has memorised"
     content = dict(data_path=write_rows(tmp_path/"rows.jsonl", rows(4)), warmup_ratio=0.)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STOP_REQUEST', 'FORKS', 'on_windows', 'is_pid', 'start_mark', 'find_process', 'is_locked', 'lock_holders',
            'holds_lock', 'is_trainer_command', 'is_notebook_kernel', 'request_stop', 'stop_requested', 'ask_to_stop',
-           'detached', 'stop_signals', 'was_killed', 'wait_for', 'signal_workers', 'core_count']
+           'detached', 'stop_signals', 'was_killed', 'wait_for', 'signal_workers', 'core_count', 'end_process']
 
 # %% ../../nbs/core/03_processes.ipynb #7821ab3d
 import json
@@ -243,3 +243,23 @@ def signal_workers(
 def core_count() -> int: # at least 1
     "The CPU cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+# %% ../../nbs/core/03_processes.ipynb #processes-end-2
+def _signal_group(child: subprocess.Popen, number: int):
+    "Tell a child and all that it started"
+    with suppress(ProcessLookupError, PermissionError, psutil.Error):
+        if not on_windows(): return os.killpg(child.pid, number)
+        for process in (*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)): process.kill()
+
+def end_process(
+    child: subprocess.Popen, # started with `detached()`
+    patience: float = 10. # seconds it may take to end by itself
+):
+    "End a child and all that it started; asked first, then by force."
+    if child.poll() is not None: return
+    _signal_group(child, signal.SIGTERM)
+    try: child.wait(patience)
+    except subprocess.TimeoutExpired: pass
+    finally:
+        _signal_group(child, getattr(signal, 'SIGKILL', signal.SIGTERM))  # what it started may have outlived it
+        child.wait()

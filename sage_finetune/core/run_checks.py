@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CODES', 'FEW_STEPS', 'RunWarning', 'check_steps', 'check_rows', 'check_held_out', 'check_rising', 'check_falling',
-           'check_level', 'check_clipping', 'check_tokenizer', 'check_adapter']
+           'check_level', 'check_clipping', 'check_gradient', 'check_tokenizer', 'check_adapter']
 
 # %% ../../nbs/core/12_run_checks.ipynb #c9ab12a7
 import math
@@ -26,7 +26,7 @@ class RunWarning(str):
         return warning
 
 CODES = ('few_steps', 'rows_alike', 'answers_alike', 'held_out_trained', 'diverged', 'not_falling', 'near_zero', 'guessing',
-         'always_clipped', 'zero_adapter', 'unchanged_adapter')
+         'always_clipped', 'no_gradient', 'zero_adapter', 'unchanged_adapter')
 
 # %% ../../nbs/core/12_run_checks.ipynb #ac00279d
 FEW_STEPS = 10  # fewer are said
@@ -137,6 +137,17 @@ def check_clipping(
     yield RunWarning(f'the gradient of every step was clipped to max_grad_norm={max_grad_norm:g} '
                      f'(the shortest had {min(grad_norms):.3g}). Raise max_grad_norm, or look at the rows with the highest loss.',
                      'always_clipped')
+
+def check_gradient(
+    grad_norms: Sequence[float], # of every step, before clipping
+    losses: Sequence[float] # of every step, as many
+) -> Iterator[RunWarning]:
+    "Whether there was a gradient to the end, while there was something to learn."
+    still = next((at for at, norm in enumerate(reversed(grad_norms)) if norm), len(grad_norms))  # steps at the end without one
+    if still < 3 or abs(median(losses[-still:])) < 0.05: return
+    first = len(grad_norms) - still + 1
+    yield RunWarning(f'the gradient is exactly 0 from step {first} of {len(grad_norms)} on, at a loss of {median(losses[-still:]):.3g}: '
+                     'nothing was learnt any more. Lower learning_rate (a tenth of it, say), and begin anew.', 'no_gradient')
 
 # %% ../../nbs/core/12_run_checks.ipynb #06bf44c7
 def check_tokenizer(

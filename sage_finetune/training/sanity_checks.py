@@ -26,6 +26,7 @@ from sage_finetune.core.run_checks import (
     check_adapter,
     check_clipping,
     check_falling,
+    check_gradient,
     check_held_out,
     check_level,
     check_rising,
@@ -135,6 +136,7 @@ def check_result(
     losses = [row['loss'] for row in rows]
     warnings = [*check_rising(losses), *(check_level(losses) if usual else ())]
     if not warnings: warnings += check_falling(losses, [row['epoch'] for row in rows], [row['target_tokens'] for row in rows])
-    warnings += check_clipping([row['grad_norm'] for row in rows], max_grad_norm)
+    gradients = [row['grad_norm'] for row in rows]
+    warnings += [*check_clipping(gradients, max_grad_norm), *check_gradient(gradients, losses)]
     second = [p for name, p in model.named_parameters() if p.requires_grad and ('lora_B' in name or 'lora_embedding_A' in name)]
     return warnings + [*check_adapter(sum(not p.any() for p in second), len(second), adapter_digest(model) != before)]

@@ -532,7 +532,7 @@ def _shadows(folder: Path) -> Iterator[Check]:
 def _run_folder(config: TrainingConfig) -> Iterator[Check]:
     "Whether a run may begin in its folder"
     from sage_finetune.training.run_writer import check_folder
-    try: left = check_folder(config, resume='auto')
+    try: left = check_folder(config, resume=not config.overwrite_output_dir and 'auto')
     except FinetuneError as error:
         yield Check('output_dir', str(error), 'problem', 'config.output_dir = "finetune_output/another"')
         return
