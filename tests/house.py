@@ -41,6 +41,9 @@ MAY_IMPORT = {
     "lxml": {"data.documents": "reads HTML, inside a function; libxml2 stays quick where Python's own parser does not"},
     "pypdf": {"data.documents": "reads PDF, inside a function; its words are silenced, for they come from the file"},
     "docx": {"data.documents": "reads DOCX, inside a function, once the archive was found small enough"},
+    "gguf": {"inference.gguf_vocabulary": "writes GGUF files, inside a function"},
+    "libgguf": {"inference.gguf_weights": "makes K-quants, inside a function"},
+    "xllamacpp": {"inference.llama_cpp_process": "is llama.cpp, in a process of its own"},
     "yaml": {"core.yaml_files": "configs of other tools, read as plain values"},
     "transformers": {
         "modeling": "loads models and tokenizers, and offers them an attention function by the registry the library has for that",
@@ -58,7 +61,7 @@ MAY_IMPORT = {
 # Imported under another name than the one they are installed by.
 INSTALLED_AS = {"yaml": "pyyaml", "IPython": "ipython"}
 # Not there on every computer: imported inside a function, where its absence can be said in a sentence.
-EXTRAS = {"tensorboard", "wandb", "lxml", "pypdf", "docx"}
+EXTRAS = {"tensorboard", "wandb", "lxml", "pypdf", "docx", "gguf", "libgguf", "xllamacpp"}
 # These import no torch: a form, a prompt, a run folder or a corpus is looked at, and the command line helps, without waiting seconds.
 LIGHT = (  # and all of core
     "config", "chat_format.tokens", "chat_format.template", "chat_format.rendering", "data.rows", "data.files", "runs.folder",

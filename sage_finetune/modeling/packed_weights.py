@@ -36,7 +36,7 @@ def can_pack(
 
 # %% ../../nbs/modeling/00_packed_weights.ipynb #a13ed957
 class PackedWeight:
-    "A frozen weight laid out for oneDNN, once for each direction; its products are bit-equal to torch's plain ones."
+    "A frozen weight laid out for oneDNN, once for each direction; its products are torch's plain ones, bit by bit but for a rare rounding on some CPUs."
     def __init__(self,
         weight: Tensor # bf16 (out_features, in_features), on a CPU; see `can_pack`
     ):

@@ -198,7 +198,7 @@ def _begin_run(config: TrainingConfig, last: int, total: int, goes_on: bool):
     remove_stale_files(folder)
     left = check_folder(config, resume=goes_on and 'auto', locked=True)  # a killed run's files may have come back
     if goes_on: note_old_files(folder)
-    replaced = [name for name in run_files(folder) if name.split('/')[0] in (*left, 'logs')] if left and not goes_on else []
+    replaced = [name for name in run_files(folder) if name.split('/')[0] in (*left, 'logs', 'exports')] if left and not goes_on else []
     with put_aside(folder, replaced): _write_first(config, last, total)
     note_files(folder, [METRICS])
 
