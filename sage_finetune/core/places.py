@@ -81,7 +81,7 @@ _FILE = r'[\w+-][\w.+-]*\.(json|jsonl|safetensors|jinja|model|txt|md|bin|tiktoke
 _OURS = re.compile(rf'metrics\.jsonl|(training|eval)_data_[a-z]+_[a-z]+\.json|[\w.-]+/(checkpoint|best)-\d+/{_FILE}'
                    rf'|(lora_weights|merged_model)/([\w-]+/)?{_FILE}'
                    r'|logs/([\w.-]+/)*events\.out\.tfevents\.[\w.-]+|curves\.png|unsloth_config\.yaml'
-                   r'|exports/[\w+-][\w.+-]*\.(gguf|zip)'
+                   r'|exports/[\w+-][\w.+-]*\.(gguf|zip|Modelfile)'
                    r'|llamafactory/(llamafactory_config\.yaml|(dataset_info|train|held_out)\.json)')
 
 def is_own_name(
