@@ -673,7 +673,7 @@ PEAK = ("import sys; from pathlib import Path; from sage_finetune.data.dataset i
 def test_four_times_the_rows_need_no_more_memory(tmp_path):
     "A list of Python integers would need a hundred megabytes more"
     peaks = []
-    for count in (30_000, 120_000):
+    for count in (20_000, 80_000):
         with open(tmp_path/"rows.jsonl", "w") as file:
             for row in rows(count): file.write(json.dumps(row | dict(output=row["output"] * 4)) + "\n")
         child = subprocess.run([sys.executable, "-c", PEAK, "rows.jsonl"], cwd=tmp_path, capture_output=True, text=True)

@@ -287,7 +287,7 @@ def spoilt(finished, tmp_path):
     return check
 
 
-@searched(120, 20_000)
+@searched(60, 20_000)
 @given(data=st.data())
 def test_looking_at_a_spoilt_folder(data, finished, tmp_path_factory):
     place = tmp_path_factory.getbasetemp()/"looked_at"
