@@ -3,11 +3,14 @@ with transformers. What a file cannot hold is refused, and nothing is left behin
 import json
 import math
 import shutil
+import subprocess
+import sys
 
+import psutil
 import pytest
 import torch
 import transformers
-from helpers import tiny_config
+from helpers import tiny_config, until, write_rows
 from hypothesis import given, strategies as some
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -173,18 +176,24 @@ def test_any_text_is_cut_alike(served, text):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, tokenizers_by_name):
-    "A file that is served, and its tokenizer"
+def served_path(tmp_path_factory, tokenizers_by_name):
+    "A file of a Llama"
     folder, tokenizer = tmp_path_factory.mktemp("served"), tokenizers_by_name["llama-bpe"]
     made(folder, "Llama", tokenizer)
-    with llama_cpp_server(write_gguf(folder, folder/"model.gguf", tokenizer, "", "f32").path) as server: yield server, tokenizer
+    return write_gguf(folder, folder/"model.gguf", tokenizer, "", "f32").path
+
+
+@pytest.fixture(scope="module")
+def served(served_path, tokenizers_by_name):
+    "A file that is served, and its tokenizer"
+    with llama_cpp_server(served_path) as server: yield server, tokenizers_by_name["llama-bpe"]
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("architecture, fields, said", [
     ("GPT2", dict(n_embd=64, n_head=4, n_layer=2), "gpt2 model cannot be written"),
-    ("Gemma3Text", dict(head_dim=32, sliding_window=24, layer_types=["full_attention"] * 3), "every 6th layer"),
+    ("Gemma3Text", dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=24, layer_types=["full_attention"] * 3), "every 6th layer"),
     ("Llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.)), "rope_type dynamic"),
     ("Qwen2", dict(vocab_size=100), "do not belong together")], ids=["GPT2", "Gemma3", "Llama", "Qwen2"])
 def test_models_llama_cpp_cannot_run(tmp_path, tokenizers_by_name, architecture, fields, said):
@@ -261,6 +270,57 @@ def test_a_file_that_is_not_the_same_is_not_kept(merged, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(gguf_export, "find_spec", lambda name: None)
         assert "not checked" in export_gguf(run, precision="f16").verdict
+    assert [path.name for path in (run/"exports").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_broken_file_in_few_bits_is_not_kept(merged, tmp_path, monkeypatch):
+    "Its expectations lie outside of the thousand tokens that are compared one by one, or it prefers other tokens"
+    from sage_finetune.inference import gguf_weights
+    run, read = shutil.copytree(merged, tmp_path/"run", ignore=shutil.ignore_patterns("exports")), gguf_weights._read
+    monkeypatch.setattr(gguf_weights, "_read", lambda path, name, shape: read(path, name, shape) * (0.2 if "down_proj" in name else 1.))
+    for precision in ("q8_0", "q4_k_m"):
+        with pytest.raises(ModelError, match="does not say the same"): export_gguf(run, precision=precision)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_the_server_goes_with_whoever_started_it(served_path, tmp_path):
+    "However that ends"
+    code = ("import sys; from sage_finetune.inference.llama_cpp_process import served_file\n"
+        "with served_file(sys.argv[1]) as served: print(served.pid, flush=True); sys.stdin.read()")
+    parent = subprocess.Popen([sys.executable, "-c", code, served_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    until(lambda: not psutil.pid_exists(pid), 20)
+
+
+def test_a_run_on_plain_text(tmp_path):
+    "There is no question: beginnings are gone on with"
+    said = "Lamp {} is red and the next one is blue, says the keeper of the lamps."
+    data = write_rows(tmp_path/"rows.jsonl", [dict(text=said.format(at)) for at in range(24)])
+    LoRATrainer(tiny_config(tmp_path, data_path=data, max_steps=2)).train(show=False)
+    merge(tmp_path/"run", force=True)
+    report = export_gguf(tmp_path/"run", precision="f32")
+    assert report.verdict == "the same" and report.answers > 0 and report.kl_divergence is not None, report
+
+
+def test_an_odd_name_of_a_run(merged, tmp_path):
+    "The file has a name that the run may call its own; a family's name in it changes nothing"
+    run = shutil.copytree(merged, tmp_path/"phi-3 (a)", ignore=shutil.ignore_patterns("exports"))
+    report = export_gguf(run, precision="f32")
+    assert report.verdict == "the same" and "exports/phi-3-a-f32.gguf" in own_files(run), report
+    with pytest.raises(ConfigError, match="does not end in .gguf"): export_gguf(run, tmp_path/"model.bin")
+    (run/"exports").rename(tmp_path/"elsewhere")
+    (run/"exports").symlink_to(tmp_path/"elsewhere")
+    with pytest.raises(RunError, match="is a link"): export_gguf(run, precision="f16")
+
+
+@pytest.mark.parametrize("fields, said", [(dict(hidden_act="relu"), "hidden_act"),
+    (dict(rope_parameters=YARN | dict(beta_fast=16)), "beta_fast")])
+def test_what_llama_cpp_takes_for_granted(tmp_path, tokenizers_by_name, fields, said):
+    tokenizer = tokenizers_by_name["qwen2"]
+    made(tmp_path, "Llama", tokenizer, **fields)
+    with pytest.raises(ModelError, match=said): write_gguf(tmp_path, tmp_path/"model.gguf", tokenizer, "", "f32")
 
 
 def test_a_run_that_was_trained_on_is_merged_again_first(merged, tmp_path):

@@ -17,7 +17,7 @@ from sage_finetune.core.errors import ModelError
 from sage_finetune.core.places import own_files
 from sage_finetune.inference.export import load_run, merge
 from sage_finetune.inference.llama_cpp import compare_answer, llama_cpp_server
-from sage_finetune.inference.ollama import _chats, modelfile, ollama_template, render_go, turn_texts
+from sage_finetune.inference.ollama import _chats, modelfile, ollama_template, render_go, takes_system
 from sage_finetune.modeling.tokenizer import load_tokenizer
 
 # What no translation without a count of the messages can say.
@@ -48,8 +48,7 @@ func main() {
 
 def chats(tokenizer):
     "Conversations of every shape a template takes"
-    texts = turn_texts(tokenizer)
-    return list(_chats(texts.system is not None or texts.folded is not None))
+    return list(_chats(takes_system(tokenizer)))
 
 
 def own(tokenizer, messages):
@@ -100,6 +99,17 @@ def test_a_template_that_changes_what_is_said(template, said):
     tokenizer = load_tokenizer("tiny")
     tokenizer.chat_template = template
     with pytest.raises(ModelError, match=said): ollama_template(tokenizer)
+
+
+def test_a_system_message_before_the_first_question():
+    "As Llama 2 writes it"
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.chat_template = ("{% if messages[0].role == 'system' %}{% set first = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
+        "{% set talk = messages[1:] %}{% else %}{% set first = '' %}{% set talk = messages %}{% endif %}{% for m in talk %}"
+        "{% if m.role == 'user' %}[INST] {{ first if loop.first else '' }}{{ m.content }} [/INST]{% else %} {{ m.content }} <|im_end|>{% endif %}{% endfor %}")
+    made = ollama_template(tokenizer)
+    for messages in chats(tokenizer): assert render_go(made, messages) == own(tokenizer, messages)
+    assert "<<SYS>>" in made and len(chats(tokenizer)) == 6
 
 
 def test_a_modelfile():

@@ -44,8 +44,8 @@ from sage_finetune.commands.settings import (
 )
 
 # %% ../../nbs/commands/10_program.ipynb #program-app
-ORDER = ('start', 'quickstart', 'run', 'list', 'show', 'plot', 'compare', 'merge', 'chat', 'clean', 'examples', 'doctor', 'data',
-    'rows', 'estimate', 'migrate', 'studio', 'completion', 'demo') # of the help: as they are needed
+ORDER = ('start', 'quickstart', 'run', 'list', 'show', 'plot', 'compare', 'merge', 'chat', 'gguf', 'ollama', 'clean', 'examples',
+    'doctor', 'data', 'rows', 'estimate', 'migrate', 'studio', 'completion', 'demo') # of the help: as they are needed
 
 class Commands(TyperGroup):
     "The commands; a name that is none is answered with the nearest one."

@@ -146,8 +146,10 @@ def check_gradient(
     still = next((at for at, norm in enumerate(reversed(grad_norms)) if norm), len(grad_norms))  # steps at the end without one
     if still < 3 or abs(median(losses[-still:])) < 0.05: return
     first = len(grad_norms) - still + 1
+    way = 'Look at what is trained: nothing of it reaches the loss.' if first == 1 else (
+        'Lower learning_rate (a tenth of it, say), and begin anew.')
     yield RunWarning(f'the gradient is exactly 0 from step {first} of {len(grad_norms)} on, at a loss of {median(losses[-still:]):.3g}: '
-                     'nothing was learnt any more. Lower learning_rate (a tenth of it, say), and begin anew.', 'no_gradient')
+                     f'nothing was learnt any more. {way}', 'no_gradient')
 
 # %% ../../nbs/core/12_run_checks.ipynb #06bf44c7
 def check_tokenizer(

@@ -287,7 +287,7 @@ def merge(
     _need_adapter(config)
     mismatches = check_identity(config.lora_dir, config.model_name, allow_other_base)
     if own: claim_links(config.output_dir, [out.name])
-    old = merged_files(out)
+    old, adapter = merged_files(out), content_hash(config.lora_dir/'adapter_model.safetensors')
     tokenizer = adapter_tokenizer(config.lora_dir, run_tokenizer(config)[0])
     probe = _Probe(texts_of_run(config, tokenizer, texts))
     trained = probe.ask_trained(config)
@@ -301,7 +301,7 @@ def merge(
         report = probe.report(plain, tuned, probe.ask(load_base(config)[0]), trained)
         report.dtype, report.folder = str(model.dtype).removeprefix('torch.'), str(out)
         if not report.agrees and not force: raise ModelError(_why_refused(report, run_dir))
-        _write_report(report, temp, content_hash(config.lora_dir/'adapter_model.safetensors'))
+        _write_report(report, temp, adapter)
         if own: note_folder(config.output_dir, out.name, temp)
     return report
 

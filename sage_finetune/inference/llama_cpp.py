@@ -79,8 +79,8 @@ def compare_tokens(
     tokenizer: Any, # of the model
     texts: Sequence[str] = HOSTILE_TEXTS # of any kind; they are compared in NFC
 ) -> list[TokenDifference]: # none where all are cut alike
-    "How llama.cpp cuts texts, beside the model's own tokenizer; the model's control tokens are put between."
-    marks = [str(token) for token in tokenizer.all_special_tokens]
+    "How llama.cpp cuts texts, beside the model's own tokenizer; its added tokens are put between."
+    marks = [token.content for token in tokenizer.added_tokens_decoder.values()]
     texts = [unicodedata.normalize('NFC', text) for text in (*texts, *(f'a{mark}b {mark}\n' for mark in marks))]
     found = []
     for text in texts:
@@ -131,11 +131,12 @@ class AnswerComparison(NamedTuple):
     wanted: list[int] # tokens the model says
     got: list[int] # tokens llama.cpp says
     gap: float = 0. # by how many nats the model prefers its own token where they part first
+    ended_alike: bool = True # both ended by themselves, or neither
 
     @property
     def equal(self) -> bool:
         "Whether the answers are the same."
-        return self.wanted == self.got
+        return self.wanted == self.got and self.ended_alike
 
 def _first_difference(wanted: list[int], got: list[int]) -> int:
     "Where two answers part; the end of the shorter one where it begins the other"
@@ -158,8 +159,10 @@ def compare_answer(
     "An answer of the model and of llama.cpp, the likeliest token each time."
     from sage_finetune.inference.generation import likeliest_tokens
     ends = stop_ids(tokenizer)
-    wanted = [token for token in likeliest_tokens(model, tokenizer, [prompt], max_new_tokens)[0].ids if token not in ends]
+    ours = likeliest_tokens(model, tokenizer, [prompt], max_new_tokens)[0]
+    wanted = [token for token in ours.ids if token not in ends]
     said = server.post('/completion', dict(prompt=prompt, n_predict=max_new_tokens, temperature=0, top_k=1, return_tokens=True,
-        cache_prompt=False, stop=[tokenizer.decode([end]) for end in ends]))
+        cache_prompt=False))
     got = [token for token in said['tokens'] if token not in ends]
-    return AnswerComparison(wanted, got, 0. if wanted == got else _gap(model, prompt, wanted, got, ends))
+    gap = 0. if wanted == got else _gap(model, prompt, wanted, got, ends)
+    return AnswerComparison(wanted, got, gap, ours.ended == (said.get('stop_type') == 'eos'))

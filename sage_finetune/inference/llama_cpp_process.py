@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from ..core.errors import ConfigError, ModelError
 from ..core.processes import detached, end_process
 from ..core.text import sanitize_line
+from ..core.trust import safe_environment
 
 
 # %% ../../nbs/inference/43_llama_cpp_process.ipynb #lp-06
@@ -81,7 +82,7 @@ def served_file(
     settings = LlamaCppSettings(str(Path(path).absolute()), context, threads, exact, secrets.token_urlsafe(24))
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen([sys.executable, '-m', 'sage_finetune.inference.llama_cpp_process'], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=log, env=os.environ | dict(PYTHONSAFEPATH='1'), **detached())
+            stdout=subprocess.PIPE, stderr=log, env=safe_environment(), **detached())
         try: yield ServedFile(_address(child, settings, log), settings.key, child.pid)
         finally: end_process(child)
 
