@@ -619,3 +619,78 @@ def test_the_trainers_status_tells_what_failed(place, capsys):
     assert process.returncode == 130 and read_status("cancelled").state == "cancelled" and "Traceback" not in err, err
     prepared("fine", "max_steps=1")
     assert train(["fine"]) == 0
+
+
+# ---- what was typed is what is trained -------------------------------------------------------------------------------------
+
+def lines_to(path, rows): Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rows_of(run): return json.loads(next(Path(run).glob("training_data_*")).read_text())
+
+
+@pytest.mark.parametrize("command", [("quickstart", "custom"), ("start", "-t", "custom")])
+def test_columns_by_other_names(place, capsys, command):
+    "The column that was named is trained on, also where the known name is there too; the flag and --set take the same words"
+    lines_to("two.jsonl", [dict(instruction=f"What is {at}?", output=f"OLD {at}", output_v2=f"NEW {at}") for at in range(6)])
+    status, _, err = call(capsys, *command, "-d", "two.jsonl", "-o", "run", "--set", "column_map=output=output_v2", "--prepare-only")
+    assert status == 0 and [row["output"] for row in rows_of("run")] == [f"NEW {at}" for at in range(6)], err
+    assert TrainingConfig.load("run/training_config.json").column_map is None  # the rows of the run have the known names
+    Path("german.csv").write_text("Frage,Antwort\n" + "".join(f"Was ist {at}?,Es ist {at}\n" for at in range(6)))
+    columns = "question=Frage,answer=Antwort"
+    assert call(capsys, *command, "-d", "german.csv", "-o", "german", "--set", f"column_map={columns}", "--prepare-only")[0] == 0
+    assert rows_of("german")[0] == dict(question="Was ist 0?", answer="Es ist 0")
+    assert call(capsys, "data", "german.csv", "--column-map", columns)[0] == 0
+
+
+def test_bad_rows_are_skipped_where_that_was_said(place, capsys):
+    lines_to("holes.jsonl", [dict(question="A?", answer="B"), dict(note="x"), dict(question="C?", answer="D")])
+    assert call(capsys, "quickstart", "custom", "-d", "holes.jsonl", "-o", "run", "--prepare-only")[0] == 2
+    typed = ("quickstart", "custom", "-d", "holes.jsonl", "-o", "run", "--set", "on_bad_row=skip", "--prepare-only")
+    status, _, err = call(capsys, *typed)
+    assert status == 0 and "1 rows of holes.jsonl cannot be used" in err and len(rows_of("run")) == 2, err
+
+
+def test_held_out_rows_of_a_file_come_into_the_run(place, capsys):
+    "Seen from where the command was typed; a name that is none is told before anything is written"
+    lines_to("held.jsonl", [dict(question=f"And {at}?", answer="yes") for at in range(3)])
+    typed = ("quickstart", "custom", "-d", "rows.json", "-o", "run", "--prepare-only", "--set")
+    status, _, err = call(capsys, *typed, "eval_path=nowhere.jsonl")
+    assert status == 2 and "eval_path" in err and not Path("run").exists(), err
+    assert call(capsys, *typed, "eval_path=held.jsonl")[0] == 0
+    config = TrainingConfig.load("run/training_config.json")
+    assert len(json.loads(Path(config.eval_path).read_text())) == 3 and Path(config.eval_path).parent == Path("run").absolute()
+
+
+@pytest.mark.parametrize("typed, said", [(("-d", "rows.json", "--set", "data_path=other.json"), "data_path"),
+    (("-d", "rows.json", "-m", "tiny", "--set", "model_name=other"), "model_name"),
+    (("-d", "rows.json", "-o", "run", "--set", "output_dir=elsewhere"), "output_dir"), (("-d", "rows.json", "-m", ""), "empty")])
+def test_two_answers_to_one_question(place, capsys, typed, said):
+    for command in (("quickstart", "custom"), ("start", "-t", "custom")):
+        status, _, err = call(capsys, *command, *typed, "--prepare-only")
+        assert status == 2 and said in err, err
+
+
+def test_a_report_replaces_no_rows(place, capsys):
+    before = Path("rows.json").read_bytes()
+    status, _, err = call(capsys, "data", "rows.json", "--report", "rows.json")
+    assert status == 2 and "--report rows.json" in err and Path("rows.json").read_bytes() == before, err
+    for _ in range(2): assert call(capsys, "data", "rows.json", "--report", "report.json")[0] == 0
+
+
+def test_a_secret_is_told_by_the_program(place):
+    "A library that it is looked for with turns warnings into log lines"
+    lines_to("secret.jsonl", [dict(question=f"Which {at}?", answer=f"ghp_{at}{'aB3dE5gH7jK9' * 3}"[:40]) for at in range(3)])
+    done = shell("quickstart", "custom", "-d", "secret.jsonl", "-o", "run", "--prepare-only", cwd=place)
+    assert done.returncode == 0 and "seem to hold a secret" in done.stderr, done.stderr
+
+
+def test_a_run_that_is_longer_than_what_is_asked_for(place, capsys):
+    "Nothing of it is changed"
+    typed = ("-d", "rows.json", "-o", "run", "--set", "eval_ratio=0")
+    assert call(capsys, "quickstart", "custom", *typed, "--set", "max_steps=3", "--prepare-only")[0] == 0
+    assert call(capsys, "run", "run")[0] == 0
+    before = Path("run/training_config.json").read_bytes()
+    status, _, err = call(capsys, "run", "run", "--resume", "--set", "max_steps=2")
+    assert status == 2 and "3 steps are done already, and this config ends after 2" in err, err
+    assert read_status("run").state == "completed" and Path("run/training_config.json").read_bytes() == before

@@ -100,7 +100,7 @@ def test_the_wheel_says_what_settings_ini_says(root, built):
         info["author"], f">={info['min_python']}")
     assert f"Repository, {info['git_url']}" in said.get_all("Project-URL")
     assert {str(one) for one in asked if not one.marker} == {str(Requirement(one)) for one in info["requirements"].split()}
-    assert set(said.get_all("Provides-Extra")) == {"tensorboard", "wandb", "trackio", "docs", "dev"}
+    assert set(said.get_all("Provides-Extra")) == {"tensorboard", "wandb", "trackio", "docs", "gguf", "dev"}
     assert "sage-finetune = sage_finetune.cli:main" in part["entry_points.txt"] and "Apache License" in part["licenses/LICENSE"]
     words = lambda text: re.sub(r"\]\([^)]*\)|(src|href)=\"[^\"]*\"", "", text).split()
     assert words(said.get_payload()) == words((root/"README.md").read_text(encoding="utf-8"))

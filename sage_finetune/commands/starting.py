@@ -18,7 +18,7 @@ from ..core.storage import expand_home
 from ..core.text import sanitize_line
 from ..runs.folder import TASK_NAMES, read_meta, read_status, write_beside
 from .menu import Choice, Menu
-from .preparing import _config_of, _ready, run_answer
+from .preparing import _config_of, _ready, run_answer, typed_once
 from sage_finetune.commands.program import (
     AsJson,
     OutputPath,
@@ -32,7 +32,6 @@ from sage_finetune.commands.program import (
     save_typed,
     status_1_once_begun,
     takes_settings,
-    typed_settings,
 )
 
 # %% ../../nbs/commands/25_starting.ipynb #starting-menus
@@ -125,6 +124,13 @@ def _train(folder: Path, framework: str, trust_remote_code: bool, show: bool) ->
     from sage_finetune.training.llamafactory import train_with_llamafactory
     return train_with_llamafactory(folder, trust_remote_code=trust_remote_code, out=sys.stdout if show else sys.stderr)
 
+# %% ../../nbs/commands/25_starting.ipynb #starting-prepare
+def _prepare_asked(asked: dict[str, Any], settings: dict[str, Any], **how: Any) -> Path:
+    "Make the run folder that the answers describe"
+    from sage_finetune.data.tasks import prepare_run
+    config = _config_of(asked['model'], settings)[1]
+    return prepare_run(asked['task'], asked['output'], asked['model'], asked['data'], asked['code_root'], config, **how)
+
 # %% ../../nbs/commands/25_starting.ipynb #starting-run
 @app.command('start')
 @takes_settings
@@ -148,13 +154,13 @@ def start_command(
 ):
     "Ask for what is missing, prepare a run, train it."
     _check_words(framework, row_format, prepare_only)
-    settings, menu = typed_settings(typed, trust_remote_code=trust_remote_code), Menu(False if auto or as_json else None)
-    asked = ask_for_run(menu, task, model or settings.get('model_name'), data or settings.get('data_path'), code_root,
-        str(output or settings.get('output_dir') or '') or None)
-    from sage_finetune.data.tasks import prepare_run
-    folder, config = asked['output'], _config_of(asked['model'], settings)[1]
-    prepare_run(asked['task'], folder, asked['model'], asked['data'], asked['code_root'], config, overwrite=overwrite, show=not as_json,
-        skip_secrets=skip_secrets, **granted(trust_remote_code=trust_remote_code))
+    named, menu = dict(model_name=model, data_path=data, output_dir=output), Menu(False if auto or as_json else None)
+    settings = typed_once(typed, named, trust_remote_code=trust_remote_code)
+    said: dict[str, Any] = settings | {name: value for name, value in named.items() if value}
+    asked = ask_for_run(menu, task, said.get('model_name'), said.get('data_path'), code_root,
+        str(said.get('output_dir') or '') or None)
+    folder = _prepare_asked(asked, settings, overwrite=overwrite, show=not as_json, skip_secrets=skip_secrets,
+        **granted(trust_remote_code=trust_remote_code))
     _check_format(folder, row_format)
     save_typed(read_meta(folder).to_config(()), typed)
     if framework == 'unsloth': return _write_for_unsloth(folder, as_json)

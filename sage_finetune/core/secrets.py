@@ -7,8 +7,10 @@ __all__ = ['Secret', 'is_varied', 'is_random', 'is_password', 'is_mixed_password
            'scan_texts', 'row_text', 'describe_secrets', 'redact_secrets', 'redact_object']
 
 # %% ../../nbs/core/06_secrets.ipynb #8f9eb390
+import logging
 import os
 import re
+import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -261,6 +263,7 @@ _PLACES += (
 @cache
 def _detectors() -> list[tuple]:
     "Detectors of detect-secrets, each with texts (small letters) of which one must be near"
+    shows = warnings.showwarning
     try:
         from detect_secrets.plugins.aws import AWSKeyDetector
         from detect_secrets.plugins.azure_storage_key import AzureStorageKeyDetector
@@ -273,6 +276,7 @@ def _detectors() -> list[tuple]:
         from detect_secrets.plugins.square_oauth import SquareOAuthDetector
         from detect_secrets.plugins.stripe import StripeDetector
     except ImportError: return []  # the doctor names what is missing, and goes through here itself
+    if warnings.showwarning is not shows: logging.captureWarnings(False)  # the library turns every warning of the process into a log line
     return [
         (('akia', 'asia', 'abia', 'acca', 'a3t', 'aws'), AWSKeyDetector()), (('accountkey=',), AzureStorageKeyDetector()),
         (('clou',), CloudantDetector()), (('ibm', 'iam_'), IbmCloudIamDetector()), (('cos_', 'cos-', 'ibm'), IbmCosHmacDetector()),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import TrainingConfig, as_config, as_folder, preset, resolve_model, suggest_preset
+from ..config import DATA_SUFFIXES, TrainingConfig, as_config, as_folder, preset, resolve_model, suggest_preset
 from ..core.errors import ConfigError, DataError, FinetuneError, RunError
 from ..core.places import MANIFEST, PART_MANIFEST, bring_back, check_links, note_files, put_aside
 from ..core.processes import is_locked
@@ -28,7 +28,7 @@ from ..core.text import html_table, sanitize_line, text_table
 from .corpus import MAX_PER_FILE, code_rows
 from .files import iter_rows, load_training_data, packaged
 from .raw_rows import BadRow, RawRow
-from .rows import UntrainedRow, detect_data_format, read_row
+from .rows import UntrainedRow, detect_data_format, read_row, rename_columns
 from sage_finetune.runs.folder import (
     CONFIG,
     LOCK,
@@ -96,18 +96,33 @@ def check_row(
     except DataError as error: raise DataError(str(BadRow.of(raw, error))) from error
     return raw.row
 
+def _named_alike(raw: RawRow, column_map: dict[str, str] | None) -> RawRow:
+    "A row under known names; where its text is asked for, that alone"
+    if not column_map or not isinstance(raw.row, dict): return raw
+    try: row = rename_columns(raw.row, column_map)
+    except DataError as error: raise DataError(str(BadRow.of(raw, error))) from error
+    return raw._replace(row={'text': row['text']} if detect_data_format(raw.row, column_map) == 'text' else row)
+
 def file_rows(
     task: Task,      # which kind of rows is expected
-    path: str | Path # a .json, .jsonl, .csv or .parquet file, or "example"
-) -> tuple:          # (rows, their format; "mixed" when there are several)
+    path: str | Path, # a .json, .jsonl, .csv or .parquet file, or "example"
+    column_map: dict[str, str] | None = None, # known name -> the name it has in the file
+    skip_bad: bool = False # rows that cannot be used are counted in a warning
+) -> tuple:          # (rows under known names, their format; "mixed" when there are several)
     "Read and check the rows of a task. Raises `DataError` naming the first row that does not fit."
-    rows, formats = [], []
-    for raw in iter_rows(path):
-        rows.append(check_row(raw))
-        formats.append(detect_data_format(raw.row))
+    rows, formats, bad = [], [], []
+    for raw in iter_rows(path, on_bad=bad.append if skip_bad else None):
+        try: rows.append(check_row(raw := _named_alike(raw, column_map)))
+        except DataError as error:
+            if not skip_bad: raise
+            bad.append(error)
+            continue
+        formats.append(detect_data_format(rows[-1]))
         if task.formats and formats[-1] not in task.formats:
             raise DataError(f'{raw.place()} is of format {formats[-1]!r}, but task {task.name} takes {task.rows}. '
                 f'Use task custom, or rename the fields.')
+    if bad: warnings.warn(f'{len(bad)} rows of {path} cannot be used and are left out; the first: {bad[0]}', stacklevel=2)
+    if not rows: raise DataError(f'{path} has no row that can be used.')
     return rows, formats[0] if len(set(formats)) == 1 else 'mixed'
 
 # %% ../../nbs/data/50_tasks.ipynb #5ec4e712
@@ -199,6 +214,13 @@ def build_config(
     for field_name, value in dict(overrides, model_name=model).items(): setattr(config, field_name, value)
     return config.check()
 
+# %% ../../nbs/data/50_tasks.ipynb #data-tasks-eval
+def _eval_file(path: str | Path) -> str | Path:
+    "A file of held-out rows. Raises `DataError` naming the field"
+    found = expand_home(path)
+    if found.suffix.lower() in DATA_SUFFIXES and not found.exists(): raise DataError(f'there is no data file {path}. Check `eval_path`.')
+    return found if found.exists() else path
+
 # %% ../../nbs/data/50_tasks.ipynb #6c6298a6
 def task_rows(
     task: Task,                    # which kind of rows
@@ -209,6 +231,7 @@ def task_rows(
     seed: int,                     # where the choice of facts starts
     show: bool = False,            # print what was found in the source tree
     skip_secrets: bool = False,    # leave out rows of a file that seem to hold a secret
+    config: TrainingConfig | None = None, # `column_map`, `on_bad_row` and `eval_path`, for rows of a file
     **code: Any                    # task code: `kinds`, `max_per_file` and `skip_licences` of `code_rows`
 ) -> tuple:                        # (rows, held-out rows, format, {"code_root" or "data_file": where they came from})
     "Rows of a task from its file, source tree or packaged example. Raises `ConfigError` for what it has no use for, `DataError` for bad rows."
@@ -224,9 +247,11 @@ def task_rows(
     if code_root is not None:
         raise ConfigError(f'only task code reads a source tree; task {task.name} takes data, a file. Leave `code_root` out.')
     if data is None: return _example_rows(task, show)
-    rows, row_format = file_rows(task, data)
+    how = (config.column_map, config.on_bad_row == 'skip') if config else (None, False)
+    rows, row_format = file_rows(task, data, *how)
     rows = check_secrets(rows, skip_secrets)
-    return rows, [], row_format, dict(data_file=data) if Path(data).exists() else {} # "example" is no file of yours
+    held_out = file_rows(task, _eval_file(config.eval_path), *how)[0] if config and config.eval_path else []
+    return rows, held_out, row_format, dict(data_file=data) if Path(data).exists() else {} # "example" is no file of yours
 
 def _example_rows(task: Task, show: bool) -> tuple:
     "The packaged example of a task, which is said"
@@ -340,10 +365,12 @@ def prepare_run(
     if kind.needs_file and (kinds is not None or skip_licences):
         raise ConfigError(f'kinds and skip_licences are about a source tree, which only task code reads. Task {kind.name} has none.')
     rows, held_out, row_format, source = task_rows(kind, data, code_root, max_facts, max_answer, run_config.seed, show, skip_secrets,
-        **dict(kinds=kinds, max_per_file=max_per_file, skip_licences=skip_licences) if not kind.needs_file else {})
-    if data and Path(data).resolve() in [part.resolve() for part in run_parts(folder)]:
-        raise RunError(f'{data} is part of the run in {folder} that would be replaced. '
+        run_config, **dict(kinds=kinds, max_per_file=max_per_file, skip_licences=skip_licences) if not kind.needs_file else {})
+    parts = [part.resolve() for part in run_parts(folder)]
+    if inside := next((path for path in (data, run_config.eval_path) if path and Path(path).resolve() in parts), None):
+        raise RunError(f'{inside} is part of the run in {folder} that would be replaced. '
             f'Copy it to another place, or choose another `output_dir`.')
+    if data and rows: run_config.column_map = None  # the rows of the run have the known names
     if show: print(describe_rows(rows), end='\n\n')
     if show and tokenizer is not None: print(describe_health(rows, tokenizer, held_out, run_config.max_length), end='\n\n')
     return write_run(folder, kind, run_config, rows, held_out, row_format, overwrite, **source)

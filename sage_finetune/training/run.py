@@ -186,6 +186,9 @@ class Run:
     def _go_on(self, path: Any, state: dict):
         "Begin where a checkpoint is"
         self.checkpoint_manager.restore(path, state)
+        if (done := self.checkpoint_manager.progress.step) > (total := self.checkpoint_manager.total):
+            raise RunError(f'{done} steps are done already, and this config ends after {total}. '
+                'Raise `max_steps` or `num_train_epochs` to go on, or begin anew by `overwrite_output_dir=True`.')
         progress, batching = self.checkpoint_manager.progress, self.setup.batching
         if progress.unlogged_step: typed(progress.unlogged_step, StepMetrics, path/STATE)
         self.loop.note = f'resumed after step {progress.step}'
