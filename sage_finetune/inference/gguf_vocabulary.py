@@ -110,7 +110,7 @@ def _pieces(content: dict[str, Any], tokens: list[str], kinds: list[int]) -> GGU
 def need_gguf() -> Any: # the module
     "The `gguf` package. Raises `ConfigError` where it is not installed."
     if find_spec('gguf') is None:
-        raise ConfigError('writing GGUF files needs the package gguf: pip install "sage-finetune[gguf]"')
+        raise ConfigError('writing GGUF files needs the package gguf: pip install gguf')
     import gguf
     return gguf
 

@@ -156,7 +156,7 @@ def find_precision(
         raise ConfigError(f'precision {sanitize_line(str(name))!r} is not known. It takes {", ".join(PRECISIONS)}.')
     need_gguf()
     if '_k' in name.lower() and find_spec('libgguf') is None:
-        raise ConfigError(f'{name} needs the package libgguf: pip install "sage-finetune[gguf]"')
+        raise ConfigError(f'{name} needs the package libgguf: pip install libgguf')
     return PRECISIONS[name.lower()]
 
 # %% ../../nbs/inference/42_gguf_weights.ipynb #gw-17

@@ -77,7 +77,7 @@ def served_file(
     exact: bool = False # keys and values in 32 bits, for comparing
 ) -> Iterator[ServedFile]:
     "Serve a GGUF file while this is open. Raises `ConfigError` without llama.cpp, `ModelError` where it cannot load the file."
-    if find_spec('xllamacpp') is None: raise ConfigError('llama.cpp is not installed: pip install "sage-finetune[gguf]"')
+    if find_spec('xllamacpp') is None: raise ConfigError('llama.cpp is not installed: pip install xllamacpp')
     if not Path(path).is_file(): raise ModelError(f'there is no file {path}.')
     settings = LlamaCppSettings(str(Path(path).absolute()), context, threads, exact, secrets.token_urlsafe(24))
     with tempfile.TemporaryFile() as log:
