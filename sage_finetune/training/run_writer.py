@@ -308,7 +308,8 @@ def failed_start_noted(
     try: yield
     except BaseException as error:
         if here:
-            with suppress(FinetuneError, OSError): _note_failed_start(Path(run_dir), error)
+            # where memory ran out there may be none for this; the error itself counts
+            with suppress(FinetuneError, OSError, MemoryError): _note_failed_start(Path(run_dir), error)
         raise
 
 def _note_failed_start(folder: Path, error: BaseException):
