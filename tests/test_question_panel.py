@@ -297,7 +297,8 @@ def test_a_run_of_it(panel, tmp_path):
     folder = prepare_run("qa", tmp_path/"run", data=tmp_path/"rows.jsonl", eval_path=tmp_path/"rows_eval.jsonl")
     made = next(folder.glob("training_data_*"))
     assert "What does it weigh?" in made.read_text() and "How heavy" not in made.read_text()
-    assert json.loads((folder/"training_config.json").read_text())["eval_path"].endswith("rows_eval.jsonl")
+    held_out = Path(json.loads((folder/"training_config.json").read_text())["eval_path"])
+    assert held_out.parent == folder and "How heavy" in held_out.read_text()
 
 
 # ---- hostile, empty, unwritable ---------------------------------------------------------------------------------------

@@ -129,7 +129,8 @@ def _prepare_asked(asked: dict[str, Any], settings: dict[str, Any], **how: Any) 
     "Make the run folder that the answers describe"
     from sage_finetune.data.tasks import prepare_run
     config = _config_of(asked['model'], settings)[1]
-    return prepare_run(asked['task'], asked['output'], asked['model'], asked['data'], asked['code_root'], config, **how)
+    prepare_run(asked['task'], asked['output'], asked['model'], asked['data'], asked['code_root'], config, **how)
+    return asked['output']  # as it was typed
 
 # %% ../../nbs/commands/25_starting.ipynb #starting-run
 @app.command('start')
