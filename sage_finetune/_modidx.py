@@ -379,8 +379,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                   'sage_finetune.commands.preparing.rows_command': ( 'commands/preparing.html#rows_command',
                                                                                                      'sage_finetune/commands/preparing.py'),
                                                   'sage_finetune.commands.preparing.run_answer': ( 'commands/preparing.html#run_answer',
-                                                                                                   'sage_finetune/commands/preparing.py'),
-                                                  'sage_finetune.commands.preparing.typed_once': ( 'commands/preparing.html#typed_once',
                                                                                                    'sage_finetune/commands/preparing.py')},
             'sage_finetune.commands.program': { 'sage_finetune.commands.program.Commands': ( 'commands/program.html#commands',
                                                                                              'sage_finetune/commands/program.py'),

@@ -265,8 +265,9 @@ def takes_settings(
 # %% ../../nbs/commands/10_program.ipynb #program-settings-2
 def typed_settings(
     typed: dict[str, Any], # what `takes_settings` added
+    named: dict[str, Any] | None = None, # fields with flags of the command itself -> what was typed; None where nothing was
     **allowed: Any # permissions that were typed
-) -> dict[str, Any]: # names of `FIELD_NAMES` -> values
+) -> dict[str, Any]: # names of `FIELD_NAMES` -> values; of `named` only what --set and files say
     "The settings that were typed. Raises `ConfigError` for what cannot be, before anything heavy is loaded."
     flags = dict(learning_rate=typed['learning_rate'], num_train_epochs=typed['epochs'], per_device_train_batch_size=typed['batch'],
         max_length=typed['max_length']) | {'lora.r': typed['rank']}
@@ -274,7 +275,11 @@ def typed_settings(
     settings = read_settings(typed['config_file'], **allowed) if typed['config_file'] else {}
     one_by_one = dict(parse_setting(text) for text in typed['settings'] or ())
     flags = {name: value for name, value in flags.items() if value is not None} | bits_settings(typed['bits'])
-    if twice := sorted({*one_by_one} & {*flags}):
+    typed_names = {name: value for name, value in (named or {}).items() if value is not None}
+    if empty := [name for name, value in typed_names.items() if value == '']:
+        raise ConfigError(f'`{empty[0]}` is empty. Is a variable of the shell not set?')
+    other = {name for name, value in typed_names.items() if str(one_by_one.get(name, value)) != str(value)}
+    if twice := sorted({*one_by_one} & {*flags} | other):
         raise ConfigError(f'{", ".join(twice)} is set by --set and by a flag of its own. Type one of them.', tuple(twice))
     settings |= one_by_one | flags
     apply_settings(TrainingConfig(), settings)  # refuses what no config can have

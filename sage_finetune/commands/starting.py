@@ -18,7 +18,7 @@ from ..core.storage import expand_home
 from ..core.text import sanitize_line
 from ..runs.folder import TASK_NAMES, read_meta, read_status, write_beside
 from .menu import Choice, Menu
-from .preparing import _config_of, _ready, run_answer, typed_once
+from .preparing import _config_of, _ready, run_answer
 from sage_finetune.commands.program import (
     AsJson,
     OutputPath,
@@ -32,6 +32,7 @@ from sage_finetune.commands.program import (
     save_typed,
     status_1_once_begun,
     takes_settings,
+    typed_settings,
 )
 
 # %% ../../nbs/commands/25_starting.ipynb #starting-menus
@@ -156,7 +157,7 @@ def start_command(
     "Ask for what is missing, prepare a run, train it."
     _check_words(framework, row_format, prepare_only)
     named, menu = dict(model_name=model, data_path=data, output_dir=output), Menu(False if auto or as_json else None)
-    settings = typed_once(typed, named, trust_remote_code=trust_remote_code)
+    settings = typed_settings(typed, named, trust_remote_code=trust_remote_code)
     said: dict[str, Any] = settings | {name: value for name, value in named.items() if value}
     asked = ask_for_run(menu, task, said.get('model_name'), said.get('data_path'), code_root,
         str(said.get('output_dir') or '') or None)
