@@ -125,7 +125,7 @@ def test_llama_cpp_reads_and_says_the_same(tmp_path, tokenizers_by_name, kind):
     file = write_gguf(tmp_path, tmp_path/"model.gguf", tokenizer, "", "f32").path
     context = 256 if "long" in kind else 2048  # in a context beyond the original one Phi 3 has other factors
     ids = tokenizer(" ".join(TEXTS[-3:]), add_special_tokens=False).input_ids[:200]
-    with llama_cpp_server(file, context, exact=True) as server:
+    with llama_cpp_server(file, context=context, exact=True) as server:
         assert compare_tokens(server, tokenizer) == []
         for end in (5, 30, len(ids)):
             theirs, ours = server_logprobs(server, ids[:end], 30), next_logprobs(model, ids[:end])

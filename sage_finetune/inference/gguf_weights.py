@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from ..core.errors import ConfigError, ModelError
 from ..core.text import sanitize_line
 from ..runs.folder import read_object
 from ..training.meta_model import load_model_config
-from .gguf_vocabulary import GGUFVocabulary, gguf_vocabulary, need_gguf
+from .gguf_vocabulary import OTHERWISE, GGUFVocabulary, gguf_vocabulary, need_gguf
 
 # %% ../../nbs/inference/42_gguf_weights.ipynb #gw-06
 FAMILIES = dict(qwen2='qwen2', qwen3='qwen3', llama='llama', mistral='llama', gemma2='gemma2', gemma3_text='gemma3', phi3='phi3')
@@ -39,7 +40,7 @@ def gguf_model_config(
     shape = load_model_config(TrainingConfig(model_name=str(folder)))
     if shape.model_type in FAMILIES: return shape
     raise ModelError(f'a {sanitize_line(shape.model_type)} model cannot be written as GGUF. Those that can: {", ".join(FAMILIES)}. '
-        'Serve it with vLLM or transformers instead.')
+        f'{OTHERWISE}')
 
 # %% ../../nbs/inference/42_gguf_weights.ipynb #gw-09
 def _head_size(shape: Any) -> int: return getattr(shape, 'head_dim', None) or shape.hidden_size // shape.num_attention_heads
@@ -65,8 +66,6 @@ def _add_sizes(writer: Any, shape: Any):
         getattr(writer, f'add_{name}')(value)
 
 # %% ../../nbs/inference/42_gguf_weights.ipynb #gw-09c
-_OTHERWISE = 'Serve the merged model with vLLM or transformers instead.'
-
 def _check_fixed(shape: Any):
     "Refuse what llama.cpp's programs take for granted where it is otherwise"
     gemma, rotation = shape.model_type.startswith('gemma'), _rotation(shape)
@@ -81,7 +80,7 @@ def _check_fixed(shape: Any):
     for name in ('attention_factor', 'beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim'):
         wanted[name] = rotation.get(name), (None, dict(beta_fast=32, beta_slow=1).get(name))
     for name, (value, known) in wanted.items():
-        if value not in known: raise ModelError(f'llama.cpp takes {name}={known[-1]} for granted, and this model has {value}. {_OTHERWISE}')
+        if value not in known: raise ModelError(f'llama.cpp takes {name}={known[-1]} for granted, and this model has {value}. {OTHERWISE}')
 
 # %% ../../nbs/inference/42_gguf_weights.ipynb #gw-09e
 def _add_window(writer: Any, shape: Any):
@@ -91,7 +90,7 @@ def _add_window(writer: Any, shape: Any):
     every = 2 if shape.model_type == 'gemma2' else 6  # llama.cpp has these numbers in its program, not from the file
     if any((kind == 'full_attention') != ((at + 1) % every == 0) for at, kind in enumerate(shape.layer_types)):
         raise ModelError(f'llama.cpp lets every {every}th layer of a {shape.model_type} model see everything, and this one others. '
-            f'{_OTHERWISE}')
+            f'{OTHERWISE}')
     writer.add_sliding_window(shape.sliding_window)
     if shape.model_type == 'gemma3_text': writer.add_rope_freq_base_swa(shape.rope_parameters['sliding_attention']['rope_theta'])
     for name in ('attn_logit_softcapping', 'final_logit_softcapping'):
@@ -132,7 +131,7 @@ def _tables(writer: Any, shape: Any) -> Iterator[tuple[str, Tensor]]:
         writer.add_rope_scaling_type(need_gguf().RopeScalingType[kind.upper()])
         writer.add_rope_scaling_factor(rotation['factor'])
     elif kind != 'default':
-        raise ModelError(f'llama.cpp cannot stretch positions as this model does (rope_type {sanitize_line(str(kind))}). {_OTHERWISE}')
+        raise ModelError(f'llama.cpp cannot stretch positions as this model does (rope_type {sanitize_line(str(kind))}). {OTHERWISE}')
 
 # %% ../../nbs/inference/42_gguf_weights.ipynb #gw-14
 class Precision(NamedTuple):
@@ -243,7 +242,7 @@ def model_tensors(
             if tied and name == 'lm_head.weight': continue
             stored = names.get_name(name, try_suffixes=('.weight', '.bias'))
             if stored is None:
-                raise ModelError(f'llama.cpp has no place for {sanitize_line(name)} in a {shape.model_type} model. {_OTHERWISE}')
+                raise ModelError(f'llama.cpp has no place for {sanitize_line(name)} in a {shape.model_type} model. {OTHERWISE}')
             kind = matrix_kind(stored, size, precision, shape.num_hidden_layers, tied)
             yield StoredTensor(stored, size, *kind, partial(_read, path, name, shape))
 
@@ -254,6 +253,7 @@ class WrittenFile(NamedTuple):
     size: int # bytes
     kinds: dict[str, int] # how many tensors in each kind
     fell_back: dict[str, str] # tensors that are not in the kind that was wanted -> their kind
+    notes: list[str] # where llama.cpp cuts text otherwise, a sentence each
 
 def _model_name(name: str, tokenizer: Any) -> str:
     "What the model is called; llama.cpp takes spaces behind special tokens away where the name has phi-3 in it, and only then"
@@ -301,7 +301,7 @@ def write_gguf(
     _write_tensors(writer, tables + stored, on_tensor)
     kinds = [tensor.kind for tensor in stored]
     return WrittenFile(path, path.stat().st_size, {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
-        {tensor.name: tensor.kind for tensor in stored if tensor.fell_back})
+        {tensor.name: tensor.kind for tensor in stored if tensor.fell_back}, vocabulary.notes)
 
 # %% ../../nbs/inference/42_gguf_weights.ipynb #gw-25
 def _bytes_of(tensor: StoredTensor) -> tuple[int, ...]:
@@ -312,14 +312,15 @@ def _bytes_of(tensor: StoredTensor) -> tuple[int, ...]:
 def _write_tensors(writer: Any, tensors: list[StoredTensor], on_tensor: Callable[[int, int], Any] | None):
     "First what there is, then the numbers, one tensor after the other"
     kinds = need_gguf().GGMLQuantizationType
-    sizes = [math.prod(_bytes_of(tensor)) for tensor in tensors]
-    for tensor, size in zip(tensors, sizes):
-        writer.add_tensor_info(tensor.name, _bytes_of(tensor), np.dtype('uint8'), size, raw_dtype=kinds[tensor.kind])
+    shapes = [_bytes_of(tensor) for tensor in tensors]
+    done = [*accumulate(map(math.prod, shapes))]
+    for tensor, shape in zip(tensors, shapes):
+        writer.add_tensor_info(tensor.name, shape, np.dtype('uint8'), math.prod(shape), raw_dtype=kinds[tensor.kind])
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for at, tensor in enumerate(tensors):
+        for tensor, so_far in zip(tensors, done):
             writer.write_tensor_data(quantize(tensor.read().numpy(), tensor.kind).view(np.uint8))
-            if on_tensor: on_tensor(sum(sizes[:at + 1]), sum(sizes))
+            if on_tensor: on_tensor(so_far, done[-1])
     finally: writer.close()

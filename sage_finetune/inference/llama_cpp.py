@@ -21,6 +21,7 @@ import torch
 from ..chat_format.rendering import render_prompt, stop_ids
 from ..core.errors import ModelError
 from ..core.text import sanitize_line
+from ..modeling.decoding import likeliest_tokens
 from .llama_cpp_process import served_file
 
 
@@ -53,12 +54,10 @@ class LlamaCpp:
 @contextmanager
 def llama_cpp_server(
     path: str | Path, # a GGUF file
-    context: int = 2048, # tokens of prompt and answer
-    threads: int = 1, # of the processor
-    exact: bool = False # keys and values in 32 bits, for comparing
+    **settings: Any # what `served_file` takes: `context`, `threads`, `exact`
 ) -> Iterator[LlamaCpp]:
     "Serve a GGUF file while this is open, to be asked. Raises `ModelError` where llama.cpp cannot load it."
-    with served_file(path, context, threads, exact) as served: yield LlamaCpp(served.address, served.key)
+    with served_file(path, **settings) as served: yield LlamaCpp(served.address, served.key)
 
 # %% ../../nbs/inference/44_llama_cpp.ipynb #lc-11
 HOSTILE_TEXTS = ('', ' ', '  ', '\n', '\n\n\n', '\t\t x', 'Hello  world', " don't I'LL we've they'd",
@@ -157,7 +156,6 @@ def compare_answer(
     max_new_tokens: int = 48 # an answer ends here at the latest
 ) -> AnswerComparison:
     "An answer of the model and of llama.cpp, the likeliest token each time."
-    from sage_finetune.inference.generation import likeliest_tokens
     ends = stop_ids(tokenizer)
     ours = likeliest_tokens(model, tokenizer, [prompt], max_new_tokens)[0]
     wanted = [token for token in ours.ids if token not in ends]

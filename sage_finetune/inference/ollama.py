@@ -7,7 +7,6 @@ __all__ = ['USER', 'ANSWER', 'SYSTEM', 'SECOND', 'render_go', 'TurnTexts', 'turn
            'ollama_template', 'modelfile', 'OllamaExport', 'export_ollama']
 
 # %% ../../nbs/inference/48_ollama.ipynb #ol-03
-import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,14 +17,13 @@ from typing import Any, NamedTuple
 from ..chat_format.rendering import stop_ids
 from ..chat_format.template import adds_bos, probe, template_of, template_text
 from ..config import as_folder
-from ..core.errors import DataError, ModelError, RunError
-from ..core.places import note_files
+from ..core.errors import DataError, ModelError
 from ..core.storage import write_atomic
 from ..core.text import sanitize_line
 from ..modeling.tokenizer import load_tokenizer
 from ..runs.folder import read_object
-from .export import run_config
-from .gguf_export import GGUFReport, export_gguf, gguf_target, merged_folder
+from .export import merged_folder, run_config
+from .gguf_export import GGUFReport, export_gguf, gguf_target, note_export, refuse_present
 from .gguf_weights import gguf_model_config, original_context, served_context
 
 
@@ -247,16 +245,15 @@ def export_ollama(
     show: bool = False # print progress
 ) -> OllamaExport:
     "Write a run's merged model for Ollama: weights and Modelfile, both proven. Raises `RunError` or `ModelError`, and keeps nothing then."
-    config = run_config(as_folder(run_dir))
+    config = run_config(run_dir := as_folder(run_dir))
     shape, tokenizer = gguf_model_config(merged_folder(config)), load_tokenizer(str(config.merged_dir))
     ollama_template(tokenizer)
-    file = gguf_target(as_folder(run_dir), path, str(precision).lower(), overwrite)
+    file = gguf_target(run_dir, path, str(precision).lower(), overwrite)
     target = Path(str(file).removesuffix('.gguf') + '.Modelfile')
-    if os.path.lexists(target) and not overwrite:
-        raise RunError(f'{target} is there already. Choose another name with -o (path=), or pass `overwrite=True` to replace it.')
+    if not overwrite: refuse_present(target)
     report = export_gguf(run_dir, file, precision, overwrite, force, show)
     context = min(served_context(shape), original_context(shape), 4096)
     write_atomic(target, modelfile(tokenizer, f'./{file.name}', context, _sampling(config.merged_dir)))
-    if target.parent.resolve() == (as_folder(run_dir)/'exports').resolve(): note_files(run_dir, [f'exports/{target.name}'])
+    note_export(run_dir, target)
     name = re.sub(r'[^a-z0-9._-]+', '-', file.stem.lower()).strip('-.') or 'model'
     return OllamaExport(report, target, f'ollama create {name} -f {shlex.quote(str(target))}')
