@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import DATA_SUFFIXES, TrainingConfig, granted
-from ..core.errors import ConfigError, DataError, FinetuneError
+from ..config import TrainingConfig, granted
+from ..core.errors import ConfigError, FinetuneError
 from ..core.limits import parse_json
-from ..core.storage import expand_home, write_json_lines
+from ..core.storage import write_json_lines
 from ..core.text import sanitize_line
 from ..runs.folder import read_object
 from .settings import apply_settings
@@ -58,10 +58,8 @@ def _check_report(path: Path):
 
 def _data_of(data: Path | str | None, settings: dict[str, Any], field: str = 'data_path') -> Path | str | None:
     "The rows that are meant: what was typed, or what the settings say; refused where no such file is"
-    named = data or settings.get(field)
-    if named and Path(named).suffix.lower() in DATA_SUFFIXES and not expand_home(named).exists():
-        example = '; the packaged example is `data_path="example"`' * (field == 'data_path')
-        raise DataError(f'there is no data file {named}. Check `{field}`{example}.')
+    from sage_finetune.data.files import check_data_file
+    if named := data or settings.get(field): check_data_file(named, field)
     return named
 
 # %% ../../nbs/commands/20_preparing.ipynb #preparing-data

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PART', 'OLD', 'expand_home', 'describe_bad_name', 'checked_path', 'replace_path', 'atomic_file', 'write_atomic',
-           'describe_write_error', 'write_json', 'write_json_lines', 'copy_atomic', 'open_append', 'atomic_directory']
+           'describe_write_error', 'write_json', 'write_json_lines', 'copy_atomic', 'free_space', 'open_append',
+           'atomic_directory']
 
 # %% ../../nbs/core/01_storage.ipynb #8d2bf4ec
 import errno
@@ -185,6 +186,14 @@ def copy_atomic(
     "Copy a file, however large, so that a reader sees the old one or the new one. Raises `RunError` when it cannot be written."
     with atomic_file(path) as temp: shutil.copyfile(source, temp)
     return expand_home(path)
+
+# %% ../../nbs/core/01_storage.ipynb #storage-room
+def free_space(
+    path: str | Path # a file or folder, there already or not
+) -> tuple[Path, int]: # the nearest folder that is there, and its free bytes
+    "How much room there is for something."
+    near = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
+    return near, shutil.disk_usage(near).free
 
 # %% ../../nbs/core/01_storage.ipynb #e86e513e
 def open_append(

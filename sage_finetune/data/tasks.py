@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import DATA_SUFFIXES, TrainingConfig, as_config, as_folder, preset, resolve_model, suggest_preset
+from ..config import TrainingConfig, as_config, as_folder, preset, resolve_model, suggest_preset
 from ..core.errors import ConfigError, DataError, FinetuneError, RunError
 from ..core.places import MANIFEST, PART_MANIFEST, bring_back, check_links, note_files, put_aside
 from ..core.processes import is_locked
@@ -26,7 +26,7 @@ from ..core.secrets import describe_secrets, redact_secrets, row_text, scan_text
 from ..core.storage import describe_write_error, expand_home, write_json
 from ..core.text import html_table, sanitize_line, text_table
 from .corpus import MAX_PER_FILE, code_rows
-from .files import iter_rows, load_training_data, packaged
+from .files import check_data_file, iter_rows, load_training_data, packaged
 from .raw_rows import BadRow, RawRow
 from .rows import UntrainedRow, detect_data_format, read_row, rename_columns
 from sage_finetune.runs.folder import (
@@ -214,12 +214,16 @@ def build_config(
     for field_name, value in dict(overrides, model_name=model).items(): setattr(config, field_name, value)
     return config.check()
 
-# %% ../../nbs/data/50_tasks.ipynb #data-tasks-eval
-def _eval_file(path: str | Path) -> str | Path:
-    "A file of held-out rows. Raises `DataError` naming the field"
-    found = expand_home(path)
-    if found.suffix.lower() in DATA_SUFFIXES and not found.exists(): raise DataError(f'there is no data file {path}. Check `eval_path`.')
-    return found if found.exists() else path
+# %% ../../nbs/data/50_tasks.ipynb #data-tasks-example
+def _example_rows(task: Task, show: bool) -> tuple:
+    "The packaged example of a task, which is said"
+    rows, row_format = file_rows(task, packaged(f'example_{task.name}'))
+    held_out = load_training_data(packaged(f'example_{task.name}_unseen'))
+    note = (f'no data file was named: the packaged example is used, {len(rows)} rows and {len(held_out)} held-out questions. '
+        f'For rows of your own ({task.rows}) name their file with data.')
+    if show: print(note, end='\n\n')
+    else: warnings.warn(note, stacklevel=2)
+    return rows, held_out, row_format, {}
 
 # %% ../../nbs/data/50_tasks.ipynb #6c6298a6
 def task_rows(
@@ -250,18 +254,9 @@ def task_rows(
     how = (config.column_map, config.on_bad_row == 'skip') if config else (None, False)
     rows, row_format = file_rows(task, data, *how)
     rows = check_secrets(rows, skip_secrets)
-    held_out = file_rows(task, _eval_file(config.eval_path), *how)[0] if config and config.eval_path else []
+    if config and config.eval_path: check_data_file(config.eval_path, 'eval_path')
+    held_out = file_rows(task, config.eval_path, *how)[0] if config and config.eval_path else []
     return rows, held_out, row_format, dict(data_file=data) if Path(data).exists() else {} # "example" is no file of yours
-
-def _example_rows(task: Task, show: bool) -> tuple:
-    "The packaged example of a task, which is said"
-    rows, row_format = file_rows(task, packaged(f'example_{task.name}'))
-    held_out = load_training_data(packaged(f'example_{task.name}_unseen'))
-    note = (f'no data file was named: the packaged example is used, {len(rows)} rows and {len(held_out)} held-out questions. '
-        f'For rows of your own ({task.rows}) name their file with data.')
-    if show: print(note, end='\n\n')
-    else: warnings.warn(note, stacklevel=2)
-    return rows, held_out, row_format, {}
 
 # %% ../../nbs/data/50_tasks.ipynb #data-tasks-look
 SHOWN_ROWS, HEALTH_ROWS = 10, 2_000  # rows that are shown; rows whose health is looked at

@@ -8,7 +8,6 @@ __all__ = ['KEPT', 'WEAKENED', 'MOST_LOGITS', 'run_config', 'merged_folder', 'lo
 
 # %% ../../nbs/inference/00_export.ipynb #7478948b
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -25,7 +24,7 @@ from ..config import TrainingConfig, as_folder
 from ..core.errors import DataError, ModelError, RunError
 from ..core.places import PART_MANIFEST, claim_links, content_hash, is_plain_name, name_some, note_folder, why_protected
 from ..core.secrets import redact_object
-from ..core.storage import atomic_directory, write_json
+from ..core.storage import atomic_directory, free_space, write_json
 from ..core.text import html_table, text_table
 from ..data.files import iter_rows
 from ..data.rows import Sample, read_row
@@ -372,8 +371,7 @@ def merged_files(
 def _check_disk(out: Path, model: Any):
     "Is there room for the files?"
     need = sum(p.numel() * p.element_size() for p in model.parameters())
-    near = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    room = shutil.disk_usage(near).free
+    near, room = free_space(out)
     if room < 1.05 * need:
         raise RunError(f'the merged model needs {need / 1e6:,.0f} MB and {near} has {room / 1e6:,.0f} MB free. '
             f'Free some space or choose another folder with -o (out=).')

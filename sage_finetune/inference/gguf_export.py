@@ -10,7 +10,6 @@ __all__ = ['TIE', 'GGUFReport', 'compare_with_model', 'refuse_present', 'note_ex
 import math
 import os
 import re
-import shutil
 import sys
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -26,7 +25,7 @@ from ..config import TrainingConfig, as_folder
 from ..core.errors import ConfigError, DataError, ModelError, RunError
 from ..core.places import note_files
 from ..core.processes import core_count
-from ..core.storage import PART, atomic_file
+from ..core.storage import PART, atomic_file, free_space
 from ..core.text import format_bytes, html_table, text_table
 from ..modeling.base import load_base
 from ..modeling.tokenizer import load_tokenizer
@@ -166,10 +165,10 @@ def compare_with_model(
 # %% ../../nbs/inference/46_gguf_export.ipynb #gg-15
 def _check_room(folder: Path, target: Path, precision: str):
     "Is there room for the file?"
-    near = next(place for place in (target.parent.absolute(), *target.parent.absolute().parents) if place.exists())
+    near, room = free_space(target.parent)
     numbers = sum(path.stat().st_size for path in folder.glob('*.safetensors')) // 2  # of 16 bits, or fewer than so many
     need = numbers * {'f32': 4., 'f16': 2., 'bf16': 2., 'q8_0': 1.07, 'q6_k': 0.83, 'q5_k_m': 0.72, 'q4_k_m': 0.62}[precision]
-    if (room := shutil.disk_usage(near).free) < need:
+    if room < need:
         raise RunError(f'the file needs up to {format_bytes(need)} and {near} has {format_bytes(room)} free. '
             'Free some space or choose another place with -o (path=).')
 

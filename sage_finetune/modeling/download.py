@@ -9,7 +9,6 @@ __all__ = ['RemoteFile', 'fetch_file', 'missing_weights', 'check_room', 'shows_b
 import hashlib
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from ..config import resolve_model
 from ..core.errors import FinetuneError, ModelError
 from ..core.hub_errors import hub_reason
 from ..core.limits import parse_json, read_regular
+from ..core.storage import free_space
 from ..core.text import format_bytes, sanitize_line
 from .model_files import first_line
 
@@ -114,7 +114,7 @@ def check_room(
 ):
     "Raise `ModelError` where the disk of the cache is too small for what is missing."
     needed, folder = sum(file.size - file.kept for file in files), Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    free = free_space(folder)[1]
     if needed > free:
         raise ModelError(f'`model_name={model_name!r}` needs a download of {format_bytes(needed)}, and {format_bytes(free)} are free in '
             f'{folder}. Free some space, or set HF_HOME to a folder on a larger disk.')
