@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -389,3 +390,34 @@ def test_a_report_shows_itself():
     report = GGUFReport("<b>.gguf", 10, "q8_0", {"Q8_0": 3}, texts=2, prompts=1, answers=2, equal_answers=1, gap=0.01,
         kl_divergence=1e-4, top1_agreement=1.)
     assert "1 of 2 answers the same, the others nearly tied" in str(report) and "&lt;b&gt;" in report._repr_html_()
+
+
+def field_of(path, name):
+    import gguf
+    return gguf.GGUFReader(path).fields[name].contents()
+
+
+@pytest.mark.parametrize("architecture, window, context", [("Mistral", 24, 24), ("Phi3", 24, 24), ("Mistral", None, 512)])
+def test_a_file_stays_within_a_window_that_llama_cpp_does_not_have(tmp_path, tokenizers_by_name, architecture, window, context):
+    tokenizer = tokenizers_by_name["pieces"]
+    made(tmp_path, architecture, tokenizer, sliding_window=window)
+    file = write_gguf(tmp_path, tmp_path/"model.gguf", tokenizer, "", "f32").path
+    family = field_of(file, "general.architecture")
+    assert field_of(file, f"{family}.context_length") == context
+
+
+def test_the_end_of_a_turn_is_in_the_file(tmp_path):
+    "Also where it is not the end of a sequence, and a text that llama.cpp knows from nowhere"
+    tokenizer = TOKENIZERS["qwen2"]()
+    tokenizer.add_tokens([AddedToken("<|over|>", special=True, normalized=False)])
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.chat_template = ("{% for m in messages %}{{ m.role }}: {{ m.content }}<|over|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}")
+    made(tmp_path, "Qwen2", tokenizer)
+    file = write_gguf(tmp_path, tmp_path/"model.gguf", tokenizer, tokenizer.chat_template, "f32").path
+    assert field_of(file, "tokenizer.ggml.eot_token_id") == tokenizer.convert_tokens_to_ids("<|over|>") != tokenizer.eos_token_id
+
+
+def test_few_bits_must_prefer_the_same_tokens():
+    close = GGUFReport("a.gguf", 10, "q8_0", {"Q8_0": 3}, texts=2, kl_divergence=0.001, top1_agreement=0.9)
+    assert close.agrees and not replace(close, top1_agreement=0.5).agrees and not replace(close, kl_divergence=None).agrees
